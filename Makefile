@@ -1,0 +1,45 @@
+# Everything runs in .venv, made on first use from the pins in constraints.txt.
+#   make reproduce [PROFILE=mini] [NB=safety] [ARGS="--seeds 3"]   notebooks by papermill -> figures/<profile>, result table
+#   make test                                                      ruff, tests, every notebook at the smoke profile under nbval
+#   make lab                                                       JupyterLab with the right kernel
+PYTHON  ?= python3
+PROFILE ?= mini
+NB      ?=
+ARGS    ?=
+BIN     := .venv/bin
+
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: reproduce test lint unit notebooks lab clean
+.DEFAULT_GOAL := reproduce
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,quant]"
+	touch $@
+
+reproduce: .venv/installed
+	$(BIN)/tasft reproduce --profile $(PROFILE) $(if $(NB),--notebooks $(NB)) $(ARGS)
+
+test: lint unit notebooks
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: .venv/installed
+	$(BIN)/pytest $(ARGS)
+
+# nbval cannot inject parameters, so papermill writes a parameterised copy first; its cells are then run and checked.
+notebooks: .venv/installed
+	$(BIN)/tasft reproduce --profile smoke --prepare-only $(if $(NB),--notebooks $(NB))
+	$(BIN)/pytest --nbval-lax --nbval-cell-timeout 300 $(addprefix runs/smoke/,$(addsuffix .ipynb,$(or $(NB),$(basename $(notdir $(wildcard notebooks/*.ipynb))))))
+
+lab: .venv/installed
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (tasft)"
+	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
+
+clean:
+	rm -rf runs

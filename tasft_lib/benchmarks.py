@@ -1,0 +1,84 @@
+"""Which prompts a model is asked: the four harm benchmarks of the paper, and the mini-world's stand-ins for them."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from . import miniworld
+from .data import read_prompts
+
+# As Safety-Tuned LLaMAs (Bianchi et al., 2023) and HarmfulQ (Shaikh et al., 2022) published them: file name -> address.
+_STL = "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/36a4b8d5c2177ed165bf61f59b590161394f7f12/data"
+_COT = "https://raw.githubusercontent.com/SALT-NLP/chain-of-thought-bias/e92a0efeb94e64eb68586d5c04a25af1415282d2/data"
+TOXIC_FILES = {
+    "I-MaliciousInstructions": f"{_STL}/evaluation/I-MaliciousInstructions.json",
+    "I-CoNa": f"{_STL}/evaluation/I-CoNa.json",
+    "I-Controversial": f"{_STL}/evaluation/I-Controversial.json",
+    "HarmfulQ": f"{_COT}/dangerous-q/toxic_outs.json",
+}
+BENIGN_FILES = {"I-Alpaca": f"{_STL}/evaluation/I-Alpaca.json"}
+# Toxic prompts that no benchmark contains, to harvest unsafe answers from.
+HARVEST_FILE = f"{_STL}/training/safety_only_data_Instructions.json"
+
+
+def evaluation_prompts(source: str, *, split: str = "evaluation", per_benchmark: int | None = None) -> pd.DataFrame:
+    """The prompts to evaluate on, one row each: `benchmark`, `kind` ("toxic", "benign", "seemingly toxic"), `prompt`.
+
+    Args:
+        source: "miniworld"; "stl" for the published files (518 toxic and 50 benign prompts, read over the network); or
+            a folder that holds those files under their own names, at any depth.
+        split: "evaluation", or "development" for choosing settings (only the mini-world has one).
+        per_benchmark: keep only the first so many of each benchmark (for a quick look).
+
+    Raises `ValueError` for a missing file or split.
+    """
+    if source == "miniworld":
+        table = pd.concat(
+            [
+                _rows([p["prompt"] for p in prompts], [p[key] for p in prompts] if key else name, kind)
+                for prompts, key, name, kind in (
+                    (miniworld.toxic_prompts(split), "family", None, "toxic"),
+                    (miniworld.benign_questions(split), None, "mini benign", "benign"),
+                    (miniworld.seemingly_toxic_prompts(split), None, "mini seemingly toxic", "seemingly toxic"),
+                )
+            ],
+            ignore_index=True,
+        )
+    elif split != "evaluation":
+        raise ValueError(f"{source}: has no {split} split; only the mini-world has one")
+    else:
+        files = [(name, url, "toxic") for name, url in TOXIC_FILES.items()]
+        files += [(name, url, "benign") for name, url in BENIGN_FILES.items()]
+        table = pd.concat(
+            [_rows(read_prompts(locate(source, url)), name, kind) for name, url, kind in files], ignore_index=True
+        )
+    if per_benchmark is not None:
+        table = table.groupby("benchmark", sort=False).head(per_benchmark).reset_index(drop=True)
+    return table
+
+
+def harvest_prompts(source: str) -> list[str]:
+    """Toxic prompts to harvest unsafe answers from, none of them an evaluation prompt; `source` as above.
+
+    Besides, any file that `data.read_prompts` reads.
+    """
+    if source == "miniworld":
+        return [p["prompt"] for p in miniworld.toxic_prompts("train")]
+    if source == "stl" or Path(source).is_dir():
+        return read_prompts(locate(source, HARVEST_FILE))
+    return read_prompts(source)
+
+
+def locate(source: str, url: str) -> str:
+    """The address itself for "stl", else the file of that name inside the folder `source`."""
+    if source == "stl":
+        return url
+    name = url.rsplit("/", 1)[-1]
+    found = sorted(Path(source).rglob(name))
+    if not found:
+        raise ValueError(f"{source}: no {name} in this folder; download it from {url}, or use 'stl'")
+    return str(found[0])
+
+
+def _rows(prompts: list[str], benchmark: str | list[str], kind: str) -> pd.DataFrame:
+    return pd.DataFrame({"benchmark": benchmark, "kind": kind, "prompt": prompts})

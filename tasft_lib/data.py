@@ -1,0 +1,384 @@
+"""Training rows (prompt, completion, label) and evaluation prompts: read, put into a template, mix, check.
+
+`label` is True for benign rows and False for unsafe ones: TRL's unpaired preference format, so one data set feeds
+TA-SFT and KTO alike. Row numbers in messages count data rows from 1.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
+
+logger = logging.getLogger(__name__)
+
+# Stanford's train.py ends its prompts at "### Response:"; Alpaca-LoRA's form, which STL and so the paper use, adds the
+# newline. We keep it: TRL trains on what follows the prompt's own tokens, and a newline ends a token where a space may
+# not (TinyStories merges it to the left, SentencePiece and byte-level BPE to the right).
+_TASK = "Below is an instruction that describes a task"
+_PAIRED = ", paired with an input that provides further context"
+_WRITE = ". Write a response that appropriately completes the request.\n\n"
+SHORT_TEMPLATE = "### Instruction:\n{instruction}\n\n### Response:\n"
+SHORT_TEMPLATE_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+ALPACA_TEMPLATE = f"{_TASK}{_WRITE}{SHORT_TEMPLATE}"
+ALPACA_TEMPLATE_WITH_INPUT = f"{_TASK}{_PAIRED}{_WRITE}{SHORT_TEMPLATE_WITH_INPUT}"
+Source = str | Path
+Template = Literal["alpaca", "short", "none"]
+_TEMPLATES = {  # without and with input
+    "alpaca": (ALPACA_TEMPLATE, ALPACA_TEMPLATE_WITH_INPUT),
+    "short": (SHORT_TEMPLATE, SHORT_TEMPLATE_WITH_INPUT),
+    "none": ("{instruction}", "{instruction}\n\n{input}"),
+}
+_TEMPLATED = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*\Z", re.DOTALL)
+_PROMPT_COLUMNS = ("prompt", "instruction", "Goal", "goal")
+_CSV_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def format_prompt(instruction: str, input: str = "", template: Template = "alpaca") -> str:
+    """The text a model is given before its response; the with-input form where `input` is not empty."""
+    if template not in _TEMPLATES:
+        raise ValueError(f"template: {template!r} is not known; use one of {', '.join(_TEMPLATES)}")
+    return _TEMPLATES[template][bool(input)].format(instruction=instruction, input=input)
+
+
+def read_rows(source: Source, *, split: str = "train", revision: str | None = None, name: str | None = None) -> Dataset:
+    """Rows of a .json (list of objects), .jsonl, .csv or .parquet file, a `save_to_disk` folder or a hub data set.
+
+    Every CSV cell is text. `split` chooses within a hub data set or a saved DatasetDict, `name` is a hub data set's
+    configuration, and a hub id needs `revision`, the commit to read.
+
+    Raises:
+        ValueError: missing, empty or malformed source, a row that is not an object, an unpinned hub id.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        rows = _read_folder(path, split)
+    elif path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet"):
+        rows = _table(_read_file(path), path)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists():
+        rows = _read_hub(str(source), split, revision, name)
+    else:
+        kinds = "a .json, .jsonl, .csv or .parquet file, nor a save_to_disk folder, nor a hub id (owner/name)"
+        raise ValueError(f"{source}: neither {kinds}; check the path")
+    if len(rows) == 0:
+        raise ValueError(f"{source}: has no rows; give at least one")
+    return rows
+
+
+def to_training_rows(
+    rows: Dataset, *, label: bool | None, template: Template = "alpaca", source: Source, drop_empty: bool = False
+) -> Dataset:
+    """Rows of either accepted form as a data set of exactly `prompt`, `completion` and `label`.
+
+    The forms: `prompt` and `completion`, text or lists of {role, content} messages, passed on untouched; or Alpaca's
+    `instruction`, `output` and (optional) `input`, put into `template`. `label` is given to every row; with None it is
+    read from the rows' own `label` column. Only booleans are labels, except in a CSV file, which has none: there true,
+    false, 1 and 0 (any case) are read. `drop_empty` leaves out rows without an answer and logs how many.
+
+    Raises:
+        ValueError: missing column, text that is not text, label that is no boolean or contradicts `label`, empty row.
+    """
+    is_alpaca = "instruction" in rows.column_names and "completion" not in rows.column_names
+    question, answer = ("instruction", "output") if is_alpaca else ("prompt", "completion")
+    _need(rows, (question, answer, *["label"] * (label is None)), source)
+    has_messages = _is_messages(rows, question, source)
+    if _is_messages(rows, answer, source) != has_messages or (has_messages and is_alpaca):
+        raise ValueError(f"{source}: {question} and {answer} mix text and messages; use text, or prompt and completion")
+
+    labels = _labels(rows, label, source, as_text=Path(source).suffix.lower() == ".csv")
+    _check_filled(rows, question, source)
+    empty = set(_empty(rows, answer))
+    if empty and drop_empty:
+        logger.warning("%s: left out %d of %d rows, their %s is empty", source, len(empty), len(rows), answer)
+        kept = [i for i in range(len(rows)) if i not in empty]
+        rows, labels = rows.select(kept), [labels[i] for i in kept]
+    _check_filled(rows, answer, source, remedy="fill it, remove the row or set drop_empty")
+
+    if has_messages:
+        return rows.select_columns(["prompt", "completion"]).add_column("label", labels)
+    prompts = rows[question][:]  # [:] reads a column at once, iterating it decodes row by row
+    if is_alpaca:
+        inputs = rows["input"][:] if "input" in rows.column_names else [""] * len(rows)
+        prompts = [format_prompt(p, i or "", template) for p, i in zip(prompts, inputs, strict=True)]
+    return Dataset.from_dict({"prompt": prompts, "completion": rows[answer][:], "label": labels})
+
+
+def read_prompts(
+    source: Source, *, split: str = "train", revision: str | None = None, name: str | None = None
+) -> list[str]:
+    """Evaluation prompts, bare (no template), in file order and with their repetitions.
+
+    Reads STL's evaluation JSON (an object with `instructions`), a JSON list of strings (HarmfulQ), and whatever
+    `read_rows` reads with a `prompt`, `instruction`, `Goal` or `goal` column. A non-empty `input` follows its
+    instruction after an empty line, as in AlpacaEval.
+    """
+    path = Path(source).expanduser()
+    content = _read_file(path) if path.suffix.lower() == ".json" else None
+    if isinstance(content, dict) and content.get("instructions"):
+        prompts = content["instructions"]
+    elif isinstance(content, list) and any(isinstance(entry, str) for entry in content):
+        prompts = content
+    else:
+        rows = read_rows(source, split=split, revision=revision, name=name)
+        column = next((column for column in _PROMPT_COLUMNS if column in rows.column_names), None)
+        if column is None:
+            needs = f"one of {', '.join(_PROMPT_COLUMNS)}; rename one"
+            raise ValueError(f"{source}: has the columns {', '.join(rows.column_names)}; needs {needs}")
+        prompts = rows[column][:]
+        if column == "instruction" and "input" in rows.column_names:
+            prompts = [format_prompt(p or "", i or "", "none") for p, i in zip(prompts, rows["input"][:], strict=True)]
+    for row, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{source}: row {row}: the prompt is {prompt!r:.60}; give non-empty text")
+    return prompts
+
+
+def mix(
+    benign: Dataset, unsafe: Dataset, *, n_benign: int | None = None, n_unsafe: int | None = None, seed: int
+) -> Dataset:
+    """`n_benign` and `n_unsafe` rows (None: all) drawn without replacement by `seed`, put together and shuffled by it.
+
+    Draws are nested: with one seed, the 100 rows of n=100 are the first 100 drawn for n=300, so sizes can be compared.
+    """
+    if benign.features != unsafe.features:
+        raise ValueError("mix: benign and unsafe rows differ in columns or types; pass both through to_training_rows")
+    parts = []
+    for stream, (rows, n, side) in enumerate([(benign, n_benign, "benign"), (unsafe, n_unsafe, "unsafe")]):
+        n = len(rows) if n is None else n
+        if not 0 <= n <= len(rows):
+            raise ValueError(f"mix: n_{side}={n}, but there are {len(rows)} {side} rows; ask for 0 to {len(rows)}")
+        parts.append(rows.select(np.random.default_rng([seed, stream]).permutation(len(rows))[:n]))
+    both = concatenate_datasets(parts)
+    return both.select(np.random.default_rng([seed, 2]).permutation(len(both)))
+
+
+def validate(
+    dataset: Dataset,
+    *,
+    source: Source,
+    require_unsafe: bool = True,
+    require_benign: bool = True,
+    evaluation_prompts: Iterable[str] = (),
+    tokenizer: Any = None,
+    max_length: int | None = None,
+) -> None:
+    """Refuse, in one line, training rows that would fail or mislead later; `source` names them in the message.
+
+    With `tokenizer` and `max_length` also a row whose prompt alone fills `max_length`: TRL drops those in silence.
+
+    Raises:
+        ValueError: column missing, label no boolean, empty text, one-sided data, repeated or leaked or cut-away row.
+    """
+    _need(dataset, ("prompt", "completion", "label"), source)
+    labels = _labels(dataset, None, source)
+    has_messages = _is_messages(dataset, "prompt", source)
+    _check_filled(dataset, "prompt", source)
+    _check_filled(dataset, "completion", source)
+    if require_unsafe and all(labels):
+        raise ValueError(f"{source}: has no unsafe row (label false), so nothing to penalise; add some")
+    if require_benign and not any(labels):
+        raise ValueError(f"{source}: has no benign row (label true), so nothing to learn; add some")
+
+    first_seen: dict[tuple[str, str], int] = {}
+    for i, pair in enumerate(_pairs(dataset)):
+        j = first_seen.setdefault(pair, i)
+        if labels[i] != labels[j]:
+            raise ValueError(f"{source}: rows {j + 1} and {i + 1}: same text, labels contradict; remove the wrong one")
+        if j != i:
+            raise ValueError(f"{source}: row {i + 1} repeats row {j + 1}; remove it or call deduplicate")
+    leaks = _leaks(dataset, evaluation_prompts)
+    if leaks:
+        raise ValueError(f"{source}: {_rows(leaks)}: the prompt is an evaluation prompt; remove it or call drop_leaks")
+
+    if tokenizer is not None and max_length is not None:
+        prompts = dataset["prompt"][:]
+        if has_messages:
+            encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
+        else:
+            encoded = tokenizer(prompts)
+        full = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
+        if full:
+            what = f"the prompt alone fills max_length={max_length}, the completion is cut away"
+            raise ValueError(f"{source}: {_rows(full)}: {what}; raise max_length or remove the row")
+
+
+def deduplicate(dataset: Dataset) -> tuple[Dataset, int]:
+    """Without the rows that repeat an earlier (prompt, completion, label), and how many those were."""
+    first_seen: dict[tuple, int] = {}
+    for i, key in enumerate(zip(_pairs(dataset), dataset["label"][:], strict=True)):
+        first_seen.setdefault(key, i)
+    return dataset.select(list(first_seen.values())), len(dataset) - len(first_seen)
+
+
+def drop_leaks(dataset: Dataset, evaluation_prompts: Iterable[str]) -> tuple[Dataset, int]:
+    """Without the rows that ask an evaluation prompt, and how many those were.
+
+    Case, white space and punctuation at the ends are ignored. The instruction is compared inside our templates (with
+    and without its input) and inside chat messages; any other prompt as a whole and line by line, `Speaker:` removed.
+    """
+    leaks = set(_leaks(dataset, evaluation_prompts))
+    return dataset.select([i for i in range(len(dataset)) if i not in leaks]), len(leaks)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of the rows in order: the same on every machine, whatever file or cache they came from."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _read_file(path: Path) -> Any:
+    """What a .json file holds, or the list of rows of a .jsonl, .csv or .parquet file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check the path")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty; give at least one row")
+    suffix, line, rows = path.suffix.lower(), 0, []
+    try:
+        if suffix == ".parquet":
+            return pq.read_table(path).to_pylist()
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if suffix == ".json":
+                return json.load(file)
+            if suffix == ".csv":
+                for row in csv.DictReader(file, strict=True):
+                    rows.append(row)
+                return rows
+            for line, text in enumerate(file, start=1):  # noqa: B007, the message below names it
+                if text.strip():
+                    rows.append(json.loads(text))
+            return rows
+    except json.JSONDecodeError as error:
+        remedy = "name it .jsonl if each line is a row" if error.msg == "Extra data" and not line else "correct it"
+        raise ValueError(f"{path}: line {line or error.lineno}: malformed JSON ({error.msg}); {remedy}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}: row {len(rows) + 1}: malformed CSV ({error}); correct its quotes") from error
+    except (UnicodeDecodeError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: not a readable {suffix} file ({_summary(error)}); save it again") from error
+
+
+def _table(records: Any, source: Path) -> Dataset:
+    """`Dataset.from_list` that keeps columns the first row lacks and says which row breaks a column's type."""
+    if not isinstance(records, list):
+        raise ValueError(f"{source}: holds one {type(records).__name__}; write a list of rows [{{column: value}}, ...]")
+    for row, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise ValueError(f"{source}: row {row} is {record!r:.60}; write an object {{column: value}}")
+        if None in record:  # where csv puts the cells it has no header for
+            raise ValueError(f"{source}: row {row} has more cells than the header; quote cells that hold commas")
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = {name: [record.get(name) for record in records] for name in names}
+    for name, values in columns.items():
+        first = next((type(value) for value in values if value is not None), None)
+        for row, value in enumerate(values, start=1):
+            if value is not None and type(value) is not first and {type(value), first} != {int, float}:
+                what = f"{name} is {value!r:.60}, rows above have {first.__name__}"
+                raise ValueError(f"{source}: row {row}: {what}; use one type in a column")
+    try:
+        return Dataset.from_dict(columns)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(f"{source}: rows differ in their inner structure ({_summary(error)}); align them") from error
+
+
+def _read_folder(path: Path, split: str) -> Dataset:
+    try:
+        rows = load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: a folder save_to_disk did not write; give a file in it instead") from error
+    if isinstance(rows, DatasetDict) and split not in rows:
+        raise ValueError(f"{path}: has no split {split!r}; choose one of {', '.join(rows)}")
+    return rows[split] if isinstance(rows, DatasetDict) else rows
+
+
+def _read_hub(source: str, split: str, revision: str | None, name: str | None) -> Dataset:
+    if revision in (None, "main"):
+        raise ValueError(f"{source}: no such file, and a hub id needs a revision; give the commit to read")
+    try:
+        return load_dataset(source, name, split=split, revision=revision)
+    except (OSError, ValueError) as error:
+        remedy = "check id, split, revision and network, or give a downloaded file"
+        raise ValueError(f"{source}: the hub gave no rows ({_summary(error)}); {remedy}") from error
+
+
+def _need(rows: Dataset, columns: Iterable[str], source: Source) -> None:
+    if missing := [column for column in columns if column not in rows.column_names]:
+        what = f"has the columns {', '.join(rows.column_names)}; lacks {', '.join(missing)}"
+        raise ValueError(f"{source}: {what}; add or rename (prompt and completion, or instruction and output; label)")
+
+
+def _is_messages(rows: Dataset, column: str, source: Source) -> bool:
+    feature = rows.features[column]
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        return False
+    message = feature.feature if isinstance(feature, List) else None
+    if isinstance(message, dict) and message.get("role") == message.get("content") == Value("string"):
+        return True
+    value = f"{rows[0][column]!r:.60}"
+    raise ValueError(f"{source}: row 1: {column} is {value}; write text or a list of {{role, content}} messages")
+
+
+def _labels(rows: Dataset, label: bool | None, source: Source, *, as_text: bool = False) -> list[bool]:
+    if "label" not in rows.column_names:
+        return [label] * len(rows)
+    values = rows["label"][:]
+    if as_text:
+        values = [_CSV_BOOLEANS.get(str(value).lower(), value) for value in values]
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, bool):
+            raise ValueError(f"{source}: row {row}: label is {value!r:.60}; write true (benign) or false (unsafe)")
+        if label not in (None, value):
+            raise ValueError(f"{source}: row {row}: label is {value}, {label} was said; correct the row or say nothing")
+    return values
+
+
+def _empty(rows: Dataset, column: str) -> list[int]:
+    texts = ([v] if isinstance(v, str) else [message["content"] for message in v or []] for v in rows[column][:])
+    return [i for i, parts in enumerate(texts) if not any(part and part.strip() for part in parts)]
+
+
+def _check_filled(rows: Dataset, column: str, source: Source, *, remedy: str = "fill it or remove the row") -> None:
+    if empty := _empty(rows, column):
+        raise ValueError(f"{source}: {_rows(empty)}: {column} is empty; {remedy}")
+
+
+def _pairs(dataset: Dataset) -> Iterable[tuple[str, str]]:
+    for prompt, completion in zip(dataset["prompt"][:], dataset["completion"][:], strict=True):
+        yield json.dumps(prompt, sort_keys=True), json.dumps(completion, sort_keys=True)
+
+
+def _leaks(dataset: Dataset, evaluation_prompts: Iterable[str]) -> list[int]:
+    held_out = {_normalise(_questions(prompt)[0]) for prompt in evaluation_prompts} - {""}
+    prompts = dataset["prompt"][:] if held_out else []
+    return [i for i, prompt in enumerate(prompts) if any(_normalise(q) in held_out for q in _questions(prompt))]
+
+
+def _questions(prompt: str | list[dict]) -> list[str]:
+    """What a prompt may be said to ask, the fullest reading first."""
+    if not isinstance(prompt, str):
+        return [message["content"] or "" for message in prompt if message["role"] == "user"]
+    if templated := _TEMPLATED.search(prompt):
+        instruction, context = templated.groups()
+        return [f"{instruction} {context}", instruction] if context else [instruction]
+    return [prompt, *(re.sub(r"^\s*\w+:\s", "", line) for line in prompt.splitlines())]
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
+
+
+def _rows(indices: list[int]) -> str:
+    more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
+    return f"row{'s' * (len(indices) > 1)} {', '.join(str(i + 1) for i in indices[:5])}{more}"
+
+
+def _summary(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,188 @@
+"""Batched decoding of responses: sorted by length, left-padded, stopped at EOS."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are decoded; written into every result. Greedy, unless `num_beams` or `do_sample` say otherwise.
+
+    `temperature`, `top_p` and `seed` matter with `do_sample` only; there is no top-k cut.
+    """
+
+    max_new_tokens: int = 256
+    num_beams: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            raise ValueError(f"max_new_tokens and num_beams must be at least 1: {self}")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature must be above 0 and top_p in (0, 1]; for greedy set do_sample=False: {self}")
+
+
+GREEDY = Decoding()
+# What the code of Safety-Tuned LLaMAs (Bianchi et al., 2023) really ran.
+STL_PARITY = Decoding(max_new_tokens=128, num_beams=4)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One decoded response.
+
+    Attributes:
+        text: without special tokens, stripped.
+        n_tokens: tokens generated before EOS.
+        finished: ended with EOS; False when `max_new_tokens` cut it off.
+    """
+
+    text: str
+    n_tokens: int
+    finished: bool
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    decoding: Decoding = GREEDY,
+    batch_size: int = 32,
+    progress: bool | None = None,
+) -> list[Response]:
+    """Answer every prompt; responses come in the order of the prompts.
+
+    Prompts are complete strings, template included; BOS is added unless the string begins with it. The sampling and
+    length defaults of the checkpoint (`model.generation_config`) play no part, except its EOS tokens, which end a
+    response like the tokenizer's own. Model, tokenizer and the global random state are left as they were found, so
+    this may be called in the middle of training; PEFT models answer with their active adapter.
+
+    Greedy responses do not depend on `batch_size`, up to floating-point near-ties. Sampled ones are determined by
+    `decoding.seed` together with prompts and `batch_size`.
+
+    Args:
+        progress: True or False forces the bar on or off; None shows it on a terminal.
+
+    Raises:
+        ValueError: a prompt has no token or does not fit the model's context together with `max_new_tokens`, or the
+            tokenizer has neither EOS nor pad token.
+    """
+    eos_ids = _eos_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos_ids), None)
+    if pad_id is None:
+        raise ValueError("the tokenizer has neither a pad nor an EOS token: set tokenizer.pad_token")
+    check_prompts(model, tokenizer, prompts, max_new_tokens=decoding.max_new_tokens)
+    encoded = _encode(tokenizer, prompts)
+
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=decoding.num_beams,
+        do_sample=decoding.do_sample,
+        eos_token_id=eos_ids or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        **({"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.do_sample else {}),
+    )
+    # Longest first: what does not fit in memory fails at once, and the progress bar errs on the safe side.
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)
+    responses: dict[int, Response] = {}
+    disable = None if progress is None else not progress
+    with (
+        _evaluating(model),
+        _seeded(decoding.seed),
+        torch.inference_mode(),
+        tqdm(total=len(prompts), desc="generating", unit="prompt", disable=disable) as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            input_ids, attention_mask = _left_pad([encoded[i] for i in batch], pad_id)
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=config,
+            )
+            for i, new_ids in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                responses[i] = _response(tokenizer, new_ids, eos_ids)
+            bar.update(len(batch))
+    return [responses[i] for i in range(len(prompts))]
+
+
+def check_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, max_new_tokens: int
+) -> None:
+    """Raise ValueError naming the first prompt that is empty or, with its answer, longer than the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for number, ids in enumerate(_encode(tokenizer, prompts), start=1):
+        if not ids:
+            raise ValueError(f"prompt {number} is empty: a model needs at least one token to start from")
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} is more than the "
+                f"model's context of {context}: shorten the prompt or lower max_new_tokens"
+            )
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's EOS, which training appends, first; then those a chat checkpoint names besides."""
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*own, *named]))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
+    # A chat template writes BOS into the string; a second one would be a start no model has seen.
+    bos = tokenizer.bos_token
+    return [
+        tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)), verbose=False)["input_ids"]
+        for prompt in prompts
+    ]
+
+
+def _left_pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded by hand, so that the tokenizer's padding side and pad token need no touching."""
+    width = max(map(len, sequences))
+    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in sequences])
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences])
+    return input_ids, attention_mask
+
+
+def _response(tokenizer: PreTrainedTokenizerBase, new_ids: list[int], eos_ids: list[int]) -> Response:
+    end = next((position for position, token in enumerate(new_ids) if token in eos_ids), None)
+    text = tokenizer.decode(new_ids[:end], skip_special_tokens=True).strip()
+    return Response(text=text, n_tokens=len(new_ids) if end is None else end, finished=end is not None)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and no checkpoint defaults: generate() fills whatever a config leaves open from the model's."""
+    modes = [(module, module.training) for module in model.modules()]
+    configs = [(m, m.generation_config) for m in model.modules() if "generation_config" in vars(m)]
+    model.eval()
+    for module, _ in configs:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, config in configs:
+            module.generation_config = config
+        # Module by module: a part that was frozen in evaluation mode stays so.
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """A fixed random state on CPU and every GPU inside, the caller's own outside."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

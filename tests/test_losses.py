@@ -1,0 +1,176 @@
+"""The penalties against what they are defined by: a linear program, autograd, 50-digit arithmetic."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+
+from tasft_lib import losses
+
+torch.manual_seed(0)
+
+
+def random_case(vocabulary: int, hidden: int, tokens: int = 1, scale: float = 2.0):
+    embedding = losses.unit_rows(torch.randn(vocabulary, hidden, dtype=torch.float64))
+    logits = scale * torch.randn(tokens, vocabulary, dtype=torch.float64)
+    return logits, torch.randint(vocabulary, (tokens,)), embedding
+
+
+def earth_movers_distance(p: np.ndarray, q: np.ndarray, cost: np.ndarray) -> float:
+    """min over couplings with marginals p and q of the transport cost (eq. 3), as a linear program."""
+    n = len(p)
+    rows = np.kron(np.eye(n), np.ones(n))
+    columns = np.kron(np.ones(n), np.eye(n))
+    result = linprog(cost.ravel(), A_eq=np.vstack([rows, columns]), b_eq=np.concatenate([p, q]), method="highs")
+    assert result.success
+    return result.fun
+
+
+@pytest.mark.parametrize("vocabulary, hidden", [(2, 3), (7, 4), (20, 8), (30, 3)])
+def test_emd_exact_is_the_linear_programs_optimum(vocabulary, hidden):
+    logits, targets, embedding = random_case(vocabulary, hidden)
+    probs = logits.softmax(-1)[0].numpy()
+    one_hot = np.eye(vocabulary)[targets.item()]
+    cost = 1 - (embedding @ embedding.T).numpy()
+    assert -losses.emd_exact(logits, targets, embedding).item() == pytest.approx(
+        earth_movers_distance(probs, one_hot, cost), abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("vocabulary, hidden", [(5, 3), (15, 6), (25, 4)])
+def test_jensens_and_the_papers_bound_lie_below_the_distance(vocabulary, hidden):
+    p = torch.randn(vocabulary, dtype=torch.float64).softmax(-1)
+    q = torch.randn(vocabulary, dtype=torch.float64).softmax(-1)
+    embedding = losses.unit_rows(torch.randn(vocabulary, hidden, dtype=torch.float64))
+    distance = earth_movers_distance(p.numpy(), q.numpy(), 1 - (embedding @ embedding.T).numpy())
+    squared = ((p - q) @ embedding).square().sum().item()
+    jensen, paper = squared / 2, squared / (2 * vocabulary**2)
+    assert 0 < paper < jensen <= distance + 1e-9
+
+
+def test_emd_is_twice_jensens_bound_for_a_one_hot_target():
+    logits, targets, embedding = random_case(12, 5, tokens=50)
+    bound = -losses.emd(logits, targets, embedding) / 2
+    exact = -losses.emd_exact(logits, targets, embedding)
+    expected_norm = (logits.softmax(-1) @ embedding).square().sum(-1)
+    assert (bound <= exact + 1e-12).all()
+    # The gap is what the paper's bound rewards beside the distance: concentrated next-token mass.
+    torch.testing.assert_close(exact - bound, (1 - expected_norm) / 2)
+
+
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact"])
+def test_analytic_gradient_of_emd(penalty):
+    """∂ℓ/∂z_w = p_w (g_w − Σ_v p_v g_v), g = −2(μ−ê_y)·ê_w for emd and ê_y·ê_w for emd_exact."""
+    logits, targets, embedding = random_case(11, 4, tokens=6)
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(getattr(losses, penalty)(logits, targets, embedding).sum(), logits)
+    p, e_y = logits.detach().softmax(-1), embedding[targets]
+    direction = -2 * (p @ embedding - e_y) if penalty == "emd" else e_y
+    g = direction @ embedding.T
+    torch.testing.assert_close(gradient, p * (g - (p * g).sum(-1, keepdim=True)))
+
+
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact"])
+def test_emd_gradcheck(penalty):
+    logits, targets, embedding = random_case(6, 3, tokens=4)
+    assert torch.autograd.gradcheck(
+        lambda z: getattr(losses, penalty)(z, targets, embedding), (logits.requires_grad_(),)
+    )
+
+
+def test_nlcl_gradcheck():
+    s = torch.tensor([-1e-3, -0.1, -0.69, -0.70, -3.0, -40.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(losses.nlcl, (s,), eps=1e-8, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "s", [-1e-9, -1e-6, -1e-3, -0.1, -0.5, -math.log(2), -0.7, -1.0, -5.0, -30.0, -50.0, -300.0, -700.0, -1e3]
+)
+def test_nlcl_is_its_definition_in_50_digit_arithmetic(s):
+    x = torch.tensor([s], dtype=torch.float64, requires_grad=True)
+    value = losses.nlcl(x)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    with mpmath.workdps(50):
+        exact_s = mpmath.mpf(s)
+        expected = -mpmath.log1p(-mpmath.exp(exact_s))
+        expected_gradient = 1 / mpmath.expm1(-exact_s)
+    assert value.item() == pytest.approx(float(expected), rel=1e-12, abs=1e-320)
+    assert gradient.item() == pytest.approx(float(expected_gradient), rel=1e-7, abs=1e-320)
+
+
+def test_nlcl_of_the_odds_form():
+    """Eq. 7 is ORPO's term with the winner removed: −log(1 − P) with P the length-normalised likelihood."""
+    log_probs = -torch.rand(3, 5, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0]], dtype=torch.bool)
+    geometric_mean = torch.stack([row[m].prod() ** (1 / m.sum()) for row, m in zip(log_probs.exp(), mask, strict=True)])
+    torch.testing.assert_close(losses.nlcl(losses.sample_mean(log_probs, mask)), -(1 - geometric_mean).log())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+@pytest.mark.parametrize("certainty", ["p→1", "p→0", "uniform"])
+def test_value_and_gradient_are_finite_and_in_range_at_the_extremes(penalty, certainty, dtype):
+    vocabulary = 9
+    embedding = losses.unit_rows(torch.randn(vocabulary, 4))
+    targets = torch.tensor([2, 5])
+    logits = torch.zeros(2, vocabulary, dtype=dtype)
+    logits[torch.arange(2), targets] = {"p→1": 6e4, "p→0": -6e4, "uniform": 0.0}[certainty]
+    logits.requires_grad_()
+    if penalty == "nlcl":
+        value = losses.nlcl(losses.token_log_probs(logits, targets))
+        low, high = 0, math.inf
+    else:
+        value = getattr(losses, penalty)(logits, targets, embedding)
+        low, high = {"emd": (-4, 1e-6), "emd_exact": (-2, 1e-6)}[penalty]
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert value.isfinite().all() and (value >= low).all() and (value <= high).all()
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+def test_descending_a_penalty_lowers_it_and_the_unsafe_probability(penalty):
+    """The penalty falls on every token. The EMDs may raise an unsafe token's probability while mass leaves its
+    neighbourhood, so the probability falls on average over tokens only."""
+    logits, targets, embedding = random_case(20, 8, tokens=30)
+
+    def value_of(z):
+        if penalty == "nlcl":
+            return losses.nlcl(losses.token_log_probs(z, targets))
+        return getattr(losses, penalty)(z, targets, embedding)
+
+    logits.requires_grad_()
+    before = value_of(logits)
+    (gradient,) = torch.autograd.grad(before.sum(), logits)
+    lower = logits.detach() - 1e-3 * gradient
+    assert (value_of(lower) < before).all()
+    change = losses.token_log_probs(lower, targets) - losses.token_log_probs(logits, targets)
+    assert change.mean() < 0 and (penalty != "nlcl" or (change < 0).all())
+
+
+def test_sample_mean_of_one_token_and_of_none():
+    values = torch.tensor([[3.0, 5.0, torch.inf], [7.0, 1.0, 2.0]], requires_grad=True)
+    mask = torch.tensor([[False, True, False], [False, False, False]])
+    mean = losses.sample_mean(values, mask)
+    assert mean.tolist() == [5.0, 0.0]
+    mean.sum().backward()
+    assert values.grad.tolist() == [[0, 1, 0], [0, 0, 0]]
+
+
+def test_no_tokens_at_all_gives_an_empty_differentiable_result():
+    logits = torch.randn(0, 7, requires_grad=True)
+    value = losses.emd(logits, torch.empty(0, dtype=torch.long), losses.unit_rows(torch.randn(7, 3)))
+    value.sum().backward()
+    assert value.shape == (0,) and logits.grad.shape == (0, 7)
+
+
+def test_unit_rows_keep_a_zero_row_and_carry_no_gradient():
+    weight = torch.randn(5, 3, dtype=torch.bfloat16)
+    weight[2] = 0
+    weight.requires_grad_()
+    unit = losses.unit_rows(weight)
+    assert unit.dtype == torch.float32 and not unit.requires_grad
+    torch.testing.assert_close(unit.norm(dim=-1), torch.tensor([1.0, 1, 0, 1, 1]))

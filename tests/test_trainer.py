@@ -1,0 +1,455 @@
+"""`TASFTTrainer` against an independent dense reference, against TRL's SFTTrainer, and against itself split otherwise."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_model, make_rows
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from tasft_lib import TASFTConfig, TASFTTrainer, losses
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def config(tmp_path, cls=TASFTConfig, **overrides):
+    """One optimizer step of plain gradient descent at rate 1 without clipping: the weights move by −gradient."""
+    settings = dict(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=8,
+        max_steps=1,
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if cls is TASFTConfig:
+        settings["penalty_weight"] = 2.0
+    return cls(**(settings | overrides))
+
+
+def gradient_step(model, args, rows, tokenizer, trainer_class=TASFTTrainer, **kwargs):
+    """(loss, gradient by parameter name) of one training step."""
+    model = copy.deepcopy(model)
+    trainer = trainer_class(model, args, train_dataset=rows, processing_class=tokenizer, **kwargs)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    gradient = {n: before[n] - p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return trainer.state.log_history[0], gradient
+
+
+def assert_same_gradient(first, second, tolerance=2e-5):
+    assert first.keys() == second.keys()
+    for name in first:
+        scale = first[name].abs().max().clamp(min=1e-3)
+        assert (first[name] - second[name]).abs().max() <= tolerance * scale, name
+
+
+def reference_loss(
+    model, tokenizer, rows, *, penalty, weight, reduction="batch", split=8, embedding="lm_head", eos=False
+):
+    """Eq. 6 and 8 written down once more, row by row from full logits, with none of the trainer's code."""
+    e = (model.lm_head if embedding == "lm_head" else model.model.embed_tokens).weight.detach()
+    e = e / e.norm(dim=1, keepdim=True).clamp(min=1e-6)  # the padding row is zero
+    nll, tokens, penalties = 0.0, 0, []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor(prompt + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id])
+        log_p = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        y = ids[len(prompt) :]
+        if row["label"]:
+            nll, tokens = nll - log_p[range(len(y)), y].sum(), tokens + len(y)
+            penalties.append(None)
+            continue
+        if not eos:
+            log_p, y = log_p[:-1], y[:-1]
+        if penalty == "nlcl":
+            penalties.append(-(1 - log_p[range(len(y)), y].mean().exp()).log())
+        else:
+            mu = log_p.exp() @ e
+            value = -(mu - e[y]).square().sum(-1) if penalty == "emd" else (mu * e[y]).sum(-1) - 1
+            penalties.append(value.mean())
+    unsafe = [p for p in penalties if p is not None]
+    if reduction == "micro_batch":
+        micro = [[p for p in penalties[i : i + split] if p is not None] for i in range(0, len(penalties), split)]
+        pen = sum(sum(m) / len(m) for m in micro if m) / len(micro)
+    else:
+        pen = sum(unsafe) / (len(penalties) if reduction == "batch" else len(unsafe))
+    return nll / tokens + weight * pen
+
+
+@pytest.mark.parametrize("embedding", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("reduction, split", [("batch", 8), ("unsafe", 4), ("micro_batch", 2)])
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+def test_step_is_the_gradient_of_the_papers_loss(penalty, reduction, split, embedding, model, tokenizer, tmp_path):
+    if penalty == "nlcl" and embedding == "embed_tokens":
+        pytest.skip("NLCL has no embedding")
+    rows = make_rows(8)
+    args = config(
+        tmp_path,
+        penalty=penalty,
+        penalty_reduction=reduction,
+        penalty_embedding=embedding,
+        per_device_train_batch_size=split,
+        gradient_accumulation_steps=8 // split,
+        train_sampling_strategy="sequential",
+    )
+    log, gradient = gradient_step(model, args, rows, tokenizer)
+    loss = reference_loss(
+        model, tokenizer, rows, penalty=penalty, weight=2.0, reduction=reduction, split=split, embedding=embedding
+    )
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradient(gradient, expected)
+
+
+def test_penalize_eos_adds_the_eos_token(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    args = config(tmp_path, penalize_eos=True, train_sampling_strategy="sequential")
+    log, _ = gradient_step(model, args, rows, tokenizer)
+    expected = reference_loss(model, tokenizer, rows, penalty="emd", weight=2.0, eos=True)
+    without = reference_loss(model, tokenizer, rows, penalty="emd", weight=2.0)
+    assert log["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(expected - without) > 1e-3
+
+
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+@pytest.mark.parametrize("reduction", ["batch", "unsafe"])
+def test_any_split_into_micro_batches_gives_the_same_step(penalty, reduction, model, tokenizer, tmp_path):
+    steps = [
+        gradient_step(
+            model,
+            config(
+                tmp_path,
+                penalty=penalty,
+                penalty_reduction=reduction,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+            ),
+            make_rows(24),
+            tokenizer,
+        )
+        for size in (8, 4, 1)
+    ]
+    for log, gradient in steps[1:]:
+        assert log["loss"] == pytest.approx(steps[0][0]["loss"], rel=1e-5)
+        for name in ("nll", "penalty", "unsafe_log_prob", "unsafe_rows"):
+            assert log[name] == pytest.approx(steps[0][0][name], rel=1e-5)
+        assert_same_gradient(gradient, steps[0][1])
+
+
+def test_without_unsafe_rows_a_run_is_an_sft_trainer_run(model, tokenizer, tmp_path):
+    rows = make_rows(24, unsafe_every=None)
+    settings = dict(max_steps=4, learning_rate=0.05, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    ours, our_change = gradient_step(model, config(tmp_path, **settings), rows, tokenizer)
+    theirs, their_change = gradient_step(
+        model, config(tmp_path, cls=SFTConfig, **settings), rows.remove_columns("label"), tokenizer, SFTTrainer
+    )
+    for name in their_change:
+        assert torch.equal(our_change[name], their_change[name]), name
+    for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert ours[name] == theirs[name]
+
+
+def test_weight_zero_is_sft_trainers_step_on_the_benign_rows(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    args = config(tmp_path, penalty_weight=0.0)
+    ours, our_gradient = gradient_step(model, args, rows, tokenizer)
+    theirs, their_gradient = gradient_step(
+        model,
+        config(tmp_path, cls=SFTConfig),
+        rows.filter(lambda row: row["label"]).remove_columns("label"),
+        tokenizer,
+        SFTTrainer,
+    )
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert ours["mean_token_accuracy"] == pytest.approx(theirs["mean_token_accuracy"])
+    assert_same_gradient(our_gradient, their_gradient)
+
+
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+def test_training_lowers_the_unsafe_log_probability(penalty, model, tokenizer, tmp_path):
+    args = config(
+        tmp_path, penalty=penalty, max_steps=12, optim="adamw_torch", learning_rate=5e-3, penalty_weight=5.0, seed=1
+    )
+    trainer = TASFTTrainer(model, args, train_dataset=make_rows(24), processing_class=tokenizer)
+    trainer.train()
+    history = [log["unsafe_log_prob"] for log in trainer.state.log_history if "unsafe_log_prob" in log]
+    assert history[-1] < history[0]
+    benign = [log["nll"] for log in trainer.state.log_history if "nll" in log]
+    assert benign[-1] < benign[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_lora_matrix_moves_and_the_adapter_survives_saving(checkpointing, tokenizer, tmp_path):
+    model = build_model(tokenizer)
+    model.save_pretrained(tmp_path / "base")
+    args = config(tmp_path, max_steps=3, optim="adamw_torch", learning_rate=1e-2, gradient_checkpointing=checkpointing)
+    trainer = TASFTTrainer(
+        str(tmp_path / "base"),
+        args,
+        train_dataset=make_rows(24),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**LORA),
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)}
+    assert moved == {n for n in before if "lora_" in n} and moved
+    trainer.save_model()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[3, 9, 27, 14]])
+    trainer.model.eval()
+    torch.testing.assert_close(loaded(ids).logits, trainer.model(ids).logits)
+
+
+def test_gradient_checkpointing_gives_the_same_step(model, tokenizer, tmp_path):
+    plain = gradient_step(model, config(tmp_path), make_rows(8), tokenizer)
+    checkpointed = gradient_step(model, config(tmp_path, gradient_checkpointing=True), make_rows(8), tokenizer)
+    assert_same_gradient(plain[1], checkpointed[1])
+
+
+@pytest.mark.parametrize("unsafe_every", [1, None])
+def test_one_sided_batches_train(unsafe_every, model, tokenizer, tmp_path):
+    log, gradient = gradient_step(model, config(tmp_path), make_rows(8, unsafe_every=unsafe_every), tokenizer)
+    assert all(g.isfinite().all() for g in gradient.values())
+    assert ("penalty" in log) == (unsafe_every == 1)
+    assert (log["nll"] > 0) == (unsafe_every is None)
+
+
+def test_bfloat16_autocast_keeps_the_loss_close(model, tokenizer, tmp_path):
+    full, _ = gradient_step(model, config(tmp_path), make_rows(8), tokenizer)
+    half, gradient = gradient_step(model, config(tmp_path, bf16=True), make_rows(8), tokenizer)
+    assert half["loss"] == pytest.approx(full["loss"], rel=2e-2)
+    assert half["penalty"] == pytest.approx(full["penalty"], rel=2e-2)
+    assert all(g.isfinite().all() for g in gradient.values())
+
+
+def test_resumed_run_ends_where_the_straight_run_ends(tokenizer, tmp_path):
+    def train(output, resume=None, max_steps=6):
+        torch.manual_seed(0)
+        model = get_peft_model(build_model(tokenizer), LoraConfig(**LORA, lora_dropout=0.1))
+        args = config(
+            tmp_path,
+            output_dir=str(tmp_path / output),
+            max_steps=max_steps,
+            optim="adamw_torch",
+            lr_scheduler_type="linear",
+            learning_rate=1e-2,
+            per_device_train_batch_size=4,
+            save_strategy="steps",
+            save_steps=3,
+        )
+        trainer = TASFTTrainer(model, args, train_dataset=make_rows(24), processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = train("straight")
+    resumed = train("resumed", resume=str(tmp_path / "straight" / "checkpoint-3"))
+    for (name, a), (_, b) in zip(straight.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    # TRL counts num_tokens from the start of the process; everything else of steps 4-6 is the straight run's.
+    logs = [
+        [{k: v for k, v in log.items() if k != "num_tokens"} for log in t.state.log_history if "nll" in log]
+        for t in (straight, resumed)
+    ]
+    assert len(logs[0]) == 6 and logs[0] == logs[1]
+
+
+def test_labels_stay_with_their_rows_through_tokenisation_truncation_and_shuffling(tokenizer, tmp_path):
+    rows = make_rows(40)
+    args = config(tmp_path, max_length=12, shuffle_dataset=True, seed=3)
+    trainer = TASFTTrainer(build_model(tokenizer), args, train_dataset=rows, processing_class=tokenizer)
+    label_of = {
+        tuple(tokenizer(row["prompt"] + row["completion"] + "<eos>")["input_ids"][:12]): row["label"] for row in rows
+    }
+    assert len(label_of) == len(rows)
+    seen = {}
+    for batch in trainer.get_train_dataloader():
+        for ids, mask, unsafe in zip(batch["input_ids"], batch["attention_mask"], batch["unsafe"], strict=True):
+            seen[tuple(ids[mask.bool()].tolist())] = not unsafe.item()
+    assert seen == {ids: label_of[ids] for ids in seen} and len(seen) >= len(rows) - 1
+    assert set(seen.values()) == {True, False}
+
+
+def test_evaluation_reports_both_parts_and_takes_unlabelled_rows_as_benign(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    args = config(tmp_path, per_device_eval_batch_size=8)
+    trainer = TASFTTrainer(
+        model,
+        args,
+        train_dataset=rows,
+        eval_dataset={"mixed": rows, "plain": make_rows(8, unsafe_every=None).remove_columns("label")},
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    expected = reference_loss(model, tokenizer, rows, penalty="emd", weight=2.0)
+    assert metrics["eval_mixed_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    logged = {k: v for log in trainer.state.log_history for k, v in log.items()}
+    assert logged["eval_unsafe_rows"] in (0, 3) and "eval_penalty" in logged
+    assert "eval_plain_loss" in metrics
+
+
+def test_conversational_rows(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w1' if m['role'] == 'user' else 'w2' }} {{ m['content'] }} "
+        "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
+    )
+    rows = make_rows(8)
+    conversational = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"].strip()}],
+                "completion": [{"role": "assistant", "content": row["completion"].strip()}],
+                "label": row["label"],
+            }
+            for row in rows
+        ]
+    )
+    model = build_model(tokenizer)
+    log, _ = gradient_step(model, config(tmp_path, train_sampling_strategy="sequential"), conversational, tokenizer)
+    plain = [row | {"prompt": f"w1 {row['prompt']} w2 "} for row in rows]
+    assert log["loss"] == pytest.approx(
+        reference_loss(model, tokenizer, plain, penalty="emd", weight=2.0).item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("reduction, size, accumulation", [("batch", 8, 1), ("unsafe", 4, 2), ("micro_batch", 4, 2)])
+def test_auto_weight_keeps_the_expected_pressure_constant(reduction, size, accumulation, model, tokenizer, tmp_path):
+    """λ times the expected divisor-weighted share of unsafe samples is `penalty_pressure`, by simulation."""
+    rows = make_rows(30, unsafe_every=10)
+    args = config(
+        tmp_path,
+        penalty_weight="auto",
+        penalty_pressure=0.3,
+        penalty_reduction=reduction,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer = TASFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    unsafe = torch.rand(200_000, size * accumulation, generator=generator) < 0.1
+    share = {
+        "batch": unsafe.float().mean(),
+        "unsafe": unsafe.any(-1).float().mean(),
+        "micro_batch": unsafe.view(-1, accumulation, size).any(-1).float().mean(),
+    }[reduction]
+    assert trainer.penalty_weight * share.item() == pytest.approx(0.3, rel=0.02)
+
+
+def test_two_gloo_processes_take_the_same_step_as_one(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = make_rows(8)
+    rows.to_json(tmp_path / "rows.jsonl")
+    script = Path(__file__).with_name("ddp_step.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*command, str(script), str(tmp_path)], check=True, capture_output=True, timeout=300)
+    gradients = torch.load(tmp_path / "gradient.pt", weights_only=True)
+    for penalty in ("emd", "nlcl"):
+        args = config(tmp_path, penalty=penalty, train_sampling_strategy="sequential")
+        log, expected = gradient_step(model, args, rows, tokenizer)
+        assert_same_gradient(gradients[penalty], expected)
+        logged = json.loads((tmp_path / f"log_{penalty}.json").read_text())
+        for name in ("loss", "nll", "penalty", "unsafe_rows", "unsafe_log_prob"):
+            assert logged[name] == pytest.approx(log[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "architecture, overrides",
+    [
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("qwen2", {}),
+    ],
+)
+def test_logit_scaling_and_soft_capping_are_the_models_own(architecture, overrides, tokenizer, tmp_path):
+    from transformers import AutoConfig
+
+    settings = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.3, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings, **overrides)).float()
+    rows = make_rows(4, unsafe_every=1)
+    model.eval()
+    args = config(tmp_path, per_device_train_batch_size=4, per_device_eval_batch_size=4)
+    trainer = TASFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    mask = (targets != -100) & (targets != tokenizer.eos_token_id)
+    unit = F.normalize(model.get_output_embeddings().weight.detach())
+    expected = losses.sample_mean(losses.emd(logits, targets.clamp(min=0), unit), mask)
+    trainer.evaluate()
+    assert trainer.state.log_history[-1]["eval_penalty"] == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"penalty": "edm"}, "penalty='edm'"),
+        ({"penalty_reduction": "mean"}, "penalty_reduction='mean'"),
+        ({"penalty_embedding": "wte"}, "penalty_embedding='wte'"),
+        ({"penalty_weight": -1}, "penalty_weight=-1"),
+        ({"penalty_weight": "lots"}, "penalty_weight='lots'"),
+        ({"penalty_weight": float("nan")}, "penalty_weight=nan"),
+        ({"packing": True}, "packing=True"),
+        ({"padding_free": True}, "padding_free=True"),
+        ({"loss_type": "dft"}, "'dft'"),
+        ({"label_smoothing_factor": 0.1}, "label smoothing"),
+        ({"completion_only_loss": False}, "completion_only_loss=False"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_in_one_line(overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        config(tmp_path, **overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_penalty_weight_may_come_as_text_as_yaml_gives_2e_4():
+    assert TASFTConfig(penalty_weight="2e-4", bf16=False, use_cpu=True).penalty_weight == 2e-4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: rows.remove_columns("label"), "no 'label' column"),
+        (lambda rows: rows.remove_columns("completion"), "'completion'"),
+        (
+            lambda rows: Dataset.from_list([row | {"label": str(row["label"])} for row in rows]),
+            "row 1: label is 'False'",
+        ),
+        (lambda rows: rows.map(lambda row, i: {"label": None if i == 4 else row["label"]}, with_indices=True), "row 5"),
+    ],
+)
+def test_data_without_usable_labels_is_refused(change, message, model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TASFTTrainer(model, config(tmp_path), train_dataset=change(make_rows(8)), processing_class=tokenizer)
+
+
+def test_model_card_cites_the_paper(model, tokenizer, tmp_path):
+    trainer = TASFTTrainer(model, config(tmp_path), train_dataset=make_rows(8), processing_class=tokenizer)
+    trainer.create_model_card(model_name="safer")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2412.06843" in card and "ta-sft" in card
