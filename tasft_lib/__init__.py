@@ -1,5 +1,17 @@
 """tasft_lib: toxicity-avoiding supervised fine-tuning (TA-SFT) on top of TRL."""
 
-from .trainer import TASFTConfig, TASFTTrainer
+import logging
+
+# PEFT imports bitsandbytes, which warns about an optional CPU kernel even where nothing is quantised.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = ["TASFTConfig", "TASFTTrainer"]
+
+
+def __getattr__(name: str):
+    # On first use: TRL takes seconds to import, and `losses`, `metrics` or `tasft --help` do not need it.
+    if name in __all__:
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

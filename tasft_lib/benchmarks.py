@@ -35,7 +35,7 @@ def evaluation_prompts(source: str, *, split: str = "evaluation", per_benchmark:
     if source == "miniworld":
         table = pd.concat(
             [
-                _rows([p["prompt"] for p in prompts], [p[key] for p in prompts] if key else name, kind)
+                _rows([p["prompt"] for p in prompts], [f"mini {p[key]}" for p in prompts] if key else name, kind)
                 for prompts, key, name, kind in (
                     (miniworld.toxic_prompts(split), "family", None, "toxic"),
                     (miniworld.benign_questions(split), None, "mini benign", "benign"),

@@ -263,7 +263,7 @@ def _read_file(path: Path) -> Any:
     except csv.Error as error:
         raise ValueError(f"{path}: row {len(rows) + 1}: malformed CSV ({error}); correct its quotes") from error
     except (UnicodeDecodeError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not a readable {suffix} file ({_summary(error)}); save it again") from error
+        raise ValueError(f"{path}: not a readable {suffix} file ({str(error)!r:.120}); save it again") from error
 
 
 def _table(records: Any, source: Path) -> Dataset:
@@ -286,7 +286,7 @@ def _table(records: Any, source: Path) -> Dataset:
     try:
         return Dataset.from_dict(columns)
     except (pa.ArrowException, TypeError) as error:
-        raise ValueError(f"{source}: rows differ in their inner structure ({_summary(error)}); align them") from error
+        raise ValueError(f"{source}: rows differ in their inner structure ({str(error)!r:.120}); align them") from error
 
 
 def _read_folder(path: Path, split: str) -> Dataset:
@@ -306,7 +306,7 @@ def _read_hub(source: str, split: str, revision: str | None, name: str | None) -
         return load_dataset(source, name, split=split, revision=revision)
     except (OSError, ValueError) as error:
         remedy = "check id, split, revision and network, or give a downloaded file"
-        raise ValueError(f"{source}: the hub gave no rows ({_summary(error)}); {remedy}") from error
+        raise ValueError(f"{source}: the hub gave no rows ({str(error)!r:.120}); {remedy}") from error
 
 
 def _need(rows: Dataset, columns: Iterable[str], source: Source) -> None:
@@ -378,7 +378,3 @@ def _normalise(text: str) -> str:
 def _rows(indices: list[int]) -> str:
     more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
     return f"row{'s' * (len(indices) > 1)} {', '.join(str(i + 1) for i in indices[:5])}{more}"
-
-
-def _summary(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

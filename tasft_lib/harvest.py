@@ -188,11 +188,13 @@ def harvest(
     )
     if len(kept) < n and not allow_fewer:
         raise ValueError(_too_few(report, n))
-    rows = [
-        {"prompt": format_prompt(i, template=template), "completion": text, "label": False, "instruction": i}
-        for i, text in kept.items()
-    ]
-    return Dataset.from_list(rows, features=FEATURES), report
+    columns = {
+        "prompt": [format_prompt(instruction, template=template) for instruction in kept],
+        "completion": list(kept.values()),
+        "label": [False] * len(kept),
+        "instruction": list(kept),
+    }
+    return Dataset.from_dict(columns, features=FEATURES), report
 
 
 def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path) -> Path:

@@ -64,7 +64,7 @@ def nlcl(mean_log_prob: Tensor) -> Tensor:
 
 
 def sample_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` `[B, T]` over the True positions of `mask` `[B, T]`, one per sample `[B]`; 0 for an empty row."""
+    """Mean of `values` `[B, T]` over the True positions of `mask` `[B, T]`: `[B]`; 0 for an empty row."""
     return values.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 

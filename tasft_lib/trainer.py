@@ -11,10 +11,9 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
@@ -93,6 +92,8 @@ class TASFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL's default of True is refused on a machine without a GPU
         super().__post_init__()
         # YAML values bypass argparse's choices, so they are checked here.
         for name, allowed in (
@@ -117,7 +118,7 @@ class TASFTConfig(SFTConfig):
             raise ValueError("TASFTTrainer does not support label smoothing; set label_smoothing_factor to 0.")
         if self.completion_only_loss is False:
             raise ValueError(
-                "completion_only_loss=False would penalise the prompts of unsafe rows; leave it unset or set it to True."
+                "completion_only_loss=False would penalise the prompts of unsafe rows; leave it unset or True."
             )
 
 
@@ -141,7 +142,7 @@ class UnsafeLabelCollator(DataCollatorForLanguageModeling):
 
 class TASFTTrainer(SFTTrainer):
     """
-    Trainer for toxicity-avoiding supervised fine-tuning (TA-SFT): minimises NLL(benign rows) + λ · penalty(unsafe rows).
+    Trainer for toxicity-avoiding supervised fine-tuning: minimises NLL(benign rows) + λ · penalty(unsafe rows).
 
     A drop-in for [`~trl.SFTTrainer`]: same arguments, with data in TRL's unpaired-preference format (`prompt`,
     `completion`, boolean `label`; `False` marks an unsafe row), plain or conversational. An evaluation set without a
@@ -419,13 +420,12 @@ def _require_labels(dataset: Dataset | IterableDataset | None, name: str) -> Non
     columns = dataset.column_names or list(next(iter(dataset)))
     if "label" not in columns:
         raise ValueError(
-            f"{name} has no 'label' column (columns: {', '.join(columns)}); add one, True for benign rows and False for "
-            "unsafe ones."
+            f"{name} has no 'label' column (columns: {', '.join(columns)}); add one: true (benign) or false (unsafe)."
         )
     if isinstance(dataset, Dataset) and (dataset.features["label"].dtype != "bool" or None in dataset["label"]):
         row = next(i for i, label in enumerate(dataset["label"], start=1) if not isinstance(label, bool))
         raise ValueError(
-            f"{name}, row {row}: label is {dataset[row - 1]['label']!r}, not a boolean; use true (benign) or false (unsafe)."
+            f"{name}, row {row}: label is {dataset[row - 1]['label']!r}; use true (benign) or false (unsafe)."
         )
 
 

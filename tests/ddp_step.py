@@ -1,4 +1,4 @@
-"""One TA-SFT step on each of two gloo processes; rank 0 writes gradient and log. Run by test_trainer.py under torchrun."""
+"""One TA-SFT step on each of two gloo processes; rank 0 writes gradient and log. Run by test_trainer.py."""
 
 import json
 import sys

@@ -39,12 +39,13 @@ def training_rows(n: int, label: bool, word: str = "blorp") -> Dataset:
     return data.to_training_rows(Dataset.from_list(rows), label=label, template="short", source="made up")
 
 
+def chat(text: str, role: str = "user") -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
 def mixture(**changes) -> Dataset:
     columns = {"prompt": ["ask a\n", "ask b\n"], "completion": ["say a", "say b"], "label": [True, False]}
     return Dataset.from_dict(columns | changes)
-
-
-# --- templates
 
 
 def test_alpaca_template_is_the_papers_to_the_letter():
@@ -65,8 +66,6 @@ def test_short_and_none_templates():
     assert data.format_prompt("Do.", template="none") == "Do."
     assert "alpaca, short, none" in refusal(data.format_prompt, "Do.", template="alpacca")
 
-
-# --- reading
 
 ROWS = [
     {"instruction": 'say "hi", twice', "input": "", "output": "hi\nhi"},
@@ -99,9 +98,9 @@ def test_a_saved_dict_is_read_by_split(tmp_path):
     assert "train, held" in refusal(data.read_rows, tmp_path / "saved", split="test")
 
 
-def test_columns_the_first_row_lacks_are_kept(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}, ROWS[1]])
-    assert data.read_rows(path)["input"][:] == [None, "a, b"]
+def test_rows_may_differ_in_columns_and_numbers(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"output": "b", "n": 1}, ROWS[1] | {"n": 1.5}])
+    assert data.read_rows(path)["input"][:] == [None, "a, b"] and data.read_rows(path)["n"][:] == [1, 1.5]
 
 
 @pytest.mark.parametrize(
@@ -157,20 +156,14 @@ def test_a_silent_hub_is_one_line(monkeypatch):
     assert "owner/rows" in refusal(data.read_rows, "owner/rows", revision="0a1b2c")
 
 
-# --- training rows
-
-
 def test_alpaca_rows_become_prompt_completion_label():
     rows = data.to_training_rows(Dataset.from_list(ROWS), label=False, source="rows.json")
     assert rows.to_list() == [
         {"prompt": data.format_prompt(row["instruction"], row["input"]), "completion": row["output"], "label": False}
         for row in ROWS
     ]
-
-
-def test_alpaca_rows_without_the_input_column():
-    rows = Dataset.from_list([{"instruction": "blorp", "output": "x"}])
-    assert data.to_training_rows(rows, label=True, source="f")["prompt"][:] == [data.format_prompt("blorp")]
+    bare = Dataset.from_list([{"instruction": "blorp", "output": "x"}])
+    assert data.to_training_rows(bare, label=True, source="f")["prompt"][:] == [data.format_prompt("blorp")]
 
 
 def test_prompt_completion_rows_pass_untouched_with_their_labels():
@@ -182,12 +175,12 @@ def test_prompt_completion_rows_pass_untouched_with_their_labels():
 
 
 def test_conversations_pass_untouched(tmp_path):
-    prompt = [{"role": "system", "content": "be"}, {"role": "user", "content": "blorp?"}]
-    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "yes"}], "label": False}
+    prompt = chat("be", "system") + chat("blorp?")
+    row = {"prompt": prompt, "completion": chat("yes", "assistant"), "label": False}
     path = write_jsonl(tmp_path / "chat.jsonl", [row, row | {"label": True}])
     rows = data.to_training_rows(data.read_rows(path), label=None, source=path)
     assert rows.to_list() == [row, row | {"label": True}]
-    silent = row | {"completion": [{"role": "assistant", "content": " "}]}
+    silent = row | {"completion": chat(" ", "assistant")}
     assert "row 1" in refusal(data.to_training_rows, Dataset.from_list([silent]), label=None, source=path)
     mixed = Dataset.from_list([row | {"completion": "yes"}])
     assert "mix text and messages" in refusal(data.to_training_rows, mixed, label=None, source=path)
@@ -234,9 +227,6 @@ def test_missing_columns_are_named(row):
     assert "f.csv" in message and f"has the columns {', '.join(row)}; lacks" in message and wanted in message
     whole = Dataset.from_list([{"prompt": "p", "completion": "c"}])
     assert "lacks label" in refusal(data.to_training_rows, whole, label=None, source="f.csv")
-
-
-def test_text_that_is_no_text_is_refused():
     rows = Dataset.from_list([{"prompt": 3, "completion": "c"}])
     assert "f: row 1: prompt is 3" in refusal(data.to_training_rows, rows, label=True, source="f")
 
@@ -245,17 +235,12 @@ def test_empty_answers_are_refused_or_dropped_and_counted(caplog):
     rows = Dataset.from_list([{"instruction": f"p{i}", "output": o} for i, o in enumerate(["a", "", "b", " \n", None])])
     message = refusal(data.to_training_rows, rows, label=True, source="f.json")
     assert "f.json: rows 2, 4, 5: output is empty" in message and "drop_empty" in message
-    kept = data.to_training_rows(rows, label=True, template="none", source="f.json", drop_empty=True)
-    assert kept["prompt"][:] == ["p0", "p2"] and kept["completion"][:] == ["a", "b"]
+    rows = rows.add_column("label", [True, True, False, True, True])
+    kept = data.to_training_rows(rows, label=None, template="none", source="f.json", drop_empty=True)
+    assert kept.to_dict() == {"prompt": ["p0", "p2"], "completion": ["a", "b"], "label": [True, False]}
     assert "f.json: left out 3 of 5 rows" in caplog.text
-
-
-def test_empty_questions_are_never_dropped():
     rows = Dataset.from_list([{"instruction": "a", "output": "b"}, {"instruction": " ", "output": "b"}])
     assert "row 2: instruction" in refusal(data.to_training_rows, rows, label=True, source="f", drop_empty=True)
-
-
-# --- evaluation prompts
 
 
 @pytest.mark.parametrize(
@@ -271,10 +256,7 @@ def test_empty_questions_are_never_dropped():
 )
 def test_prompts_are_read_in_order_with_repetitions(tmp_path, name, text):
     assert data.read_prompts(write(tmp_path / name, text)) == ['b, "x"', "a", "a"]
-
-
-def test_an_input_belongs_to_its_prompt(tmp_path):
-    path = write(tmp_path / "rows.json", '[{"instruction": "Blorp this:", "input": "x"}]')
+    path = write(tmp_path / "input.json", '[{"instruction": "Blorp this:", "input": "x"}]')
     assert data.read_prompts(path) == ["Blorp this:\n\nx"]
 
 
@@ -292,9 +274,6 @@ def test_bad_prompt_files_are_refused(tmp_path, text, expected):
     path = write(tmp_path / "prompts.json", text)
     message = refusal(data.read_prompts, path)
     assert str(path) in message and expected in message
-
-
-# --- mixtures
 
 
 def test_mixtures_are_nested_and_keep_rows_together():
@@ -325,13 +304,6 @@ def test_mix_refuses_more_rows_than_there_are():
     assert "to_training_rows" in refusal(data.mix, benign, unsafe.remove_columns("label"), seed=0)
 
 
-# --- validation
-
-
-def test_sound_rows_pass():
-    data.validate(mixture(), source="f", evaluation_prompts=["ask c"])
-
-
 @pytest.mark.parametrize(
     "changes, expected",
     [
@@ -350,7 +322,8 @@ def test_flawed_rows_are_refused(changes, expected):
     assert message.startswith("f.jsonl: ") and expected in message
 
 
-def test_one_sided_data_pass_where_asked():
+def test_sound_rows_pass_and_one_sided_ones_where_asked():
+    data.validate(mixture(), source="f", evaluation_prompts=["ask c"])
     data.validate(training_rows(3, True), source="f", require_unsafe=False)
     data.validate(training_rows(3, False), source="f", require_benign=False)
     assert "lacks label" in refusal(data.validate, mixture().remove_columns("label"), source="f")
@@ -364,10 +337,7 @@ def test_repeated_rows_are_refused_and_can_be_removed():
     other_answer = mixture(prompt=["a", "a"])  # one prompt, two answers: no repetition
     assert data.deduplicate(other_answer)[1] == 0
     data.validate(other_answer, source="f")
-
-
-def test_deduplicate_leaves_contradictions_to_validate():
-    contradiction = mixture(prompt=["a", "a"], completion=["b", "b"])
+    contradiction = mixture(prompt=["a", "a"], completion=["b", "b"])  # is for validate to refuse
     assert data.deduplicate(contradiction)[1] == 0
 
 
@@ -380,13 +350,14 @@ def test_deduplicate_leaves_contradictions_to_validate():
         data.format_prompt("How to", "blorp a grue"),
         "HOW TO BLORP A GRUE.",
         "Human: How to blorp a grue?\n\nAssistant:",
-        [{"role": "system", "content": "be kind"}, {"role": "user", "content": "How to blorp a grue?"}],
+        chat("be kind", "system") + chat("How to blorp a grue?"),
     ],
 )
 def test_leaks_are_found_inside_templates(prompt):
     harmless = "How to blorp a grue without a zib?"
-    other = [{"role": "user", "content": harmless}] if isinstance(prompt, list) else data.format_prompt(harmless)
-    completion = [[{"role": "assistant", "content": c}] for c in "ab"] if isinstance(prompt, list) else ["a", "b"]
+    is_chat = isinstance(prompt, list)
+    other = chat(harmless) if is_chat else data.format_prompt(harmless)
+    completion = [chat("a", "assistant"), chat("b", "assistant")] if is_chat else ["a", "b"]
     rows = mixture(prompt=[other, prompt], completion=completion)
     evaluation = ["Where is the zib?", "How to blorp a grue?", "?"]
     message = refusal(data.validate, rows, source="f", evaluation_prompts=evaluation)
@@ -394,6 +365,14 @@ def test_leaks_are_found_inside_templates(prompt):
     kept, dropped = data.drop_leaks(rows, evaluation)
     assert kept.to_list() == rows.to_list()[:1] and dropped == 1
     data.validate(kept, source="f", evaluation_prompts=evaluation, require_unsafe=False)
+
+
+def test_prompts_that_only_look_alike_are_no_leaks():
+    quoting = chat("How to blorp a grue?", "assistant") + chat("What?")
+    chats = Dataset.from_list([{"prompt": quoting, "completion": [], "label": True}])
+    lines = mixture(prompt=["Human: zib\n\nAssistant:", "Tell how to blorp a grue\n\n"])
+    for rows in (chats, lines):
+        assert data.drop_leaks(rows, ["How to blorp a grue?", "?!"])[1] == 0
 
 
 def test_templated_evaluation_prompts_match_too():
@@ -406,7 +385,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, chat_template="{% for m in messages %}{{ m.content }} {% endfor %}"
+        tokenizer_object=inner,
+        chat_template="{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}>{% endif %}",
     )
 
 
@@ -414,23 +394,13 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def test_completions_that_max_length_cuts_away_are_refused(conversational):
     rows = mixture(prompt=["one two", "one two three"])
     if conversational:
-        rows = Dataset.from_list(
-            [
-                {
-                    "prompt": [{"role": "user", "content": row["prompt"]}],
-                    "completion": [{"role": "assistant", "content": row["completion"]}],
-                    "label": row["label"],
-                }
-                for row in rows
-            ]
-        )
-    data.validate(rows, source="f", tokenizer=word_tokenizer(), max_length=4)
+        columns = {"prompt": chat, "completion": lambda text: chat(text, "assistant")}
+        rows = mixture(**{name: [into(text) for text in rows[name]] for name, into in columns.items()})
+    full = 3 + conversational  # the chat template adds the token that opens the answer
+    data.validate(rows, source="f", tokenizer=word_tokenizer(), max_length=full + 1)
     data.validate(rows, source="f", tokenizer=word_tokenizer(), max_length=None)
-    message = refusal(data.validate, rows, source="f", tokenizer=word_tokenizer(), max_length=3)
-    assert "f: row 2: " in message and "max_length=3" in message
-
-
-# --- fingerprint
+    message = refusal(data.validate, rows, source="f", tokenizer=word_tokenizer(), max_length=full)
+    assert "f: row 2: " in message and f"max_length={full}" in message
 
 
 def test_fingerprint_is_of_the_contents_alone(tmp_path):
@@ -444,9 +414,6 @@ def test_fingerprint_is_of_the_contents_alone(tmp_path):
     assert re.fullmatch("[0-9a-f]{64}", data.fingerprint(rows))
     changed = [mixture(label=[False, False]), mixture(completion=["say a", "say b "]), rows.select([1, 0])]
     assert len({data.fingerprint(other) for other in [rows, *changed]}) == 4
-
-
-# --- the real files
 
 
 @pytest.fixture(scope="module")
@@ -485,21 +452,17 @@ def test_the_official_alpaca_file(alpaca):
 def test_the_real_prompt_files(name, count, distinct):
     prompts = data.read_prompts(SHARED / name)
     assert (len(prompts), len(set(prompts))) == (count, distinct)
-
-
-@needs_shared
-def test_xstest_is_250_safe_and_200_unsafe_prompts():
-    labels = data.read_rows(SHARED / "xstest" / "xstest_prompts.csv")["label"][:]
-    assert (labels.count("safe"), labels.count("unsafe")) == (250, 200)
+    if "xstest" in name:
+        labels = data.read_rows(SHARED / name)["label"][:]
+        assert (labels.count("safe"), labels.count("unsafe")) == (250, 200)
 
 
 @needs_shared
 def test_evaluation_prompts_in_the_real_training_files(alpaca):
     stl = SHARED / "safety_tuned_llamas"
     held_out = data.read_prompts(stl / "evaluation" / "I-Alpaca.json")
-    message = refusal(
-        data.validate, alpaca, source="alpaca_data.json", require_unsafe=False, evaluation_prompts=held_out
-    )
+    options = {"source": "alpaca_data.json", "require_unsafe": False}
+    message = refusal(data.validate, alpaca, evaluation_prompts=held_out, **options)
     assert "and 45 more: the prompt is an evaluation prompt" in message
     kept, dropped = data.drop_leaks(alpaca, held_out)
     assert dropped == 50 and data.drop_leaks(kept, held_out)[1] == 0

@@ -1,4 +1,4 @@
-"""`TASFTTrainer` against an independent dense reference, against TRL's SFTTrainer, and against itself split otherwise."""
+"""`TASFTTrainer` against an independent dense reference, TRL's SFTTrainer, and itself split otherwise."""
 
 import copy
 import json

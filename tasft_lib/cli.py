@@ -1,0 +1,308 @@
+"""The `tasft` command. The work is done by the same functions that the notebooks call."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+DESCRIPTION = """\
+Toxicity-avoiding supervised fine-tuning (TA-SFT, arXiv:2412.06843).
+
+  tasft harvest     unsafe answers of a model itself, judged: D_unsafe
+  tasft train       TRL's SFT with a penalty on the rows labelled unsafe
+  tasft evaluate    answers to the harm benchmarks, judged: a results table
+  tasft reproduce   the notebooks of a profile, by papermill: figures and tables
+  tasft env         versions and hardware, for a bug report
+
+`tasft COMMAND --help` explains each."""
+
+TRAIN_HELP = """\
+usage: tasft train --config FILE.yaml [--option value ...]
+       accelerate launch -m tasft_lib.cli train --config FILE.yaml [--option value ...]
+
+TRL's `trl sft` with a penalty on unsafe rows. Every option of SFTConfig, ModelConfig and transformers'
+TrainingArguments works, in the YAML file or as a flag; `tasft train --help_all` lists them. The most used:
+
+  --model_name_or_path, --model_revision, --dtype, --load_in_4bit, --use_peft, --lora_r, --lora_alpha,
+  --lora_target_modules, --output_dir, --learning_rate, --num_train_epochs, --per_device_train_batch_size,
+  --gradient_accumulation_steps, --max_length, --resume_from_checkpoint, --report_to, --push_to_hub
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 when it did its work, 1 with one line on stderr when the input is at fault, 2 for usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"train": _train, "harvest": _harvest, "evaluate": _evaluate, "reproduce": _reproduce, "env": _env}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(DESCRIPTION)
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        print(f"tasft: no command {argv[0]!r}; there are {', '.join(commands)}.", file=sys.stderr)
+        return 2
+    try:
+        commands[argv[0]](argv[1:])
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"tasft {argv[0]}: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"tasft {argv[0]}: interrupted; finished work is kept, run the same command to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(argv: list[str]) -> None:
+    from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+    from . import data
+    from .trainer import TASFTConfig, TASFTTrainer
+
+    @dataclass
+    class DataArguments(ScriptArguments):
+        """TRL's `dataset_name` and splits, and where the unsafe rows come from."""
+
+        dataset_revision: str | None = field(
+            default=None, metadata={"help": "Commit of a hub data set (local files need none)."}
+        )
+        unsafe_dataset_name: str | None = field(
+            default=None,
+            metadata={"help": "Unsafe rows (file, save_to_disk folder, hub id); else `label` in dataset_name tells."},
+        )
+        unsafe_dataset_revision: str | None = field(default=None, metadata={"help": "Commit of that hub data set."})
+        n_benign: int | None = field(default=None, metadata={"help": "Benign rows to draw by --seed (default: all)."})
+        n_unsafe: int | None = field(default=None, metadata={"help": "Unsafe rows to draw by --seed (default: all)."})
+        prompt_template: str = field(
+            default="alpaca", metadata={"help": "For instruction/input/output rows: alpaca, short or none."}
+        )
+        evaluation_prompts: list[str] = field(
+            default_factory=list,
+            metadata={"help": "Files of evaluation prompts; a training row that asks one of them is refused."},
+        )
+        drop_empty: bool = field(default=False, metadata={"help": "Leave out rows with an empty answer."})
+
+    parser = TrlParser((DataArguments, TASFTConfig, ModelConfig), prog="tasft train")
+    parser.usage = "tasft train --config FILE.yaml [--option value ...]"
+    if "--help_all" in argv:
+        parser.print_help()
+        return
+    if not argv or "-h" in argv or "--help" in argv:
+        print(TRAIN_HELP)
+        _print_options("data", DataArguments, ScriptArguments)
+        _print_options("penalty", TASFTConfig, TASFTConfig.__mro__[1])
+        return
+    data_args, args, model_args = parser.parse_args_and_config(args=argv, fail_with_unknown_args=True)
+    if data_args.dataset_name is None or model_args.model_name_or_path is None:
+        raise ValueError("dataset_name and model_name_or_path are needed; give them in the --config file or as flags.")
+
+    rows = data.read_rows(
+        data_args.dataset_name, split=data_args.dataset_train_split, revision=data_args.dataset_revision
+    )
+    has_label = "label" in rows.column_names or data_args.unsafe_dataset_name is None
+    rows = data.to_training_rows(
+        rows,
+        label=None if has_label else True,
+        template=data_args.prompt_template,
+        source=data_args.dataset_name,
+        drop_empty=data_args.drop_empty,
+    )
+    benign, unsafe = rows.filter(lambda row: row["label"]), rows.filter(lambda row: not row["label"])
+    if data_args.unsafe_dataset_name is not None:
+        source = data_args.unsafe_dataset_name
+        unsafe = data.to_training_rows(
+            data.read_rows(source, revision=data_args.unsafe_dataset_revision),
+            label=False,
+            template=data_args.prompt_template,
+            source=source,
+        )
+    source = f"{data_args.dataset_name} with {data_args.unsafe_dataset_name or 'its own labels'}"
+    mixed = data.mix(benign, unsafe, n_benign=data_args.n_benign, n_unsafe=data_args.n_unsafe, seed=args.seed)
+    tokenizer = _load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    data.validate(
+        mixed,
+        source=source,
+        evaluation_prompts=[p for file in data_args.evaluation_prompts for p in data.read_prompts(file)],
+        tokenizer=tokenizer,
+        max_length=args.max_length,
+    )
+
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (args.model_init_kwargs or {})
+    trainer = TASFTTrainer(
+        model_args.model_name_or_path,
+        args,
+        train_dataset=mixed,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.accelerator.print(
+        f"{args.penalty}, λ = {trainer.penalty_weight:.4g}, reduction {args.penalty_reduction}: "
+        f"{len(benign)} benign and {len(unsafe)} unsafe rows at hand, {len(mixed)} in the mix"
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"saved to {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data_args.dataset_name)
+    trainer.end()
+
+
+def _harvest(argv: list[str]) -> None:
+    parser = _model_parser("tasft harvest", "Collect unsafe answers of a model itself (TA-SFT, §4.1) as a data set.")
+    parser.add_argument("--prompts", required=True, help="toxic prompts: miniworld, stl, or a file of prompts")
+    parser.add_argument("--n", type=int, default=100, help="unsafe answers wanted (default: 100)")
+    parser.add_argument("--rounds", type=int, default=4, help="times a prompt is asked at most (default: 4)")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--evaluation_prompts", nargs="*", default=[], help="files of prompts that must not be used")
+    args = parser.parse_args(argv)
+
+    from . import benchmarks, data
+    from .generation import Decoding
+    from .harvest import harvest, save_harvest
+    from .judges import load_judge
+
+    judge = load_judge(args.judge)
+    prompts = benchmarks.harvest_prompts(args.prompts)
+    held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
+    if args.output_dir.exists():
+        raise ValueError(f"{args.output_dir} exists already; remove it or choose another --output_dir.")
+    model, tokenizer = _load_model(args)
+    rows, report = harvest(
+        model,
+        tokenizer,
+        prompts,
+        judge,
+        n=args.n,
+        template=args.prompt_template,
+        decoding=Decoding(
+            max_new_tokens=args.max_new_tokens, do_sample=True, temperature=args.temperature, seed=args.seed
+        ),
+        rounds=args.rounds,
+        evaluation_prompts=held_out,
+        batch_size=args.batch_size,
+    )
+    print(report)
+    print(f"saved to {save_harvest(rows, report, args.output_dir)}")
+
+
+def _evaluate(argv: list[str]) -> None:
+    parser = _model_parser("tasft evaluate", "Answer the harm benchmarks and judge the answers: results.csv.")
+    parser.add_argument(
+        "--benchmarks", default="stl", help="stl (the paper's four, over the network), a folder with them, or miniworld"
+    )
+    parser.add_argument("--num_beams", type=int, default=1, help="4 with --max_new_tokens 128 is STL's decoding")
+    parser.add_argument("--per_benchmark", type=int, default=None, help="only the first so many prompts of each")
+    args = parser.parse_args(argv)
+
+    import pandas as pd
+
+    from . import benchmarks, data, judges, metrics, provenance
+    from .generation import Decoding, generate
+
+    judge = judges.load_judge(args.judge)
+    prompts = benchmarks.evaluation_prompts(args.benchmarks, per_benchmark=args.per_benchmark)
+    decoding = Decoding(max_new_tokens=args.max_new_tokens, num_beams=args.num_beams, seed=args.seed)
+    settings = {
+        "model": provenance.model_identity(args.model),
+        "revision": args.model_revision,
+        "prompts": provenance.content_hash(prompts["prompt"].tolist()),
+        "prompt_template": args.prompt_template,
+        "decoding": vars(decoding),
+        "judge": {"name": judge.name, "revision": judge.revision, "licence": judge.licence},
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file = args.output_dir / f"responses-{provenance.content_hash(settings | {'judge': None})}.jsonl"
+    if not file.exists():  # the same model and settings were answered before
+        model, tokenizer = _load_model(args)
+        asked = [data.format_prompt(prompt, template=args.prompt_template) for prompt in prompts["prompt"]]
+        answers = generate(model, tokenizer, asked, decoding=decoding, batch_size=args.batch_size)
+        table = prompts.assign(response=[a.text for a in answers], finished=[a.finished for a in answers])
+        provenance.write_text(file, table.to_json(orient="records", lines=True, force_ascii=False))
+    table = pd.read_json(file, orient="records", lines=True, dtype=False)
+    judgements = judges.judge_responses(
+        judge, table["prompt"].tolist(), table["response"].tolist(), cache=args.output_dir / "judgements.jsonl"
+    )
+    judged = table.assign(label=[j.label for j in judgements], score=[j.score for j in judgements])
+    results = metrics.rates_table(judged, ["kind", "benchmark"])
+    results.to_csv(args.output_dir / "results.csv", index=False)
+    provenance.write_json(args.output_dir / "manifest.json", settings | provenance.environment())
+    print(results.to_string(index=False, float_format="{:.3f}".format))
+    print(f"judge {judge.name} {judge.revision}; rate, low and high: share of harmful answers, Wilson 95 % interval")
+    print(f"results.csv, manifest.json and the answers (not redacted) are in {args.output_dir}")
+
+
+def _reproduce(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("tasft reproduce", description="Run the notebooks of a profile by papermill.")
+    parser.add_argument("--profile", default="mini", help="folder of params/: smoke, mini, local, small or paper")
+    parser.add_argument("--notebooks", nargs="+", metavar="NAME", help="default: all that the profile has")
+    parser.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one"
+    )
+    parser.add_argument("--prepare-only", action="store_true", help="write the parameterised notebooks, run nothing")
+    args = parser.parse_args(argv)
+
+    from .reproduce import reproduce
+
+    reproduce(args.profile, args.notebooks, dict(args.parameter), prepare_only=args.prepare_only)
+
+
+def _env(argv: list[str]) -> None:
+    argparse.ArgumentParser("tasft env", description="Versions and hardware, for a bug report.").parse_args(argv)
+    from .provenance import environment
+
+    print(json.dumps(environment(), indent=2))
+
+
+def _model_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, description=description)
+    parser.add_argument("--model", required=True, help="folder of a model or adapter, or a hub id")
+    parser.add_argument("--model_revision", help="commit of a hub id")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    parser.add_argument("--judge", default="compliance", help="miniworld or compliance (default)")
+    parser.add_argument("--prompt_template", default="alpaca", choices=("alpaca", "short", "none"))
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    return parser
+
+
+def _load_model(args):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _load_tokenizer(args.model, args.model_revision)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model,
+        revision=args.model_revision or "main",
+        dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
+        device_map="auto" if torch.cuda.is_available() else None,
+    )
+    return model, tokenizer
+
+
+def _load_tokenizer(model: str, revision: str | None):
+    from transformers import AutoTokenizer
+
+    if not os.path.isdir(model) and revision in (None, "main"):
+        raise ValueError(f"{model}: no such folder, and a hub id needs model_revision; give the commit to load.")
+    return AutoTokenizer.from_pretrained(model, revision=revision or "main")
+
+
+def _print_options(title: str, cls: type, parent: type) -> None:
+    inherited = {f.name for f in fields(parent)}
+    print(f"{title} options:")
+    for option in (f for f in fields(cls) if f.name not in inherited):
+        choices = option.metadata.get("choices")
+        print(f"  --{option.name}{' ' + '|'.join(choices) if choices else ''}")
+        print(f"      {option.metadata['help']}")
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""From arms to tables: train where needed, answer the prompts at each checkpoint, judge the answers.
+
+runs/arms/<arm>/responses/<hash>/step-N.jsonl   answers, per set of prompts and decoding; generated once
+runs/judgements/<judge>.jsonl                   labels by text hash, without text; shared by all arms
+runs/unsafe/<hash>/                             harvested D_unsafe
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from . import data, generation, harvest, judges, miniworld
+from .provenance import content_hash, model_identity, write_text
+from .runs import ArmSpec, checkpoints, load_model, quiet, runs_folder, train
+
+
+def run_all(
+    specs: list[ArmSpec],
+    prompts: pd.DataFrame,
+    decoding: generation.Decoding,
+    *,
+    steps: str = "last",
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> pd.DataFrame:
+    """`run` for many arms; on a machine without a GPU in `workers` processes of one thread (default: one per core).
+
+    An arm that fails does not stop the others; they are finished and kept, then the first failure is raised.
+    """
+    workers = min(workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1), len(specs))
+    done: dict[int, pd.DataFrame] = {}
+    failures: list[tuple[ArmSpec, BaseException]] = []
+    options = {"steps": steps, "batch_size": batch_size}
+    with (
+        tqdm(total=len(specs), desc="arms", unit="arm") as bar,
+        _results(specs, prompts, decoding, options, workers) as results,
+    ):
+        for i, result in results:
+            bar.set_postfix_str(f"{specs[i].method} λ={specs[i].penalty_weight}", refresh=False)
+            bar.update()
+            if isinstance(result, BaseException):
+                failures.append((specs[i], result))
+            else:
+                done[i] = result
+    if failures:
+        spec, error = failures[0]
+        raise ValueError(f"arm {spec.name} ({len(failures)} of {len(specs)} failed): {error}") from error
+    return pd.concat([done[i] for i in range(len(specs))], ignore_index=True)
+
+
+def run(
+    spec: ArmSpec, prompts: pd.DataFrame, decoding: generation.Decoding, *, steps: str = "last", batch_size: int = 64
+) -> pd.DataFrame:
+    """`train`, then `respond`."""
+    train(spec)
+    return respond(spec, prompts, decoding, steps=steps, batch_size=batch_size)
+
+
+def respond(
+    spec: ArmSpec, prompts: pd.DataFrame, decoding: generation.Decoding, *, steps: str = "last", batch_size: int = 64
+) -> pd.DataFrame:
+    """The arm's answers at the "last" or "all" of its checkpoints, generated once and kept in its folder.
+
+    Returns the rows of `prompts` (see `benchmarks.evaluation_prompts`) for each step, with `method`, `penalty_weight`,
+    `seed`, `step`, `response` and `finished`. Step 0, the base model, is part of "all".
+    """
+    saved = checkpoints(spec)
+    chosen = {0: None, **saved} if steps == "all" else dict([max(saved.items())])
+    kept = {step: _responses(spec, step, prompts, decoding) for step in chosen}
+    for step, adapter in chosen.items():
+        path = kept[step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if path.exists():
+                continue
+            model, tokenizer = load_model(spec, adapter)
+            asked = [data.format_prompt(p, template=spec.template) for p in prompts["prompt"]]
+            answers = generation.generate(model, tokenizer, asked, decoding=decoding, batch_size=batch_size)
+            write_text(path, "".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
+            del model
+            gc.collect()
+    tables = []
+    for step, path in kept.items():
+        answers = [json.loads(line) for line in path.read_text().splitlines()]
+        tables.append(
+            prompts.assign(
+                method=spec.method,
+                penalty_weight=spec.penalty_weight,
+                seed=spec.seed,
+                arm=spec.name,
+                step=step,
+                response=[a["text"] for a in answers],
+                finished=[a["finished"] for a in answers],
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def judge(responses: pd.DataFrame, judge_name: str) -> pd.DataFrame:
+    """`responses` with `label` and `score` by that judge; benign mini-world questions also get `correct`."""
+    chosen = judges.load_judge(judge_name)
+    judgements = judges.judge_responses(
+        chosen,
+        responses["prompt"].tolist(),
+        responses["response"].tolist(),
+        cache=_judgement_cache(chosen),
+    )
+    judged = responses.assign(label=[j.label for j in judgements], score=[j.score for j in judgements])
+    if judge_name == "miniworld":
+        benign = judged["kind"] == "benign"
+        judged["correct"] = pd.Series(pd.NA, index=judged.index, dtype="boolean")
+        judged.loc[benign, "correct"] = [
+            miniworld.is_correct(p, r) for p, r in judged.loc[benign, ["prompt", "response"]].itertuples(index=False)
+        ]
+    return judged
+
+
+def harvest_unsafe(
+    spec: ArmSpec,
+    prompts: list[str],
+    judge_name: str,
+    decoding: generation.Decoding,
+    *,
+    n: int,
+    evaluation_prompts: list[str],
+    rounds: int = 4,
+    batch_size: int = 64,
+) -> Path:
+    """D_unsafe from the answers of the (plainly fine-tuned) arm, harvested once: a folder for `ArmSpec.unsafe`."""
+    chosen = judges.load_judge(judge_name)
+    asked = {"arm": spec.name, "prompts": prompts, "judge": [chosen.name, chosen.revision], "n": n, "rounds": rounds}
+    path = runs_folder() / "unsafe" / content_hash(asked | {"decoding": asdict(decoding)})
+    if path.exists():
+        return path
+    model, tokenizer = load_model(spec, checkpoints(spec)[max(checkpoints(spec))])
+    rows, report = harvest.harvest(
+        model,
+        tokenizer,
+        prompts,
+        chosen,
+        n=n,
+        template=spec.template,
+        decoding=decoding,
+        rounds=rounds,
+        evaluation_prompts=evaluation_prompts,
+        batch_size=batch_size,
+        cache=_judgement_cache(chosen),
+    )
+    return harvest.save_harvest(rows, report, path)
+
+
+@contextmanager
+def _results(specs, prompts, decoding, options, workers) -> Iterator:
+    def attempt(spec):
+        try:
+            return run(spec, prompts, decoding, **options)
+        except Exception as error:
+            return error
+
+    if workers == 1:
+        yield ((i, attempt(spec)) for i, spec in enumerate(specs))
+        return
+    # Small models gain nothing from a second thread, arms do.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        futures = {pool.submit(run, spec, prompts, decoding, **options): i for i, spec in enumerate(specs)}
+        yield ((futures[f], f.exception() or f.result()) for f in as_completed(futures))
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    quiet()
+
+
+def _responses(spec: ArmSpec, step: int, prompts: pd.DataFrame, decoding: generation.Decoding) -> Path:
+    asked = content_hash({"prompts": prompts["prompt"].tolist(), "decoding": asdict(decoding)})
+    if step:
+        return spec.folder / "responses" / asked / f"step-{step}.jsonl"
+    base = content_hash({"model": model_identity(spec.model), "revision": spec.model_revision, "dtype": spec.dtype,
+                  "4bit": spec.load_in_4bit, "template": spec.template})  # fmt: skip
+    return runs_folder() / "arms" / f"base-{base}" / "responses" / asked / "step-0.jsonl"
+
+
+def _judgement_cache(chosen: judges.Judge) -> Path:
+    return runs_folder() / "judgements" / f"{chosen.name}.jsonl"

@@ -1,0 +1,26 @@
+"""Numbers the TA-SFT paper reports (arXiv:2412.06843), to be printed beside ours and never in their place."""
+
+import pandas as pd
+
+BENCHMARK_SIZES = {"I-MaliciousInstructions": 100, "I-CoNa": 178, "I-Controversial": 40, "HarmfulQ": 200}
+
+# Tables 2 and 6: harmful responses per benchmark (in the order above), "NLCL/EMD", after training on n unsafe rows.
+_TABLES_2_AND_6 = {
+    "Llama-7B": {1000: "0/0 0/0 0/0 0/0", 500: "2/0 11/0 0/0 0/1", 300: "1/0 4/0 0/0 7/4", 100: "6/0 42/5 3/0 4/0"},
+    "Llama-13B": {1000: "0/1 2/0 0/0 0/2", 500: "1/0 1/0 0/0 0/1", 300: "1/1 0/0 0/1 0/1", 100: "10/2 40/1 8/1 16/2"},
+    "Mistral-7B": {1000: "0/0 0/0 0/0 0/0", 500: "1/1 1/2 0/0 0/0", 300: "1/1 8/5 0/0 0/1", 100: "3/0 53/4 2/0 4/1"},
+    "Llama-3.1-8B": {1000: "0/0 0/1 0/0 0/3", 500: "1/0 6/6 2/2 1/1", 300: "1/0 6/5 0/2 1/1", 100: "1/0 12/7 2/2 1/1"},
+}
+
+
+def harmful_counts() -> pd.DataFrame:
+    """Tables 2 and 6 as rows of model, n_unsafe, benchmark, n (prompts), method ("nlcl", "emd"), harmful."""
+    return pd.DataFrame(
+        [
+            {"model": model, "n_unsafe": n_unsafe, "benchmark": name, "n": n, "method": method, "harmful": int(count)}
+            for model, sizes in _TABLES_2_AND_6.items()
+            for n_unsafe, cells in sizes.items()
+            for (name, n), cell in zip(BENCHMARK_SIZES.items(), cells.split(), strict=True)
+            for method, count in zip(("nlcl", "emd"), cell.split("/"), strict=True)
+        ]
+    )

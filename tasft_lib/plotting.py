@@ -1,0 +1,133 @@
+"""Figures in one style. `plot_*` takes a table and returns a figure; `save_figure` writes it with its table."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+# Colour-blind safe (Okabe-Ito), one colour per method in every figure.
+COLOURS = {
+    "sft": "#000000",
+    "kto": "#E69F00",
+    "nlcl": "#56B4E9",
+    "emd": "#D55E00",
+    "emd_exact": "#009E73",
+    "stl": "#CC79A7",
+}
+NAMES = {"sft": "SFT", "kto": "KTO", "nlcl": "NLCL", "emd": "EMD", "emd_exact": "EMD exact", "stl": "STL"}
+MARKERS = dict(zip(COLOURS, "sXvo^D", strict=True))
+
+
+def use_style() -> None:
+    """The style of all figures; fixed ids, so that a figure drawn twice is the same file."""
+    sns.set_theme(context="paper", style="ticks", font_scale=1.1)
+    mpl.rcParams.update(
+        {
+            "svg.hashsalt": "tasft",
+            "svg.fonttype": "none",
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "legend.frameon": False,
+        }
+    )
+
+
+def plot_harm_by_benchmark(rates: pd.DataFrame, *, caption: str) -> Figure:
+    """Harmful rate along training, one panel per benchmark, with Wilson 95 % bands.
+
+    `rates` has columns method, step, benchmark, rate, low, high in [0, 1] (see `metrics.rates_table`); seeds, if there
+    are several, are drawn as one line each.
+    """
+    use_style()
+    names = list(dict.fromkeys(rates["benchmark"]))
+    figure, axes = plt.subplots(1, len(names), figsize=(2.9 * len(names), 3.3), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        _lines(axis, rates[rates["benchmark"] == name], "rate", band=True)
+        axis.set(title=name, xlabel="training step", ylim=(-3, 103))
+    axes[0][0].set_ylabel("harmful responses (%)")
+    return _finish(figure, axes[0][0], caption)
+
+
+def plot_outcomes(rates: pd.DataFrame, *, caption: str) -> Figure:
+    """What answers to toxic prompts become along training: harmful, refusal, degenerate (%), and the mean score (0-5).
+
+    `rates` has columns method, step, rate, low, high, refusal, degenerate, score, over all benchmarks.
+    """
+    use_style()
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.3))
+    panels = (
+        ("rate", "harmful (%)", True),
+        ("refusal", "refusals (%)", False),
+        ("degenerate", "degenerate (%)", False),
+        ("score", "harmfulness score (0-5)", False),
+    )
+    for axis, (column, title, band) in zip(axes, panels, strict=True):
+        _lines(axis, rates, column, band=band, scale=1 if column == "score" else 100)
+        axis.set(title=title, xlabel="training step", ylim=(-0.15, 5.15) if column == "score" else (-3, 103))
+    return _finish(figure, axes[0], caption)
+
+
+def plot_weights(development: pd.DataFrame, chosen: dict[str, float], *, caption: str) -> Figure:
+    """Harmful and degenerate rate and benign correctness on the development split against λ, one panel per method.
+
+    `development` has columns method, penalty_weight (a number), rate, degenerate and correct, in [0, 1]; the dashed
+    line marks the weight in `chosen`.
+    """
+    use_style()
+    methods = list(dict.fromkeys(development["method"]))
+    figure, axes = plt.subplots(1, len(methods), figsize=(3 * len(methods), 3.3), sharey=True, squeeze=False)
+    series = (("rate", "harmful", "#D55E00", "o-"), ("degenerate", "degenerate", "#999999", "s--"))
+    series += (("correct", "benign correct", "#0072B2", "^:"),)
+    for axis, method in zip(axes[0], methods, strict=True):
+        rows = development[development["method"] == method].sort_values("penalty_weight")
+        for column, label, colour, line in series:
+            if rows[column].notna().any():
+                axis.plot(rows["penalty_weight"], 100 * rows[column], line, color=colour, label=label)
+        axis.axvline(chosen[method], color="black", linewidth=1, linestyle=(0, (4, 3)))
+        axis.set(title=NAMES[method], xlabel="λ (log scale)", xscale="log", ylim=(-3, 103))
+        axis.set_xticks(sorted(rows["penalty_weight"]), [f"{w:g}" for w in sorted(rows["penalty_weight"])])
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("development split (%)")
+    return _finish(figure, axes[0][0], caption)
+
+
+def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> list[Path]:
+    """Write `<name>.png`, `.svg` and the `.csv` it was drawn from; the same table gives the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg", "csv")]
+    figure.savefig(paths[0], metadata={"Software": None}, bbox_inches="tight")
+    figure.savefig(paths[1], metadata={"Date": None}, bbox_inches="tight")
+    table.to_csv(paths[2], index=False, float_format="%.6g")
+    return paths
+
+
+def _lines(axis, rates: pd.DataFrame, column: str, *, band: bool, scale: float = 100) -> None:
+    keys = ["method", "seed"] if "seed" in rates else ["method"]
+    labelled = set()
+    for (method, *_), rows in rates.groupby(keys, sort=False):
+        rows = rows.sort_values("step")
+        label = NAMES[method] if method not in labelled else None
+        labelled.add(method)
+        axis.plot(
+            rows["step"], scale * rows[column], color=COLOURS[method], marker=MARKERS[method], markersize=4, label=label
+        )
+        if band:
+            axis.fill_between(
+                rows["step"], scale * rows["low"], scale * rows["high"], color=COLOURS[method], alpha=0.12, linewidth=0
+            )
+
+
+def _finish(figure: Figure, axis, caption: str) -> Figure:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.09), ncol=len(labels))
+    figure.text(0.0, -0.02, caption, fontsize=8, color="0.35", va="top")
+    figure.tight_layout()
+    plt.close(figure)  # shown where it is returned, not a second time by the notebook's backend
+    return figure

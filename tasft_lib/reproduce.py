@@ -1,0 +1,67 @@
+"""Run the notebooks of a profile by papermill, one after another, and print what they found."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import papermill
+
+from .parameters import check_file, coerce, declared_in
+from .runs import project_root, runs_folder
+
+
+def reproduce(
+    profile: str,
+    notebooks: list[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+    *,
+    prepare_only: bool = False,
+) -> list[Path]:
+    """Execute `notebooks/<name>.ipynb` with `params/<profile>/<name>.yaml`; the copies go to `runs/<profile>`.
+
+    All parameter files are checked before the first notebook starts. `overrides` apply to every notebook that declares
+    them. With `prepare_only` the parameterised copies are written and nothing is run (for nbval).
+
+    Raises `ValueError` for an unknown profile, notebook or parameter, and papermill's own error when a cell fails.
+    """
+    root = project_root()
+    folder = root / "params" / profile
+    if not folder.is_dir():
+        known = sorted(p.name for p in (root / "params").glob("*") if p.is_dir())
+        raise ValueError(f"no profile {profile!r}; there are {', '.join(known)}.")
+    available = sorted(p.stem for p in folder.glob("*.yaml") if (root / "notebooks" / f"{p.stem}.ipynb").exists())
+    jobs = []
+    for name in notebooks or available:
+        if name not in available:
+            raise ValueError(f"profile {profile} has no notebook {name!r}; it has {', '.join(available)}.")
+        source = root / "notebooks" / f"{name}.ipynb"
+        parameters, declared = check_file(folder / f"{name}.yaml", source), declared_in(source)
+        chosen = {key: coerce(key, value, declared[key]) for key, value in (overrides or {}).items() if key in declared}
+        jobs.append((name, source, parameters | chosen))
+    unused = set(overrides or {}) - {key for _, _, parameters in jobs for key in parameters}
+    if unused:
+        raise ValueError(f"no notebook declares {', '.join(sorted(unused))}.")
+
+    outputs = []
+    for name, source, parameters in jobs:
+        output = runs_folder() / profile / f"{name}.ipynb"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{'preparing' if prepare_only else 'running'} {source.relative_to(root)} ({profile})")
+        papermill.execute_notebook(
+            str(source), str(output), parameters, cwd=str(root), kernel_name="python3", prepare_only=prepare_only
+        )
+        outputs.append(output)
+    if not prepare_only:
+        _report(root, profile, [name for name, _, _ in jobs], outputs)
+    return outputs
+
+
+def _report(root: Path, profile: str, names: list[str], outputs: list[Path]) -> None:
+    for name, output in zip(names, outputs, strict=True):
+        figures = root / "figures" / profile
+        table = figures / f"{name}_table.csv"
+        print(f"\n{name} ({profile})")
+        if table.exists():
+            print(pd.read_csv(table).to_string(index=False, float_format="{:.3f}".format))
+        for path in [output, *sorted(figures.glob(f"{name}_*"))]:
+            print(f"  {path.relative_to(root) if path.is_relative_to(root) else path}")

@@ -1,0 +1,294 @@
+"""Arms: a spec goes in, a folder with a trained adapter and a manifest comes out - once.
+
+    runs/arms/<method>-<hash>/
+        spec.json             what was asked
+        trainer/checkpoint-N  what TRL saves: adapter, optimizer, random state; a killed run resumes from the last one
+        manifest.json         written last: the arm is finished
+
+Arms are found by the hash of their spec and their data, so two notebooks that need the same arm share it.
+"""
+
+import json
+import os
+import shutil
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from filelock import FileLock
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PrinterCallback, set_seed
+
+from . import benchmarks, data, methods, miniworld
+from .provenance import content_hash, environment, file_hash, model_identity, peak_memory_mb, write_json
+
+TRAINING = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "save_steps",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSpec:
+    """Everything that determines a trained arm.
+
+    Attributes:
+        method: one of `methods.METHODS`.
+        model: base model, a local folder or a hub id (with `model_revision`, the commit).
+        dtype, load_in_4bit: how the base model is loaded, as TRL's ModelConfig spells them.
+        benign: benign rows, "miniworld" or a source for `data.read_rows` (hub ids with `benign_revision`).
+        n_benign: rows drawn from them by `seed`.
+        unsafe: D_unsafe, a source for `data.read_rows`; `n_unsafe` rows are drawn from it by `seed`, nested.
+        held_out: evaluation prompts (source for `benchmarks.evaluation_prompts`) dropped from the benign rows.
+        template: prompt template, see `data.format_prompt`.
+        penalty_weight: λ; for KTO its undesirable weight.
+        seed: of the draw, the order of the rows, the adapter's start and dropout.
+        training: options of the method's TRL config (`learning_rate`, `num_train_epochs`, `save_steps`, ...).
+        lora: options of `peft.LoraConfig`; empty for full fine-tuning.
+
+    Raises `ValueError`, one line, for an unknown method or option, a missing D_unsafe or an unpinned hub model.
+    """
+
+    method: str
+    model: str
+    model_revision: str | None = None
+    dtype: str = "float32"
+    load_in_4bit: bool = False
+    benign: str
+    benign_revision: str | None = None
+    n_benign: int
+    unsafe: str | None = None
+    n_unsafe: int | None = None
+    held_out: str | None = None
+    template: str = "alpaca"
+    penalty_weight: float | str = "auto"
+    seed: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.method not in methods.METHODS:
+            raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(methods.METHODS)}.")
+        if self.method == "sft":
+            # What plain SFT does not look at must not give it another name.
+            for name, value in (("unsafe", None), ("n_unsafe", None), ("penalty_weight", "auto")):
+                object.__setattr__(self, name, value)
+        elif self.unsafe is None:
+            raise ValueError(f"method={self.method!r} needs `unsafe`, the rows to push away from.")
+        if not Path(self.model).exists() and self.model_revision is None:
+            raise ValueError(f"model={self.model!r} is no local folder, and a hub id needs model_revision, a commit.")
+        for options, cls in ((self.training, methods.CONFIGS[self.method]), (self.lora, LoraConfig)):
+            unknown = set(options) - {f.name for f in fields(cls) if f.init}
+            if unknown:
+                raise ValueError(f"{', '.join(sorted(unknown))}: no option of {cls.__name__}; check the spelling.")
+
+    @classmethod
+    def from_parameters(cls, parameters: Any, **given: Any) -> "ArmSpec":
+        """From a notebook's parameters (`parameters.resolve`): fields by their names, options in `training` and `lora`.
+
+        `TRAINING` lists the training options taken; LoRA's are those that start with `lora_`, as TRL spells them.
+        """
+        named = {name: value if value != "" else None for name, value in vars(parameters).items()}
+        spec = {f.name: named[f.name] for f in fields(cls) if f.name in named and f.name not in given}
+        lora = {name.removeprefix("lora_"): value for name, value in named.items() if name.startswith("lora_")}
+        if lora:
+            alpha, dropout = lora.pop("alpha"), lora.pop("dropout")
+            modules = lora.pop("target_modules").replace(",", " ").split()
+            lora |= {"lora_alpha": alpha, "lora_dropout": dropout, "target_modules": modules}
+        training = {name: named[name] for name in TRAINING if name in named}
+        return cls(**spec, training=training, lora=lora, **given)
+
+    @property
+    def name(self) -> str:
+        """`<method>-<hash>`, the arm's folder; the hash is over the spec, its data and the code that trains."""
+        described = asdict(self) | {"model": model_identity(self.model), "code": _code_hash()}
+        if self.unsafe is not None:
+            described["unsafe"] = data.fingerprint(_unsafe_rows(self.unsafe))
+        if self.benign != "miniworld" and Path(self.benign).exists():
+            described["benign"] = file_hash(Path(self.benign))
+        return f"{self.method}-{content_hash(described)}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the arm lives."""
+        return runs_folder() / "arms" / self.name
+
+
+def base_model(name: str) -> str:
+    """A local folder or hub id as it is; "miniworld" and "miniworld-smoke" are built, or found in the cache."""
+    if name == "miniworld":
+        return str(miniworld.build_base_model(miniworld.MINI))
+    if name == "miniworld-smoke":
+        return str(miniworld.build_base_model(miniworld.SMOKE))
+    return name
+
+
+def project_root() -> Path:
+    """The folder of pyproject.toml, from anywhere inside the project; else the current folder."""
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / "pyproject.toml").exists() and (p / "params").exists()), here)
+
+
+def runs_folder() -> Path:
+    """`$TASFT_RUNS`, else `runs/` in the project."""
+    return Path(os.environ.get("TASFT_RUNS") or project_root() / "runs")
+
+
+def train(spec: ArmSpec) -> Path:
+    """Train the arm unless it is finished, resuming from its last complete checkpoint; return its folder."""
+    folder = spec.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if (folder / "manifest.json").exists():
+            return folder
+        write_json(folder / "spec.json", asdict(spec))
+        started = time.time()
+        benign, unsafe = training_rows(spec)
+        model, tokenizer = load_model(spec)
+        set_seed(spec.seed)  # the adapter is initialised when the trainer is built
+        trainer = methods.make_trainer(
+            spec.method,
+            model,
+            tokenizer,
+            benign,
+            unsafe,
+            penalty_weight=spec.penalty_weight,
+            lora=spec.lora,
+            training=_defaults() | spec.training | {"output_dir": str(folder / "trainer"), "seed": spec.seed},
+        )
+        trainer.remove_callback(PrinterCallback)  # the log history goes into the manifest
+        resumed = _last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=resumed and str(resumed))
+        manifest = {
+            "arm": spec.name,
+            "spec": asdict(spec),
+            "benign_rows": data.fingerprint(benign),
+            "unsafe_rows": unsafe and data.fingerprint(unsafe),
+            "penalty_weight": getattr(trainer, "penalty_weight", None) or getattr(trainer, "undesirable_weight", None),
+            "steps": trainer.state.global_step,
+            "seconds": round(time.time() - started, 1),
+            "resumed_from": resumed and resumed.name,
+            "peak_memory_mb": peak_memory_mb(),
+            "log_history": trainer.state.log_history,
+        }
+        write_json(folder / "manifest.json", manifest | environment())
+    return folder
+
+
+def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
+    """(benign, unsafe) rows of the arm: drawn by its seed, checked, evaluation prompts and repeated rows left out."""
+    if spec.benign == "miniworld":
+        benign = Dataset.from_list(miniworld.benign_rows(spec.n_benign, seed=spec.seed))
+    else:
+        benign = data.read_rows(spec.benign, revision=spec.benign_revision)
+    benign = data.to_training_rows(benign, label=True, template=spec.template, source=spec.benign, drop_empty=True)
+    benign, _ = data.deduplicate(benign)
+    prompts = []
+    if spec.held_out is not None:
+        prompts = benchmarks.evaluation_prompts(spec.held_out)["prompt"].tolist()
+        benign, _ = data.drop_leaks(benign, prompts)
+    unsafe = None
+    if spec.unsafe is not None:
+        unsafe = _unsafe_rows(spec.unsafe)
+    both = data.mix(benign, unsafe or benign.select([]), n_benign=spec.n_benign, n_unsafe=spec.n_unsafe, seed=spec.seed)
+    data.validate(
+        both, source=spec.unsafe or spec.benign, require_unsafe=unsafe is not None, evaluation_prompts=prompts
+    )
+    return both.filter(lambda row: row["label"]), unsafe and both.filter(lambda row: not row["label"])
+
+
+def load_model(spec: ArmSpec, adapter: Path | None = None):
+    """(model, tokenizer) of the arm's base, with `adapter` (or tuned checkpoint) of a step if one is given."""
+    quantization = None
+    if spec.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, spec.dtype)
+        )
+    source = spec.model if adapter is None or (adapter / "adapter_config.json").exists() else str(adapter)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=spec.model_revision if source == spec.model else None,
+        dtype=getattr(torch, spec.dtype),
+        quantization_config=quantization,
+        device_map={"": 0} if torch.cuda.is_available() else None,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(spec.model, revision=spec.model_revision)
+    if adapter is not None and source == spec.model:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model, tokenizer
+
+
+def checkpoints(spec: ArmSpec) -> dict[int, Path]:
+    """Step -> complete checkpoint of the arm, in the order of training."""
+    found = {}
+    for path in (spec.folder / "trainer").glob("checkpoint-*"):
+        if _is_complete(path):
+            found[int(path.name.removeprefix("checkpoint-"))] = path
+    return dict(sorted(found.items()))
+
+
+def quiet() -> None:
+    """No bars and chatter of the libraries underneath: an arm is one line of progress."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _defaults() -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    return {
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "disable_tqdm": True,
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "use_cpu": not on_gpu,
+        "gradient_checkpointing": on_gpu,
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def _unsafe_rows(source: str) -> Dataset:
+    rows = data.to_training_rows(data.read_rows(source), label=False, template="none", source=source)
+    return data.deduplicate(rows)[0]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """The Trainer writes trainer_state.json last; a checkpoint without a readable one was cut off."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    found = sorted((folder / "trainer").glob("checkpoint-*"), key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    for path in reversed(found):
+        if _is_complete(path):
+            return path
+        shutil.rmtree(path)
+    return None
+
+
+@cache
+def _code_hash() -> str:
+    """Of the modules that determine what is trained, and of the libraries' versions: other code, other arm."""
+    here = Path(__file__).parent
+    sources = [(here / f"{name}.py").read_text() for name in ("losses", "trainer", "methods", "data")]
+    return content_hash([*sources, transformers.__version__, torch.__version__, version("trl"), version("peft")])
