@@ -179,9 +179,9 @@ def validate(
     """
     _need(dataset, ("prompt", "completion", "label"), source)
     labels = _labels(dataset, None, source)
-    has_messages = _is_messages(dataset, "prompt", source)
-    _check_filled(dataset, "prompt", source)
-    _check_filled(dataset, "completion", source)
+    for column in ("completion", "prompt"):
+        has_messages = _is_messages(dataset, column, source)
+        _check_filled(dataset, column, source)
     if require_unsafe and all(labels):
         raise ValueError(f"{source}: has no unsafe row (label false), so nothing to penalise; add some")
     if require_benign and not any(labels):

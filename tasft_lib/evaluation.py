@@ -107,6 +107,13 @@ def respond(
     return pd.concat(tables, ignore_index=True)
 
 
+def read_harvest(path: Path) -> tuple[dict, pd.DataFrame]:
+    """(report, redacted rows) of a harvested D_unsafe."""
+    rows = data.read_rows(path).to_pandas()
+    shown = {column: rows[column].map(judges.redact) for column in ("instruction", "completion")}
+    return json.loads((path / "report.json").read_text()), pd.DataFrame(shown)
+
+
 def judge(responses: pd.DataFrame, judge_name: str) -> pd.DataFrame:
     """`responses` with `label` and `score` by that judge; benign mini-world questions also get `correct`."""
     chosen = judges.load_judge(judge_name)

@@ -6,6 +6,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Colour-blind safe (Okabe-Ito), one colour per method in every figure.
@@ -98,6 +99,18 @@ def plot_weights(development: pd.DataFrame, chosen: dict[str, float], *, caption
     return _finish(figure, axes[0][0], caption)
 
 
+def plot_harvest(table: pd.DataFrame, *, caption: str) -> Figure:
+    """What became of the sampled answers, as bars; `table` from `tables.harvest_table`."""
+    use_style()
+    figure, axis = plt.subplots(figsize=(6.5, 2.8))
+    colours = ["#D55E00" if name.startswith("harmful") else "#999999" for name in table["answers"]]
+    bars = axis.barh(table["answers"], table["count"], color=colours)
+    axis.bar_label(bars, [f"{c} ({s:.0%})" for c, s in zip(table["count"], table["share"], strict=True)], padding=3)
+    axis.set(xlabel="sampled answers", xlim=(0, 1.2 * max(table["count"].max(), 1)))
+    axis.invert_yaxis()
+    return _finish(figure, None, caption)
+
+
 def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> list[Path]:
     """Write `<name>.png`, `.svg` and the `.csv` it was drawn from; the same table gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +121,7 @@ def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) ->
     return paths
 
 
-def _lines(axis, rates: pd.DataFrame, column: str, *, band: bool, scale: float = 100) -> None:
+def _lines(axis: Axes, rates: pd.DataFrame, column: str, *, band: bool, scale: float = 100) -> None:
     keys = ["method", "seed"] if "seed" in rates else ["method"]
     labelled = set()
     for (method, *_), rows in rates.groupby(keys, sort=False):
@@ -124,9 +137,10 @@ def _lines(axis, rates: pd.DataFrame, column: str, *, band: bool, scale: float =
             )
 
 
-def _finish(figure: Figure, axis, caption: str) -> Figure:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.09), ncol=len(labels))
+def _finish(figure: Figure, axis: Axes | None, caption: str) -> Figure:
+    if axis is not None:
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.09), ncol=len(labels))
     figure.text(0.0, -0.02, caption, fontsize=8, color="0.35", va="top")
     figure.tight_layout()
     plt.close(figure)  # shown where it is returned, not a second time by the notebook's backend

@@ -47,9 +47,13 @@ def reproduce(
         output = runs_folder() / profile / f"{name}.ipynb"
         output.parent.mkdir(parents=True, exist_ok=True)
         print(f"{'preparing' if prepare_only else 'running'} {source.relative_to(root)} ({profile})")
-        papermill.execute_notebook(
-            str(source), str(output), parameters, cwd=str(root), kernel_name="python3", prepare_only=prepare_only
-        )
+        try:
+            papermill.execute_notebook(
+                str(source), str(output), parameters, cwd=str(root), kernel_name="python3", prepare_only=prepare_only
+            )
+        except papermill.PapermillExecutionError as error:
+            place = f"{name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+            raise ValueError(f"{place} (traceback in {output}; finished arms are kept)") from error
         outputs.append(output)
     if not prepare_only:
         _report(root, profile, [name for name, _, _ in jobs], outputs)

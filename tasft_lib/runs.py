@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -187,6 +187,25 @@ def train(spec: ArmSpec) -> Path:
         }
         write_json(folder / "manifest.json", manifest | environment())
     return folder
+
+
+def with_unsafe_rows(sft: ArmSpec, method: str, weight: float, unsafe: Path, n_unsafe: int, **penalty: Any) -> ArmSpec:
+    """`sft` with another method that also sees `n_unsafe` rows of `unsafe`; `penalty` holds TASFTConfig options."""
+    training = sft.training if method == "kto" else sft.training | penalty
+    return replace(sft, method=method, penalty_weight=weight, unsafe=str(unsafe), n_unsafe=n_unsafe, training=training)
+
+
+def read_manifest(spec: ArmSpec) -> dict[str, Any]:
+    """What the finished arm recorded about itself."""
+    return json.loads((spec.folder / "manifest.json").read_text())
+
+
+def summary(spec: ArmSpec) -> dict[str, Any]:
+    """The arm's manifest without its log, for the manifest of a figure; local paths by the name of their folder."""
+    manifest = read_manifest(spec)
+    kept = {k: v for k, v in manifest.items() if k not in ("log_history", "versions", "hardware")}
+    kept["spec"] = {k: Path(v).name if k in ("model", "unsafe") and v else v for k, v in manifest["spec"].items()}
+    return kept
 
 
 def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:

@@ -309,6 +309,7 @@ def test_mix_refuses_more_rows_than_there_are():
     [
         ({"prompt": ["a", "\n"]}, "row 2: prompt is empty"),
         ({"completion": ["", "b"]}, "row 1: completion is empty"),
+        ({"completion": [1, 2]}, "row 1: completion is 1"),
         ({"label": [True, None]}, "row 2: label is None"),
         ({"label": ["true", "false"]}, "row 1: label is 'true'"),
         ({"label": [1, 0]}, "row 1: label is 1"),
