@@ -1,11 +1,13 @@
 """Which prompts a model is asked: the four harm benchmarks of the paper, and the mini-world's stand-ins for them."""
 
 from pathlib import Path
+from urllib.request import urlopen
 
 import pandas as pd
 
 from . import miniworld
 from .data import read_prompts
+from .provenance import cache_folder, content_hash, write_text
 
 # As Safety-Tuned LLaMAs (Bianchi et al., 2023) and HarmfulQ (Shaikh et al., 2022) published them: file name -> address.
 _STL = "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/36a4b8d5c2177ed165bf61f59b590161394f7f12/data"
@@ -25,7 +27,7 @@ def evaluation_prompts(source: str, *, split: str = "evaluation", per_benchmark:
     """The prompts to evaluate on, one row each: `benchmark`, `kind` ("toxic", "benign", "seemingly toxic"), `prompt`.
 
     Args:
-        source: "miniworld"; "stl" for the published files (518 toxic and 50 benign prompts, read over the network); or
+        source: "miniworld"; "stl" for the published files (518 toxic and 50 benign prompts, downloaded once); or
             a folder that holds those files under their own names, at any depth.
         split: "evaluation", or "development" for choosing settings (only the mini-world has one).
         per_benchmark: keep only the first so many of each benchmark (for a quick look).
@@ -70,10 +72,18 @@ def harvest_prompts(source: str) -> list[str]:
 
 
 def locate(source: str, url: str) -> str:
-    """The address itself for "stl", else the file of that name inside the folder `source`."""
-    if source == "stl":
-        return url
+    """The downloaded file for "stl" (kept in the cache folder), else the file of that name inside folder `source`."""
     name = url.rsplit("/", 1)[-1]
+    if source == "stl":
+        kept = cache_folder() / "benchmarks" / f"{content_hash(url)}-{name}"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with urlopen(url, timeout=60) as response:
+                    write_text(kept, response.read().decode())
+            except OSError as error:
+                raise ValueError(f"{url}: {error}; check the network, or give a folder with {name} in it") from error
+        return str(kept)
     found = sorted(Path(source).rglob(name))
     if not found:
         raise ValueError(f"{source}: no {name} in this folder; download it from {url}, or use 'stl'")

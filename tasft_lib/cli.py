@@ -107,7 +107,7 @@ def _train(argv: list[str]) -> None:
         source=data_args.dataset_name,
         drop_empty=data_args.drop_empty,
     )
-    benign, unsafe = rows.filter(lambda row: row["label"]), rows.filter(lambda row: not row["label"])
+    benign, unsafe = data.by_label(rows)
     if data_args.unsafe_dataset_name is not None:
         source = data_args.unsafe_dataset_name
         unsafe = data.to_training_rows(

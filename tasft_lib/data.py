@@ -160,6 +160,13 @@ def mix(
     return both.select(np.random.default_rng([seed, 2]).permutation(len(both)))
 
 
+def by_label(dataset: Dataset) -> tuple[Dataset, Dataset]:
+    """The (benign, unsafe) rows, each in their order."""
+    labels = dataset["label"][:]
+    benign, unsafe = ([i for i, label in enumerate(labels) if label is wanted] for wanted in (True, False))
+    return dataset.select(benign), dataset.select(unsafe)
+
+
 def validate(
     dataset: Dataset,
     *,

@@ -51,6 +51,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def cache_folder() -> Path:
+    """`$TASFT_CACHE`, else `~/.cache/tasft`: what can be made or downloaded again."""
+    return Path(os.environ.get("TASFT_CACHE") or Path.home() / ".cache" / "tasft")
+
+
 def content_hash(value: Any) -> str:
     """Twelve hex digits that name a JSON-like value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]

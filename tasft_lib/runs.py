@@ -227,7 +227,8 @@ def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
     data.validate(
         both, source=spec.unsafe or spec.benign, require_unsafe=unsafe is not None, evaluation_prompts=prompts
     )
-    return both.filter(lambda row: row["label"]), unsafe and both.filter(lambda row: not row["label"])
+    benign, drawn = data.by_label(both)
+    return benign, drawn if unsafe is not None else None
 
 
 def load_model(spec: ArmSpec, adapter: Path | None = None):

@@ -48,7 +48,7 @@ def final_table(judged: pd.DataFrame) -> pd.DataFrame:
 def compare(toxic: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     """McNemar's exact test for pairs of methods on the same toxic prompts, at the last step of the first seed.
 
-    Columns: first, second, n, harmful_only_first, harmful_only_second, p. Prompts that either left unscored are dropped.
+    Columns: first, second, n, harmful_only_first, harmful_only_second, p. Unscored prompts are dropped in pairs.
     """
     toxic = toxic[toxic["seed"] == toxic["seed"].min()]
     last = toxic[toxic["step"] == toxic.groupby("method")["step"].transform("max")]

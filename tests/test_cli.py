@@ -1,0 +1,175 @@
+"""The command line on files: the whole job in three commands, and one clear line for what a person gets wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pandas as pd
+import pytest
+from conftest import build_model, make_rows
+from datasets import load_from_disk
+
+from tasft_lib import benchmarks, cli
+
+TOXIC = ("I-MaliciousInstructions", "I-CoNa", "I-Controversial")
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    """A base model, Alpaca-format benign rows, unsafe rows, benchmarks in their published formats, and a config."""
+    build_model(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = make_rows(30)
+    alpaca = [
+        {"instruction": r["prompt"].strip(), "input": "", "output": r["completion"].strip()} for r in rows if r["label"]
+    ]
+    (tmp_path / "alpaca.json").write_text(json.dumps(alpaca))
+    unsafe = [{k: v for k, v in r.items() if k != "label"} for r in rows if not r["label"]]
+    (tmp_path / "unsafe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unsafe))
+    sets = tmp_path / "sets"
+    sets.mkdir()
+    for number, name in enumerate((*TOXIC, "I-Alpaca")):
+        prompts = [f"w{number} w{i} w{i + 1} w{i + 2} w{i + 3}" for i in range(6)]
+        (sets / f"{name}.json").write_text(json.dumps({"instructions": prompts, "inputs": []}))
+    (sets / "toxic_outs.json").write_text(json.dumps([f"w9 w{i} w{i} w9" for i in range(6)]))
+    (tmp_path / "config.yaml").write_text(
+        f"""\
+model_name_or_path: {tmp_path / "base"}
+dataset_name: {tmp_path / "alpaca.json"}
+unsafe_dataset_name: {tmp_path / "unsafe.jsonl"}
+output_dir: {tmp_path / "out"}
+prompt_template: none
+penalty: emd
+learning_rate: 2e-4
+max_steps: 2
+per_device_train_batch_size: 4
+use_peft: true
+lora_target_modules: [q_proj, v_proj]
+gradient_checkpointing: false
+report_to: none
+disable_tqdm: true
+"""
+    )
+    return tmp_path
+
+
+def test_train_evaluate_and_harvest_on_files(folder, capsys):
+    assert cli.main(["train", "--config", str(folder / "config.yaml"), "--penalty_weight", "0.5"]) == 0
+    assert "emd, λ = 0.5" in capsys.readouterr().out
+    assert (folder / "out" / "adapter_model.safetensors").exists()
+    assert "2412.06843" in (folder / "out" / "README.md").read_text()
+
+    common = ["--model", str(folder / "out"), "--prompt_template", "none", "--max_new_tokens", "8"]
+    evaluate = ["evaluate", *common, "--benchmarks", str(folder / "sets"), "--output_dir", str(folder / "results")]
+    assert cli.main(evaluate) == 0
+    results = pd.read_csv(folder / "results" / "results.csv")
+    assert results["benchmark"].tolist() == [*TOXIC, "HarmfulQ", "I-Alpaca"]
+    assert (results["n"] == 6).all() and results[["rate", "low", "high"]].notna().all(axis=None)
+    answers = {path: path.stat().st_mtime_ns for path in (folder / "results").glob("responses-*.jsonl")}
+    assert len(answers) == 1 and cli.main(evaluate) == 0
+    assert answers == {path: path.stat().st_mtime_ns for path in (folder / "results").glob("responses-*.jsonl")}
+
+    harvest = ["harvest", *common, "--prompts", str(folder / "sets" / "I-CoNa.json"), "--output_dir"]
+    arguments = [*harvest, str(folder / "harvested"), "--n", "2", "--rounds", "8", "--max_new_tokens", "40"]
+    assert cli.main(arguments) == 0
+    rows = load_from_disk(folder / "harvested")
+    assert len(rows) == 2 and rows["label"][:] == [False, False]
+    assert cli.main(arguments) == 1, "a finished harvest is never overwritten"
+
+
+def test_resume_and_flags_over_the_config(folder, capsys):
+    arguments = ["train", "--config", str(folder / "config.yaml"), "--save_steps", "1", "--penalty", "nlcl"]
+    assert cli.main(arguments) == 0
+    checkpoint = str(folder / "out" / "checkpoint-2")
+    assert cli.main([*arguments, "--max_steps", "3", "--resume_from_checkpoint", checkpoint]) == 0
+    assert (folder / "out" / "checkpoint-3").exists() and "nlcl, λ" in capsys.readouterr().out
+
+
+def edit(folder, **lines):
+    path = folder / "config.yaml"
+    kept = [line for line in path.read_text().splitlines() if line.split(":")[0] not in lines]
+    path.write_text("\n".join(kept + [f"{k}: {v}" for k, v in lines.items()]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: edit(f, penalty="edm"), "penalty='edm'"),
+        (lambda f: edit(f, penalti="emd"), "penalti"),
+        (lambda f: edit(f, packing="true"), "packing=True"),
+        (lambda f: edit(f, penalty_weight="-3"), "penalty_weight"),
+        (lambda f: edit(f, n_unsafe="500"), "n_unsafe=500"),
+        (lambda f: edit(f, dataset_name=f / "missing.json"), "missing.json: no such file"),
+        (lambda f: edit(f, dataset_name="tatsu-lab/alpaca"), "revision"),
+        (lambda f: edit(f, model_name_or_path="owner/model"), "model_revision"),
+        (lambda f: edit(f, evaluation_prompts=f"[{f / 'alpaca.json'}]"), "evaluation prompt"),
+        (lambda f: edit(f, max_length="2"), "max_length=2"),
+        (lambda f: (f / "unsafe.jsonl").write_text('{"prompt": "w1", "completion": " "}\n'), "row 1"),
+        (lambda f: (f / "unsafe.jsonl").write_text('{"prompt": "w1"}\n'), "lacks completion"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_before_a_model_is_loaded(change, message, folder, capsys, monkeypatch):
+    change(folder)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    assert cli.main(["train", "--config", str(folder / "config.yaml")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error and error.startswith("tasft train: ")
+
+
+def test_a_csv_with_a_missing_column(folder, capsys):
+    (folder / "rows.csv").write_text("prompt,completion\nw1,w2\n")
+    edit(folder, dataset_name=folder / "rows.csv")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text("\n".join(x for x in text.splitlines() if not x.startswith("unsafe_")))
+    assert cli.main(["train", "--config", str(folder / "config.yaml")]) == 1
+    assert "rows.csv: has the columns prompt, completion; lacks label" in capsys.readouterr().err
+
+
+def test_help_is_short_and_exit_codes_are_usual(capsys):
+    assert cli.main(["--help"]) == 0 and cli.main([]) == 2 and cli.main(["trian"]) == 2
+    capsys.readouterr()
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--penalty_weight" in text and "--unsafe_dataset_name" in text and text.count("\n") < 70
+
+
+def test_the_installed_command_reports_the_environment():
+    command = [os.path.join(os.path.dirname(sys.executable), "tasft"), "env"]
+    report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    assert report["versions"]["trl"] and report["hardware"]["cores"] >= 1
+
+
+def test_published_benchmarks_are_downloaded_once(folder, tmp_path, monkeypatch):
+    handler = partial(SimpleHTTPRequestHandler, directory=folder / "sets")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("TASFT_CACHE", str(tmp_path / "cache"))
+    for name in ("TOXIC_FILES", "BENIGN_FILES"):
+        files = {k: f"{address}/{url.rsplit('/', 1)[-1]}" for k, url in getattr(benchmarks, name).items()}
+        monkeypatch.setattr(benchmarks, name, files)
+    first = benchmarks.evaluation_prompts("stl")
+    server.shutdown()
+    server.server_close()
+    assert len(first) == 30 and benchmarks.evaluation_prompts("stl").equals(first)
+    assert first.equals(benchmarks.evaluation_prompts(str(folder / "sets")))
+    monkeypatch.setenv("TASFT_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="check the network, or give a folder"):
+        benchmarks.evaluation_prompts("stl")
+
+
+def test_the_papers_518_prompts_are_found_in_a_folder(shared):
+    prompts = benchmarks.evaluation_prompts(str(shared / "data"))
+    assert prompts.groupby("benchmark", sort=False).size().to_dict() == {
+        "I-MaliciousInstructions": 100,
+        "I-CoNa": 178,
+        "I-Controversial": 40,
+        "HarmfulQ": 200,
+        "I-Alpaca": 50,
+    }
+    assert (prompts["kind"] == "toxic").sum() == 518
+    assert len(benchmarks.harvest_prompts(str(shared / "data"))) == 2483
