@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import build_model, make_rows
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from tasft_lib import TASFTConfig, TASFTTrainer, losses
@@ -453,3 +453,29 @@ def test_model_card_cites_the_paper(model, tokenizer, tmp_path):
     trainer.create_model_card(model_name="safer")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2412.06843" in card and "ta-sft" in card
+
+
+def test_four_bit_qlora_trains_the_adapter_close_to_the_unquantised_run(tokenizer, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    assert bitsandbytes.__version__
+    build_model(tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    losses_of = {}
+    for name, kwargs in (("full", {}), ("4bit", {"quantization_config": quantization})):
+        args = config(tmp_path, max_steps=3, optim="adamw_torch", learning_rate=1e-2)
+        trainer = TASFTTrainer(
+            str(tmp_path / "base"),
+            args,
+            train_dataset=make_rows(24),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA),
+            **kwargs,
+        )
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        moved = [n for n, p in trainer.model.named_parameters() if n in before and not torch.equal(before[n], p)]
+        assert len(moved) == len(before) and all("lora_" in n for n in moved)
+        losses_of[name] = [log["loss"] for log in trainer.state.log_history if "nll" in log]
+    assert losses_of["4bit"] == pytest.approx(losses_of["full"], rel=0.1)
