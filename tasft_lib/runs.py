@@ -9,6 +9,7 @@ Arms are found by the hash of their spec and their data, so two notebooks that n
 """
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -267,6 +268,7 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
 
 
 def _defaults() -> dict[str, Any]:
