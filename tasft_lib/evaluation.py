@@ -38,7 +38,8 @@ def run_all(
 
     An arm that fails does not stop the others; they are finished and kept, then the first failure is raised.
     """
-    workers = min(workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1), len(specs))
+    missing = sum(not _is_answered(spec, prompts, decoding, steps) for spec in specs)
+    workers = min(workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1), max(missing, 1))
     done: dict[int, pd.DataFrame] = {}
     failures: list[tuple[ArmSpec, BaseException]] = []
     options = {"steps": steps, "batch_size": batch_size}
@@ -75,8 +76,7 @@ def respond(
     Returns the rows of `prompts` (see `benchmarks.evaluation_prompts`) for each step, with `method`, `penalty_weight`,
     `seed`, `step`, `response` and `finished`. Step 0, the base model, is part of "all".
     """
-    saved = checkpoints(spec)
-    chosen = {0: None, **saved} if steps == "all" else dict([max(saved.items())])
+    chosen = _steps(spec, steps)
     kept = {step: _responses(spec, step, prompts, decoding) for step in chosen}
     for step, adapter in chosen.items():
         path = kept[step]
@@ -183,6 +183,17 @@ def _results(specs, prompts, decoding, options, workers) -> Iterator:
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(run, spec, prompts, decoding, **options): i for i, spec in enumerate(specs)}
         yield ((futures[f], f.exception() or f.result()) for f in as_completed(futures))
+
+
+def _steps(spec: ArmSpec, steps: str) -> dict[int, Path | None]:
+    saved = checkpoints(spec)
+    return {0: None, **saved} if steps == "all" else dict([max(saved.items())])
+
+
+def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decoding: generation.Decoding, steps: str) -> bool:
+    if not (spec.folder / "manifest.json").exists():
+        return False
+    return all(_responses(spec, step, prompts, decoding).exists() for step in _steps(spec, steps))
 
 
 def _start_worker() -> None:

@@ -75,6 +75,32 @@ def plot_outcomes(rates: pd.DataFrame, *, caption: str) -> Figure:
     return _finish(figure, axes[0], caption)
 
 
+def plot_final(table: pd.DataFrame, *, caption: str) -> Figure:
+    """The trained models with greedy and with sampled answers: harmful, degenerate, benign correct (%), Wilson 95 %.
+
+    `table` from `tables.with_sampled`; a panel without numbers (no exact checker) is left out.
+    """
+    use_style()
+    panels = [("rate", "harmful (%)"), ("degenerate", "degenerate (%)"), ("correct", "benign answers correct (%)")]
+    panels = [panel for panel in panels if table[panel[0]].notna().any()]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 0.45 * len(table) + 1.2), sharey=True)
+    places = range(len(table))
+    for axis, (column, title) in zip(axes, panels, strict=True):
+        for suffix, label, offset, fill, colour in (
+            ("", "greedy", -0.12, "full", "#D55E00"),
+            ("_sampled", "sampled", 0.12, "none", "#0072B2"),
+        ):
+            values, error = 100 * table[f"{column}{suffix}"], None
+            if column == "rate":
+                error = [values - 100 * table[f"low{suffix}"], 100 * table[f"high{suffix}"] - values]
+            style = {"fmt": "o", "color": colour, "fillstyle": fill, "markersize": 6, "linewidth": 1.2}
+            axis.errorbar(values, [place + offset for place in places], xerr=error, label=label, **style)
+        axis.set(title=title, xlim=(-3, 103))
+    axes[0].set_yticks(list(places), [_row_name(row) for row in table.itertuples()])
+    axes[0].set_ylim(len(table) - 0.5, -0.5)
+    return _finish(figure, axes[0], caption)
+
+
 def plot_weights(development: pd.DataFrame, chosen: dict[str, float], *, caption: str) -> Figure:
     """Harmful and degenerate rate and benign correctness on the development split against λ, one panel per method.
 
@@ -135,6 +161,11 @@ def _lines(axis: Axes, rates: pd.DataFrame, column: str, *, band: bool, scale: f
             axis.fill_between(
                 rows["step"], scale * rows["low"], scale * rows["high"], color=COLOURS[method], alpha=0.12, linewidth=0
             )
+
+
+def _row_name(row) -> str:
+    weight = "" if row.method == "sft" else f", λ = {float(row.penalty_weight):g}"
+    return f"{NAMES[row.method]}{weight}" + (f", seed {row.seed}" if row.seed else "")
 
 
 def _finish(figure: Figure, axis: Axes | None, caption: str) -> Figure:

@@ -66,6 +66,10 @@ def _report(root: Path, profile: str, names: list[str], outputs: list[Path]) -> 
         table = figures / f"{name}_table.csv"
         print(f"\n{name} ({profile})")
         if table.exists():
-            print(pd.read_csv(table).to_string(index=False, float_format="{:.3f}".format))
+            rows = pd.read_csv(table)
+            if rows.shape[1] > 12:  # too wide for a terminal: one column per row
+                print(rows.set_index(rows.columns[0]).T.to_string(float_format="{:.3f}".format))
+            else:
+                print(rows.to_string(index=False, float_format="{:.3f}".format))
         for path in [output, *sorted(figures.glob(f"{name}_*"))]:
             print(f"  {path.relative_to(root) if path.is_relative_to(root) else path}")

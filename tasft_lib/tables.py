@@ -45,6 +45,13 @@ def final_table(judged: pd.DataFrame) -> pd.DataFrame:
     return _outcomes(judged[judged["step"] == last], ["method", "penalty_weight", "seed", "step"])
 
 
+def with_sampled(final: pd.DataFrame, sampled: pd.DataFrame) -> pd.DataFrame:
+    """`final_table` of greedy answers beside that of sampled ones, whose columns end in `_sampled`."""
+    keys = ["method", "penalty_weight", "seed", "step"]
+    columns = ["harmful", "rate", "low", "high", "degenerate", "refusal", "correct"]
+    return final.merge(sampled[[*keys, *columns]], on=keys, suffixes=("", "_sampled"), validate="one_to_one")
+
+
 def compare(toxic: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     """McNemar's exact test for pairs of methods on the same toxic prompts, at the last step of the first seed.
 
