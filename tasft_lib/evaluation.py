@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from . import data, generation, harvest, judges, miniworld
 from .provenance import content_hash, model_identity, write_text
-from .runs import ArmSpec, checkpoints, load_model, quiet, runs_folder, train
+from .runs import ArmSpec, checkpoints, load_model, quiet, runs_folder, show_progress, train
 
 
 def run_all(
@@ -44,7 +44,7 @@ def run_all(
     failures: list[tuple[ArmSpec, BaseException]] = []
     options = {"steps": steps, "batch_size": batch_size}
     with (
-        tqdm(total=len(specs), desc="arms", unit="arm") as bar,
+        tqdm(total=len(specs), desc="arms", unit="arm", disable=not show_progress()) as bar,
         _results(specs, prompts, decoding, options, workers) as results,
     ):
         for i, result in results:
@@ -86,7 +86,9 @@ def respond(
                 continue
             model, tokenizer = load_model(spec, adapter)
             asked = [data.format_prompt(p, template=spec.template) for p in prompts["prompt"]]
-            answers = generation.generate(model, tokenizer, asked, decoding=decoding, batch_size=batch_size)
+            answers = generation.generate(
+                model, tokenizer, asked, decoding=decoding, batch_size=batch_size, progress=show_progress()
+            )
             write_text(path, "".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
             del model
             gc.collect()
@@ -163,6 +165,7 @@ def harvest_unsafe(
         evaluation_prompts=evaluation_prompts,
         batch_size=batch_size,
         cache=_judgement_cache(chosen),
+        progress=show_progress(),
     )
     return harvest.save_harvest(rows, report, path)
 

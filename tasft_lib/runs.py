@@ -10,6 +10,7 @@ Arms are found by the hash of their spec and their data, so two notebooks that n
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import time
@@ -262,6 +263,11 @@ def checkpoints(spec: ArmSpec) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def show_progress() -> bool:
+    """Bars for the person who waits; none in worker processes, whose arms are bars' steps already, nor in CI."""
+    return multiprocessing.parent_process() is None and "CI" not in os.environ
+
+
 def quiet() -> None:
     """No bars and chatter of the libraries underneath: an arm is one line of progress."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -277,7 +283,7 @@ def _defaults() -> dict[str, Any]:
         "report_to": "none",
         "logging_steps": 10,
         "save_strategy": "steps",
-        "disable_tqdm": True,
+        "disable_tqdm": not show_progress(),
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
         "use_cpu": not on_gpu,
         "gradient_checkpointing": on_gpu,

@@ -52,6 +52,23 @@ def with_sampled(final: pd.DataFrame, sampled: pd.DataFrame) -> pd.DataFrame:
     return final.merge(sampled[[*keys, *columns]], on=keys, suffixes=("", "_sampled"), validate="one_to_one")
 
 
+def readme_table(table: pd.DataFrame) -> str:
+    """The rows of `with_sampled` as the Markdown table of README: no percentage without its count or interval."""
+    lines = [
+        "| method | λ | harmful, greedy | harmful, sampled | degenerate | benign correct | over-refusal |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table.itertuples():
+        greedy = f"{row.harmful}/{row.n} ({100 * row.low:.1f}-{100 * row.high:.1f} %)"
+        sampled = f"{row.harmful_sampled}/{row.n} ({100 * row.low_sampled:.1f}-{100 * row.high_sampled:.1f} %)"
+        degenerate = f"{100 * row.degenerate:.1f} / {100 * row.degenerate_sampled:.1f} %"
+        correct = f"{100 * row.correct:.1f} / {100 * row.correct_sampled:.1f} %"
+        refused = f"{100 * row.over_refusal:.1f} %"
+        weight = "" if row.method == "sft" else f"{float(row.penalty_weight):g}"
+        lines.append(f"| {row.method} | {weight} | {greedy} | {sampled} | {degenerate} | {correct} | {refused} |")
+    return "\n".join(lines)
+
+
 def compare(toxic: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     """McNemar's exact test for pairs of methods on the same toxic prompts, at the last step of the first seed.
 

@@ -220,7 +220,7 @@ class TASFTTrainer(SFTTrainer):
             return args.penalty_weight
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError('penalty_weight="auto" needs a data set of known size; give a number for a streamed one.')
-        unsafe_fraction = 1 - sum(self.train_dataset["label"]) / len(self.train_dataset)
+        unsafe_fraction = 1 - sum(self.train_dataset["label"][:]) / len(self.train_dataset)
         if unsafe_fraction == 0:
             return 0.0
         samples = {
@@ -233,7 +233,7 @@ class TASFTTrainer(SFTTrainer):
         logger.info(f"penalty_weight=auto: λ = {weight:.4g} ({unsafe_fraction:.2%} of the rows are unsafe)")
         return weight
 
-    def _prepare_dataset(self, dataset, *args, **kwargs):
+    def _prepare_dataset(self, dataset, processing_class, args, *rest):
         columns = dataset.column_names or list(next(iter(dataset)))
         if "input_ids" not in columns and not {"prompt", "completion"} <= set(columns):
             raise ValueError(
@@ -242,12 +242,12 @@ class TASFTTrainer(SFTTrainer):
         if "label" not in columns:  # only an evaluation set: the training set was checked before
             dataset = dataset.map(lambda _: {"label": True})
         _require_labels(dataset, "the data set")
-        prepared = super()._prepare_dataset(dataset, *args, **kwargs)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest)
         if isinstance(prepared, Dataset) and len(prepared) < len(dataset):
-            lost = (len(dataset) - sum(dataset["label"])) - (len(prepared) - sum(prepared["label"]))
+            lost = dataset["label"][:].count(False) - prepared["label"][:].count(False)
             logger.warning(
                 f"{len(dataset) - len(prepared)} rows, {lost} of them unsafe, have no completion left after truncation "
-                f"to max_length={self.args.max_length} and were dropped."
+                f"to max_length={args.max_length} and were dropped."
             )
         return prepared
 
@@ -422,11 +422,11 @@ def _require_labels(dataset: Dataset | IterableDataset | None, name: str) -> Non
         raise ValueError(
             f"{name} has no 'label' column (columns: {', '.join(columns)}); add one: true (benign) or false (unsafe)."
         )
-    if isinstance(dataset, Dataset) and (dataset.features["label"].dtype != "bool" or None in dataset["label"]):
-        row = next(i for i, label in enumerate(dataset["label"], start=1) if not isinstance(label, bool))
-        raise ValueError(
-            f"{name}, row {row}: label is {dataset[row - 1]['label']!r}; use true (benign) or false (unsafe)."
-        )
+    if isinstance(dataset, Dataset):
+        labels = dataset["label"][:]
+        row = next((i for i, label in enumerate(labels, start=1) if not isinstance(label, bool)), None)
+        if row is not None:
+            raise ValueError(f"{name}, row {row}: label is {labels[row - 1]!r}; use true (benign) or false (unsafe).")
 
 
 def _nonnegative(name: str, value: Any, expected: str) -> float:

@@ -288,6 +288,17 @@ def test_labels_stay_with_their_rows_through_tokenisation_truncation_and_shuffli
     assert set(seen.values()) == {True, False}
 
 
+def test_rows_whose_completion_is_truncated_away_are_counted_in_a_warning(model, tokenizer, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("tasft_lib.trainer.logger.warning", warnings.append)
+    rows = [dict(row) for row in make_rows(8)]
+    rows[0]["prompt"] = rows[1]["prompt"] = "w1 " * 20  # an unsafe and a benign one
+    args = config(tmp_path, max_length=15)
+    trainer = TASFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    assert len(trainer.train_dataset) == 6
+    assert [w for w in warnings if w.startswith("2 rows, 1 of them unsafe,") and "max_length=15" in w]
+
+
 def test_evaluation_reports_both_parts_and_takes_unlabelled_rows_as_benign(model, tokenizer, tmp_path):
     rows = make_rows(8)
     args = config(tmp_path, per_device_eval_batch_size=8)
