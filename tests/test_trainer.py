@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import build_model, make_rows
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -490,3 +490,32 @@ def test_four_bit_qlora_trains_the_adapter_close_to_the_unquantised_run(tokenize
         assert len(moved) == len(before) and all("lora_" in n for n in moved)
         losses_of[name] = [log["loss"] for log in trainer.state.log_history if "nll" in log]
     assert losses_of["4bit"] == pytest.approx(losses_of["full"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"),
+        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], task_type="CAUSAL_LM"),
+        LoraConfig(r=4, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    ],
+    ids=["embedding", "modules_to_save", "dora", "prompt_tuning"],
+)
+@pytest.mark.parametrize("penalty", ["emd", "nlcl"])
+def test_any_peft_config_gives_the_dense_loss_and_trains(penalty, peft_config, model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    args = config(tmp_path, penalty=penalty, per_device_eval_batch_size=8, max_steps=2, optim="adamw_torch")
+    trainer = TASFTTrainer(
+        model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer, peft_config=peft_config
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    if not isinstance(peft_config, PromptTuningConfig):  # the others start as the base model
+        base = build_model(tokenizer)
+        assert loss == pytest.approx(
+            reference_loss(base, tokenizer, rows, penalty=penalty, weight=2.0).item(), rel=1e-5
+        )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert before and not any(torch.equal(before[n], after[n]) for n in before)
