@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from . import data, generation, harvest, judges, miniworld
 from .provenance import content_hash, model_identity, write_text
-from .runs import ArmSpec, checkpoints, load_model, quiet, runs_folder, show_progress, train
+from .runs import ArmSpec, checkpoints, keep_freed_memory, load_model, quiet, runs_folder, show_progress, train
 
 
 def run_all(
@@ -181,14 +181,8 @@ def _results(specs, prompts, decoding, options, workers) -> Iterator:
     if workers == 1:
         yield ((i, attempt(spec)) for i, spec in enumerate(specs))
         return
-    # Small models gain nothing from a second thread, arms do. Handing every freed tensor back to the system costs a
-    # small model a quarter of its time (measured), so glibc is told to keep memory; it reads this at process start.
-    for setting, value in (
-        ("MALLOC_MMAP_MAX_", "0"),
-        ("MALLOC_TRIM_THRESHOLD_", "-1"),
-        ("MALLOC_TOP_PAD_", "268435456"),
-    ):
-        os.environ.setdefault(setting, value)
+    # Small models gain nothing from a second thread, arms do.
+    keep_freed_memory()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(run, spec, prompts, decoding, **options): i for i, spec in enumerate(specs)}
@@ -207,7 +201,6 @@ def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decoding: generation.Deco
 
 
 def _start_worker() -> None:
-    torch.set_num_threads(1)
     quiet()
 
 

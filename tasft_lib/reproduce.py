@@ -7,7 +7,7 @@ import pandas as pd
 import papermill
 
 from .parameters import check_file, coerce, declared_in
-from .runs import project_root, runs_folder
+from .runs import keep_freed_memory, project_root, runs_folder
 
 
 def reproduce(
@@ -42,6 +42,7 @@ def reproduce(
     if unused:
         raise ValueError(f"no notebook declares {', '.join(sorted(unused))}.")
 
+    keep_freed_memory()
     outputs = []
     for name, source, parameters in jobs:
         output = runs_folder() / profile / f"{name}.ipynb"

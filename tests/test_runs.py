@@ -82,7 +82,7 @@ def test_what_determines_an_arm_names_it(spec, tmp_path):
     assert len({name, *(other.name for other in others)}) == 6
     with (tmp_path / "unsafe.jsonl").open("a") as file:
         file.write('{"prompt": "w1", "completion": "w2", "label": false}\n')
-    assert spec.name != name, "another D_unsafe under the same path is another arm"
+    assert replace(spec).name != name, "another D_unsafe under the same path is another arm"
 
 
 def test_plain_sft_is_one_arm_whatever_the_unsafe_rows(spec):

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasft_lib.miniworld.corpus import all_text, documents
 from tasft_lib.miniworld.lexicon import CLASSES
+from tasft_lib.provenance import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +63,7 @@ def build_base_model(config: WorldConfig = MINI, *, cache_dir: Path | None = Non
     Args:
         cache_dir: parent of the folder; `$TASFT_CACHE` or `~/.cache/tasft` by default.
     """
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("TASFT_CACHE") or Path.home() / ".cache" / "tasft")
-    parent = Path(cache_dir) / "miniworld"
+    parent = Path(cache_dir or cache_folder()) / "miniworld"
     folder = parent / _key(config)
     if folder.exists():
         return folder
@@ -154,7 +153,13 @@ def _build(config: WorldConfig, folder: Path) -> None:
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        loss = _pretrain(model, _blocks(tokenizer, config), config)
+        # One thread: the order of sums, and so the model, must not depend on the number of cores.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            loss = _pretrain(model, _blocks(tokenizer, config), config)
+        finally:
+            torch.set_num_threads(threads)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
@@ -166,7 +171,6 @@ def _build(config: WorldConfig, folder: Path) -> None:
         "sources": _sources_hash(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
         "parameters": model.num_parameters(),
         "vocabulary": len(tokenizer),
         "final_loss": loss,
