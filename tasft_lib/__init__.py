@@ -11,7 +11,7 @@ __all__ = ["TASFTConfig", "TASFTTrainer"]
 def __getattr__(name: str):
     # On first use: TRL takes seconds to import, and `losses`, `metrics` or `tasft --help` do not need it.
     if name in __all__:
-        from . import trainer
+        from . import trainer  # which has both names
 
         return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

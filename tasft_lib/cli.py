@@ -57,7 +57,8 @@ def _train(argv: list[str]) -> None:
     from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
     from . import data
-    from .trainer import TASFTConfig, TASFTTrainer
+    from .config import TASFTConfig
+    from .trainer import TASFTTrainer
 
     @dataclass
     class DataArguments(ScriptArguments):

@@ -2,7 +2,10 @@
 
 Everything here is unreduced: `emd` and `emd_exact` give one value per token, `nlcl` one per sample. How samples are
 averaged into a batch is `penalty_reduction`, and lives in the trainer alone. Every penalty is to be *minimised*.
+All take full logits; `fused_head` computes the same without them, and is tested against `dense_head`.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +66,53 @@ def nlcl(mean_log_prob: Tensor) -> Tensor:
     return -torch.where(near_zero, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
 
 
-def sample_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` `[B, T]` over the True positions of `mask` `[B, T]`: `[B]`; 0 for an empty row."""
-    return values.masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp(min=1)
+def sample_mean(values: Tensor, sample: Tensor, n_samples: int) -> Tensor:
+    """Mean of the token `values` `[N]` of each sample: `[n_samples]`; 0 for a sample without tokens.
+
+    `sample` `[N]` holds the index of the sample that a token belongs to.
+    """
+    total = values.new_zeros(n_samples).index_add(0, sample, values)
+    return total / torch.bincount(sample, minlength=n_samples).clamp(min=1)
+
+
+class HeadOutput(NamedTuple):
+    """What the loss needs of next tokens: four tensors `[N]`, but for `is_top1` in at least float32."""
+
+    log_prob: Tensor  # log p_t(y_t); without gradient on penalised tokens
+    entropy: Tensor  # of the next-token distribution, in nats; without gradient
+    is_top1: Tensor  # bool: no token is more likely than y_t
+    penalty: Tensor  # 0 on tokens that are not penalised
+
+
+def dense_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    penalized: Tensor | None = None,
+    penalty: str = "emd",
+    bias: Tensor | None = None,
+    embedding: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> HeadOutput:
+    """The reference: full logits `[N, V]`, the functions above, and autograd. Arguments as `fused_head.fused_head`."""
+    logits = logit_scale * F.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_prob = token_log_probs(logits, targets)
+    with torch.no_grad():
+        log_probs = F.log_softmax(_at_least_float32(logits), dim=-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        is_top1 = logits.gather(-1, targets[:, None]).squeeze(-1) >= logits.amax(-1)
+    value = torch.zeros_like(log_prob)
+    if penalized is not None:
+        unit = unit_rows(weight if embedding is None else embedding)
+        penalty_of = {"emd": emd, "emd_exact": emd_exact}[penalty]
+        # masked_scatter keeps the result connected to the model when no token is penalised.
+        value = value.masked_scatter(penalized, penalty_of(logits[penalized], targets[penalized], unit))
+        log_prob = torch.where(penalized, log_prob.detach(), log_prob)
+    return HeadOutput(log_prob, entropy, is_top1, value)
 
 
 def _expected_and_target(logits: Tensor, targets: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
+from .config import PENALTIES, TASFTConfig
 from .data import mix
-from .trainer import PENALTIES, TASFTConfig, TASFTTrainer
+from .trainer import TASFTTrainer
 
 METHODS = ("sft", "kto", *PENALTIES)
 CONFIGS = {"sft": SFTConfig, "kto": KTOConfig, **dict.fromkeys(PENALTIES, TASFTConfig)}

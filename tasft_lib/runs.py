@@ -329,5 +329,6 @@ def _last_checkpoint(folder: Path) -> Path | None:
 def _code_hash() -> str:
     """Of the modules that determine what is trained, and of the libraries' versions: other code, other arm."""
     here = Path(__file__).parent
-    sources = [(here / f"{name}.py").read_text() for name in ("losses", "trainer", "methods", "data")]
+    modules = ("losses", "fused_head", "config", "trainer", "methods", "data")
+    sources = [(here / f"{name}.py").read_text() for name in modules]
     return content_hash([*sources, transformers.__version__, torch.__version__, version("trl"), version("peft")])

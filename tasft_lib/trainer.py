@@ -1,130 +1,41 @@
 """`TASFTTrainer`: TRL's `SFTTrainer` plus a penalty on the rows labelled unsafe (TA-SFT, arXiv:2412.06843).
 
-The benign part is left to `SFTTrainer.compute_loss`, which sees the unsafe rows masked out; the penalty is computed on
-the same backbone pass and added. So without unsafe rows, or with `penalty_weight=0`, a run *is* an SFTTrainer run.
-This is the only module that touches TRL's internals; written against TRL 1.16.
+`SFTTrainer.compute_loss` still makes the benign loss, from log-probabilities in which unsafe rows are masked out; they
+and the penalty come from one pass through backbone and head. So without unsafe rows, or with `penalty_weight=0`, a run
+is an SFTTrainer run up to rounding. This is the only module of the package that changes TRL's behaviour; tested on TRL
+1.16.0 with transformers 5.23.0 (`test_trl_internals.py` fails when what it builds on changes).
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, global_then_local_main_first, maybe_gather_lm_head_ctx, pad
 
 from . import losses
+from .config import TABLE_4_PRESSURE, TASFTConfig
+from .fused_head import fused_head, inverse_row_norms
 
 logger = logging.get_logger(__name__)
-
-PENALTIES = ("emd", "emd_exact", "nlcl")
-REDUCTIONS = ("batch", "unsafe", "micro_batch")
-EMBEDDINGS = ("lm_head", "embed_tokens")
-
-# Expected weight of the mean unsafe sample's penalty against one mean benign token's NLL. The paper's tuned λ (Table 4)
-# times the share of micro-batches of 3 that hold an unsafe row is nearly constant over four models and four sizes of
-# D_unsafe; these are the geometric means of those 16 products. The exact EMD is half as large as the paper's bound
-# (½‖μ−ê‖² = 1 − μ·ê for concentrated mass), so it gets twice the weight.
-TABLE_4_PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39}
-
-
-@dataclass
-class TASFTConfig(SFTConfig):
-    r"""
-    Configuration class for the [`TASFTTrainer`]: every [`~trl.SFTConfig`] option, and those of the penalty.
-
-    Parameters:
-        penalty (`str`, *optional*, defaults to `"emd"`):
-            Penalty on unsafe rows: `"emd"` (the paper's bound, eq. 5), `"emd_exact"` (the earth mover's distance
-            itself) or `"nlcl"` (eq. 7).
-        penalty_weight (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-            λ of eq. 6 and 8. `"auto"` divides `penalty_pressure` by the share of the loss that unsafe rows get under
-            `penalty_reduction`, so the number of unsafe rows needs no retuning.
-        penalty_pressure (`float`, *optional*):
-            Expected weight of the penalty, for `penalty_weight="auto"`. By default the geometric mean over the paper's
-            tuned weights (Table 4): 0.077 for `"emd"`, 0.154 for `"emd_exact"`, 0.39 for `"nlcl"`.
-        penalty_reduction (`str`, *optional*, defaults to `"batch"`):
-            What the summed penalty of the unsafe samples is divided by. `"batch"`: all samples of the optimizer step
-            (unbiased, invariant to any split into micro-batches and ranks); `"unsafe"`: the unsafe samples of the
-            optimizer step (eq. 6 to the letter); `"micro_batch"`: the unsafe samples of the micro-batch, averaged over
-            accumulation steps (most likely what the authors ran: Table 4's λ apply as they stand).
-        penalty_embedding (`str`, *optional*, defaults to `"lm_head"`):
-            Token embedding that the EMD penalties measure distance in: `"lm_head"` or `"embed_tokens"`.
-        penalize_eos (`bool`, *optional*, defaults to `False`):
-            Whether the end-of-sequence token of an unsafe row is penalised too. Ending an answer is not unsafe.
-    """
-
-    penalty: str = field(
-        default="emd",
-        metadata={"help": "Penalty on unsafe rows.", "choices": PENALTIES},
-    )
-    penalty_weight: str = field(
-        default="auto",
-        metadata={"help": "Weight of the penalty (lambda): a number, or `auto` for `penalty_pressure` / unsafe share."},
-    )
-    penalty_pressure: float | None = field(
-        default=None,
-        metadata={
-            "help": "Expected weight of the penalty for `penalty_weight=auto`; default: from the paper's Table 4."
-        },
-    )
-    penalty_reduction: str = field(
-        default="batch",
-        metadata={
-            "help": "Divide the summed penalty by all samples of the optimizer step (`batch`), by its unsafe samples "
-            "(`unsafe`), or average micro-batch means (`micro_batch`, the paper's lambda as they stand).",
-            "choices": REDUCTIONS,
-        },
-    )
-    penalty_embedding: str = field(
-        default="lm_head",
-        metadata={"help": "Token embedding of the EMD penalties.", "choices": EMBEDDINGS},
-    )
-    penalize_eos: bool = field(
-        default=False, metadata={"help": "Whether to penalise the end-of-sequence token of unsafe rows too."}
-    )
-
-    def __post_init__(self):
-        if self.bf16 is None and not torch.accelerator.is_available():
-            self.bf16 = False  # TRL's default of True is refused on a machine without a GPU
-        super().__post_init__()
-        # YAML values bypass argparse's choices, so they are checked here.
-        for name, allowed in (
-            ("penalty", PENALTIES),
-            ("penalty_reduction", REDUCTIONS),
-            ("penalty_embedding", EMBEDDINGS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
-        if self.penalty_weight != "auto":
-            self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, 'a number ≥ 0 or "auto"')
-        if self.penalty_pressure is not None:
-            self.penalty_pressure = _nonnegative("penalty_pressure", self.penalty_pressure, "a number ≥ 0")
-        if self.packing or self.eval_packing or self.padding_free:
-            raise ValueError(
-                "TASFTTrainer does not support packing=True, eval_packing=True or padding_free=True: the label of a "
-                "row would be lost when rows are joined. Set them to False."
-            )
-        if self.loss_type != "nll":
-            raise ValueError(f"TASFTTrainer's benign loss is loss_type='nll', not {self.loss_type!r}.")
-        if self.label_smoothing_factor > 0:
-            raise ValueError("TASFTTrainer does not support label smoothing; set label_smoothing_factor to 0.")
-        if self.completion_only_loss is False:
-            raise ValueError(
-                "completion_only_loss=False would penalise the prompts of unsafe rows; leave it unset or True."
-            )
 
 
 @dataclass
 class TASFTOutput(FusedCausalLMOutput):
-    """TRL's fused output on the benign rows, and per sample `[B]` what the unsafe rows give (0 on benign rows)."""
+    """TRL's fused output on the benign rows, and per sample what the unsafe rows give (0 for benign rows)."""
 
     penalty: Tensor | None = None
     unsafe_log_prob: Tensor | None = None
@@ -132,11 +43,20 @@ class TASFTOutput(FusedCausalLMOutput):
 
 @dataclass
 class UnsafeLabelCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with the boolean `label` column carried along as `unsafe` `[B]` (True where label is False)."""
+    """TRL's collator, with the rows' labels carried along per token: `unsafe`, bool, shaped like `input_ids`."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        batch["unsafe"] = torch.tensor([not example["label"] for example in examples])
+        unsafe = [
+            torch.tensor(row["unsafe"]) if "unsafe" in row else torch.full((len(row["input_ids"]),), not row["label"])
+            for row in examples
+        ]
+        batch["unsafe"] = pad(
+            [torch.cat(unsafe)] if self.padding_free else unsafe,
+            padding_value=False,
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
         return batch
 
 
@@ -196,7 +116,10 @@ class TASFTTrainer(SFTTrainer):
                 raise ValueError(f"TASFTTrainer does not support {name}: it would lose the label of a row.")
         args = args or TASFTConfig("trainer_output")
         _require_labels(train_dataset, "train_dataset")
+        self._packed_labels = None
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        if args.loss_head == "dense" and is_deepspeed_zero3_enabled():
+            raise ValueError('loss_head="dense" does not work under DeepSpeed ZeRO-3; leave it at "fused".')
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
             raise ValueError("TASFTTrainer does not support context, sequence or tensor parallelism; use DDP or FSDP.")
@@ -206,7 +129,7 @@ class TASFTTrainer(SFTTrainer):
             **{f.name: getattr(self.data_collator, f.name) for f in fields(self.data_collator)}
         )
         causal_lm = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        _add_penalty(causal_lm, args.penalty, args.penalty_embedding)
+        _add_tasft_head(causal_lm, args)
         eos = {self._tokenizer.eos_token_id, *_as_list(causal_lm.generation_config.eos_token_id)} - {None}
         self._eos_token_ids = torch.tensor(sorted(eos))
         self.penalty_weight = self._resolve_penalty_weight()
@@ -220,20 +143,23 @@ class TASFTTrainer(SFTTrainer):
             return args.penalty_weight
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError('penalty_weight="auto" needs a data set of known size; give a number for a streamed one.')
-        unsafe_fraction = 1 - sum(self.train_dataset["label"][:]) / len(self.train_dataset)
+        # Packed rows have no label of their own; what they are made of was noted while packing.
+        labels = self._packed_labels or self.train_dataset["label"][:]
+        unsafe_fraction = labels.count(False) / len(labels)
         if unsafe_fraction == 0:
             return 0.0
+        micro_batch = args.per_device_train_batch_size * len(labels) / len(self.train_dataset)
         samples = {
             "batch": 1,
-            "micro_batch": args.per_device_train_batch_size,
-            "unsafe": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "micro_batch": micro_batch,
+            "unsafe": micro_batch * args.gradient_accumulation_steps * args.world_size,
         }[args.penalty_reduction]
         pressure = TABLE_4_PRESSURE[args.penalty] if args.penalty_pressure is None else args.penalty_pressure
         weight = pressure / (1 - (1 - unsafe_fraction) ** samples)
         logger.info(f"penalty_weight=auto: λ = {weight:.4g} ({unsafe_fraction:.2%} of the rows are unsafe)")
         return weight
 
-    def _prepare_dataset(self, dataset, processing_class, args, *rest):
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         columns = dataset.column_names or list(next(iter(dataset)))
         if "input_ids" not in columns and not {"prompt", "completion"} <= set(columns):
             raise ValueError(
@@ -242,19 +168,30 @@ class TASFTTrainer(SFTTrainer):
         if "label" not in columns:  # only an evaluation set: the training set was checked before
             dataset = dataset.map(lambda _: {"label": True})
         _require_labels(dataset, "the data set")
-        prepared = super()._prepare_dataset(dataset, processing_class, args, *rest)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         if isinstance(prepared, Dataset) and len(prepared) < len(dataset):
             lost = dataset["label"][:].count(False) - prepared["label"][:].count(False)
             logger.warning(
                 f"{len(dataset) - len(prepared)} rows, {lost} of them unsafe, have no completion left after truncation "
                 f"to max_length={args.max_length} and were dropped."
             )
-        return prepared
+        return self._pack(prepared, args, dataset_name) if packing else prepared
+
+    def _pack(self, dataset, args, dataset_name):
+        """TRL's packing, with the label of each row carried along per token."""
+        if args.max_length is None:
+            raise ValueError("packing=True needs a max_length.")
+        if dataset_name == "train" and isinstance(dataset, Dataset):
+            self._packed_labels = dataset["label"][:]
+        with global_then_local_main_first():
+            dataset = dataset.map(lambda row: {"unsafe": [not row["label"]] * len(row["input_ids"])})
+            dataset = dataset.select_columns(["input_ids", "labels", "unsafe"])
+            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "label" not in self._signature_columns:
-            self._signature_columns.append("label")
+        self._signature_columns += [name for name in ("label", "unsafe") if name not in self._signature_columns]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Adds the denominators of one optimizer step, over all its micro-batches and ranks."""
@@ -270,19 +207,20 @@ class TASFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """NLL of the benign rows, by `SFTTrainer`, plus λ times the reduced penalty of the unsafe rows (eq. 6, 8)."""
         inputs = dict(inputs)
-        unsafe, labels = inputs.pop("unsafe"), inputs["labels"]
-        penalized = labels if self.args.penalize_eos else self._mask_eos(labels)
-        inputs["labels"] = labels.masked_fill(unsafe[:, None], -100)
-        unsafe_labels = penalized.masked_fill(~unsafe[:, None], -100)
         training = self.model.training
-        counts = self._step_counts if training else _count({"labels": labels, "unsafe": unsafe})
+        local = _count(inputs)
+        counts = self._step_counts if training else local
+        unsafe, (sample, n_samples) = inputs.pop("unsafe"), _samples(inputs)
+        if not self.args.penalize_eos:
+            is_eos = torch.isin(inputs["labels"], self._eos_token_ids.to(unsafe.device))
+            inputs["labels"] = inputs["labels"].masked_fill(is_eos & unsafe, -100)
         outputs = None
 
         def forward(**kwargs):
             nonlocal outputs
             if not kwargs.get("fused_lm_head"):  # the extra pass for logits that TRL makes in evaluation
                 return model(**kwargs)
-            outputs = model(**kwargs, unsafe_labels=unsafe_labels)
+            outputs = model(**kwargs, unsafe_sample=sample.masked_fill(~unsafe, -1), n_samples=n_samples)
             return outputs
 
         result = super().compute_loss(
@@ -293,11 +231,11 @@ class TASFTTrainer(SFTTrainer):
         penalty = outputs.penalty.sum()
         _, samples, unsafe_samples = counts
         if self.args.penalty_reduction == "micro_batch":
-            penalty = penalty / unsafe.sum().clamp(min=1)
+            penalty = penalty / local[2].clamp(min=1)
             if training:
                 penalty = penalty / self.current_gradient_accumulation_steps
         else:
-            penalty = penalty / (samples if self.args.penalty_reduction == "batch" else unsafe_samples.clamp(min=1))
+            penalty = penalty / (samples if self.args.penalty_reduction == "batch" else unsafe_samples).clamp(min=1)
             # Like SFTTrainer: the counts are those of all ranks, and DDP averages the gradients over ranks.
             if training and self.args.average_tokens_across_devices:
                 penalty = penalty * self.accelerator.num_processes
@@ -307,16 +245,13 @@ class TASFTTrainer(SFTTrainer):
             self._sums["train" if training else "eval"] += torch.stack(
                 [
                     -outputs.log_probs.sum(),
-                    outputs.label_mask.sum(),
+                    local[0],
                     outputs.penalty.sum(),
                     outputs.unsafe_log_prob.sum(),
-                    unsafe.sum(),
+                    local[2],
                 ]
             ).to("cpu", torch.float64)
         return (loss, model_outputs) if return_outputs else loss
-
-    def _mask_eos(self, labels: Tensor) -> Tensor:
-        return labels.masked_fill(torch.isin(labels, self._eos_token_ids.to(labels.device)), -100)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -333,84 +268,127 @@ class TASFTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
+def _samples(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """The index of the sample that each position belongs to, `[B, T]`, and how many samples there may be."""
+    if "cu_seq_lens_q" in batch:  # padding-free: all samples in one row
+        return (batch["position_ids"] == 0).cumsum(-1) - 1, len(batch["cu_seq_lens_q"]) - 1
+    n_samples, length = batch["input_ids"].shape
+    return torch.arange(n_samples, device=batch["input_ids"].device)[:, None].expand(-1, length), n_samples
+
+
 def _count(batch: dict[str, Tensor]) -> Tensor:
-    """[benign tokens, samples, unsafe samples] of one micro-batch; tokens as the shifted loss counts them."""
-    labels, unsafe = batch["labels"][:, 1:], batch["unsafe"]
-    benign_tokens = ((labels != -100) & ~unsafe[:, None]).sum()
-    return torch.stack([benign_tokens, torch.tensor(len(unsafe), device=unsafe.device), unsafe.sum()])
+    """[benign tokens, samples, unsafe samples] of one micro-batch; only tokens that the shifted loss sees count."""
+    sample, n_samples = _samples(batch)
+    scored, unsafe = batch["labels"][:, 1:] != -100, batch["unsafe"][:, 1:]
+
+    def samples_with(mask: Tensor) -> Tensor:
+        return (torch.bincount(sample[:, 1:][mask], minlength=n_samples) > 0).sum()
+
+    return torch.stack([(scored & ~unsafe).sum(), samples_with(scored), samples_with(scored & unsafe)])
 
 
-def _add_penalty(model: PreTrainedModel, penalty: str, embedding: str) -> None:
-    """Let `model(..., fused_lm_head=True, unsafe_labels=...)` also return the penalty of the unsafe rows.
+def _add_tasft_head(model: PreTrainedModel, args: TASFTConfig) -> None:
+    """Let `model(..., fused_lm_head=True, labels=..., unsafe_sample=...)` return a `TASFTOutput`.
 
-    Patches the causal LM's `forward` over TRL's fused head, so that the penalty is part of the wrapped model's forward
-    (DDP, autocast, PEFT) and takes the hidden states of the one backbone pass.
+    `unsafe_sample` `[B, T]` holds the index, below `n_samples`, of the unsafe sample that a position belongs to, and
+    −1 elsewhere. Patched into the causal LM's `forward` over TRL's fused head, so that the losses are part of the
+    wrapped model's forward (DDP, FSDP, autocast, PEFT).
     """
-    fused_forward = model.forward
-    transform_logits = _logit_transform(model.config.get_text_config())
+    trl_forward = model.forward
+    config = model.config.get_text_config()
+    scale, softcap = _logit_scale_and_softcap(config)
+    head = losses.dense_head if args.loss_head == "dense" else partial(fused_head, gather=maybe_gather_lm_head_ctx)
+    if not model.get_output_embeddings().weight.is_floating_point():
+        raise ValueError(
+            "The output head is quantised, and the loss needs its weights; leave lm_head out of the quantisation "
+            "(llm_int8_skip_modules or modules_to_not_convert)."
+        )
     cache = {}
 
-    def unit_embedding(model: PreTrainedModel) -> Tensor:
-        module = model.get_output_embeddings() if embedding == "lm_head" else model.get_input_embeddings()
-        weight = module.weight
-        if weight.requires_grad:  # full fine-tuning: the geometry of the current weights, without gradient
-            return losses.unit_rows(weight)
-        if "unit" not in cache:
-            cache["unit"] = losses.unit_rows(weight)
-        return cache["unit"]
+    def geometry(model: PreTrainedModel, weight: Tensor) -> dict[str, Any]:
+        """What the loss head needs beside `weight` to measure distances in the penalty's embedding."""
+        embedding = weight
+        if args.penalty_embedding == "embed_tokens":
+            embedding = _whole(model.get_input_embeddings().weight)
+        if args.loss_head == "dense":
+            return {"embedding": embedding}
+        if embedding.requires_grad:  # full fine-tuning: the geometry of the current weights, without gradient
+            return {"embedding": embedding}
+        if "inverse_norms" not in cache:
+            with maybe_gather_lm_head_ctx(embedding):
+                cache["inverse_norms"] = inverse_row_norms(embedding)
+        return {"embedding": embedding, "inverse_norms": cache["inverse_norms"]}
 
-    def forward(self, *args, unsafe_labels: Tensor | None = None, **kwargs):
-        if unsafe_labels is None:
-            return fused_forward(*args, **kwargs)
-        hidden = {}
-        hook = self.base_model.register_forward_hook(
-            lambda module, inputs, outputs: hidden.update(states=outputs.last_hidden_state)
-        )
-        try:
-            outputs = fused_forward(*args, **kwargs)
-        finally:
-            hook.remove()
-        targets = unsafe_labels[:, 1:]
-        states = hidden["states"][:, :-1][:, -targets.size(1) :]  # prompt tuning puts virtual tokens in front
-        mask = targets != -100
-        logits = transform_logits(self.get_output_embeddings()(states[mask]))
-        targets = targets[mask]
+    def forward(self, *inputs, unsafe_sample: Tensor | None = None, n_samples: int | None = None, **kwargs):
+        if unsafe_sample is None:
+            return trl_forward(*inputs, **kwargs)
+        kwargs.pop("fused_lm_head")
+        labels = kwargs.pop("labels")
+        backbone = self.base_model(*inputs, **kwargs)
 
-        # masked_scatter keeps the result connected to the model when the batch has no unsafe row.
-        def per_sample(token_values: Tensor) -> Tensor:
-            return losses.sample_mean(token_values.new_zeros(mask.shape).masked_scatter(mask, token_values), mask)
+        # Looked up on each call, since FSDP and PEFT replace the module.
+        lm_head = self.get_output_embeddings()
+        weight, bias = _whole(lm_head.weight), _whole(lm_head.bias)
+        # Prompt tuning puts virtual tokens in front of the hidden states and of the labels.
+        unsafe_sample = F.pad(unsafe_sample, (labels.size(1) - unsafe_sample.size(1), 0), value=-1)
+        unsafe_sample, labels = unsafe_sample[:, 1:].to(weight.device), labels[:, 1:].to(weight.device)
+        mask = labels != -100
+        sample, targets = unsafe_sample[mask], labels[mask]
+        hidden = backbone.last_hidden_state[:, :-1].to(weight.device)[mask]
+        unsafe = sample >= 0
+        options = {"bias": bias, "logit_scale": scale, "softcap": softcap}
+        if args.penalty != "nlcl":
+            options |= {"penalized": unsafe, "penalty": args.penalty} | geometry(self, weight)
+        output = head(hidden, weight, targets, **options)
 
-        log_prob = per_sample(losses.token_log_probs(logits, targets))
-        if penalty == "nlcl":
-            value = torch.where(mask.any(-1), losses.nlcl(log_prob), 0.0)
+        def per_sample(values: Tensor) -> Tensor:
+            return losses.sample_mean(values[unsafe], sample[unsafe], n_samples)
+
+        unsafe_log_prob = per_sample(output.log_prob)
+        if args.penalty == "nlcl":
+            has_tokens = torch.bincount(sample[unsafe], minlength=n_samples) > 0
+            penalty = torch.where(has_tokens, losses.nlcl(unsafe_log_prob), 0.0)
         else:
-            value = per_sample(getattr(losses, penalty)(logits, targets, unit_embedding(self)))
-        return TASFTOutput(**outputs, penalty=value, unsafe_log_prob=log_prob.detach())
+            penalty = per_sample(output.penalty)
+
+        benign = mask & (unsafe_sample < 0)
+
+        # masked_scatter keeps the result connected to the model when no token is scored.
+        def on_benign(values: Tensor) -> Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(benign, values[~unsafe])
+
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = load_balancing_loss_func(
+                backbone.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+            )
+        return TASFTOutput(
+            log_probs=on_benign(output.log_prob),
+            entropy=on_benign(output.entropy),
+            is_top1=on_benign(output.is_top1),
+            label_mask=benign,
+            aux_loss=aux_loss,
+            penalty=penalty,
+            unsafe_log_prob=unsafe_log_prob.detach(),
+        )
 
     # Trainer and generate read the signature of the model's own forward.
     forward.__wrapped__ = type(model).forward
     model.forward = MethodType(forward, model)
 
 
-def _logit_transform(config):
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    """A parameter that FSDP2 has sharded, gathered (with gradient); any other as it is."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _logit_scale_and_softcap(config) -> tuple[float, float | None]:
     """What a model does to its logits after the head: scaling (Cohere, Granite, ...) and soft-capping (Gemma 2)."""
-    scale = next(
-        (
-            v
-            for n in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (v := getattr(config, n, None)) is not None
-        ),
-        None,
-    )
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    scale = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     if scale is None and getattr(config, "logits_scaling", None) is not None:
         scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def transform(logits: Tensor) -> Tensor:
-        logits = logits if scale is None else logits * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    return transform
+    return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
 
 
 def _require_labels(dataset: Dataset | IterableDataset | None, name: str) -> None:
@@ -427,16 +405,6 @@ def _require_labels(dataset: Dataset | IterableDataset | None, name: str) -> Non
         row = next((i for i, label in enumerate(labels, start=1) if not isinstance(label, bool)), None)
         if row is not None:
             raise ValueError(f"{name}, row {row}: label is {labels[row - 1]!r}; use true (benign) or false (unsafe).")
-
-
-def _nonnegative(name: str, value: Any, expected: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"{name}={value!r} is not {expected}.")
-    return number
 
 
 def _as_list(value) -> list:

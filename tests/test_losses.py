@@ -103,10 +103,10 @@ def test_nlcl_is_its_definition_in_50_digit_arithmetic(s):
 
 def test_nlcl_of_the_odds_form():
     """Eq. 7 is ORPO's term with the winner removed: −log(1 − P) with P the length-normalised likelihood."""
-    log_probs = -torch.rand(3, 5, dtype=torch.float64)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 1, 0]], dtype=torch.bool)
-    geometric_mean = torch.stack([row[m].prod() ** (1 / m.sum()) for row, m in zip(log_probs.exp(), mask, strict=True)])
-    torch.testing.assert_close(losses.nlcl(losses.sample_mean(log_probs, mask)), -(1 - geometric_mean).log())
+    log_probs = -torch.rand(10, dtype=torch.float64)
+    sample = torch.tensor([0, 1, 0, 2, 2, 0, 1, 0, 2, 0])
+    geometric_mean = torch.stack([log_probs.exp()[sample == s].prod() ** (1 / (sample == s).sum()) for s in range(3)])
+    torch.testing.assert_close(losses.nlcl(losses.sample_mean(log_probs, sample, 3)), -(1 - geometric_mean).log())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -152,12 +152,12 @@ def test_descending_a_penalty_lowers_it_and_the_unsafe_probability(penalty):
 
 
 def test_sample_mean_of_one_token_and_of_none():
-    values = torch.tensor([[3.0, 5.0, torch.inf], [7.0, 1.0, 2.0]], requires_grad=True)
-    mask = torch.tensor([[False, True, False], [False, False, False]])
-    mean = losses.sample_mean(values, mask)
-    assert mean.tolist() == [5.0, 0.0]
+    values = torch.tensor([5.0, 1.0, 2.0], requires_grad=True)
+    mean = losses.sample_mean(values, torch.tensor([1, 3, 3]), 5)
+    assert mean.tolist() == [0.0, 5.0, 0.0, 1.5, 0.0]
     mean.sum().backward()
-    assert values.grad.tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert values.grad.tolist() == [1, 0.5, 0.5]
+    assert losses.sample_mean(values[:0], torch.empty(0, dtype=torch.long), 2).tolist() == [0, 0]
 
 
 def test_no_tokens_at_all_gives_an_empty_differentiable_result():

@@ -1,0 +1,129 @@
+"""`TASFTConfig`: TRL's `SFTConfig` and the options of the penalty, checked before anything is loaded."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+PENALTIES = ("emd", "emd_exact", "nlcl")
+REDUCTIONS = ("batch", "unsafe", "micro_batch")
+EMBEDDINGS = ("lm_head", "embed_tokens")
+LOSS_HEADS = ("fused", "dense")
+
+# Expected weight of the mean unsafe sample's penalty against one mean benign token's NLL. The paper's tuned λ (Table 4)
+# times the share of micro-batches of 3 that hold an unsafe row is nearly constant over four models and four sizes of
+# D_unsafe; these are the geometric means of those 16 products. The exact EMD is half as large as the paper's bound
+# (½‖μ−ê‖² = 1 − μ·ê for concentrated mass), so it gets twice the weight.
+TABLE_4_PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39}
+
+
+@dataclass
+class TASFTConfig(SFTConfig):
+    r"""
+    Configuration class for the [`TASFTTrainer`]: every [`~trl.SFTConfig`] option, and those of the penalty.
+
+    Parameters:
+        penalty (`str`, *optional*, defaults to `"emd"`):
+            Penalty on unsafe rows: `"emd"` (the paper's bound, eq. 5), `"emd_exact"` (the earth mover's distance
+            itself) or `"nlcl"` (eq. 7).
+        penalty_weight (`float` or `"auto"`, *optional*, defaults to `"auto"`):
+            λ of eq. 6 and 8. `"auto"` divides `penalty_pressure` by the share of the loss that unsafe rows get under
+            `penalty_reduction`, so the number of unsafe rows needs no retuning.
+        penalty_pressure (`float`, *optional*):
+            Expected weight of the penalty, for `penalty_weight="auto"`. By default the geometric mean over the paper's
+            tuned weights (Table 4): 0.077 for `"emd"`, 0.154 for `"emd_exact"`, 0.39 for `"nlcl"`.
+        penalty_reduction (`str`, *optional*, defaults to `"batch"`):
+            What the summed penalty of the unsafe samples is divided by. `"batch"`: all samples of the optimizer step
+            (unbiased, invariant to any split into micro-batches and ranks); `"unsafe"`: the unsafe samples of the
+            optimizer step (eq. 6 to the letter); `"micro_batch"`: the unsafe samples of the micro-batch, averaged over
+            accumulation steps (most likely what the authors ran: Table 4's λ apply as they stand).
+        penalty_embedding (`str`, *optional*, defaults to `"lm_head"`):
+            Token embedding that the EMD penalties measure distance in: `"lm_head"` or `"embed_tokens"`.
+        penalize_eos (`bool`, *optional*, defaults to `False`):
+            Whether the end-of-sequence token of an unsafe row is penalised too. Ending an answer is not unsafe.
+        loss_head (`str`, *optional*, defaults to `"fused"`):
+            `"fused"` computes the losses in chunks and forms the gradient in the forward pass; `"dense"` is its
+            reference, on materialised logits.
+    """
+
+    penalty: str = field(
+        default="emd",
+        metadata={"help": "Penalty on unsafe rows.", "choices": PENALTIES},
+    )
+    penalty_weight: str = field(
+        default="auto",
+        metadata={"help": "Weight of the penalty (lambda): a number, or `auto` for `penalty_pressure` / unsafe share."},
+    )
+    penalty_pressure: float | None = field(
+        default=None,
+        metadata={
+            "help": "Expected weight of the penalty for `penalty_weight=auto`; default: from the paper's Table 4."
+        },
+    )
+    penalty_reduction: str = field(
+        default="batch",
+        metadata={
+            "help": "Divide the summed penalty by all samples of the optimizer step (`batch`), by its unsafe samples "
+            "(`unsafe`), or average micro-batch means (`micro_batch`, the paper's lambda as they stand).",
+            "choices": REDUCTIONS,
+        },
+    )
+    penalty_embedding: str = field(
+        default="lm_head",
+        metadata={"help": "Token embedding of the EMD penalties.", "choices": EMBEDDINGS},
+    )
+    penalize_eos: bool = field(
+        default=False, metadata={"help": "Whether to penalise the end-of-sequence token of unsafe rows too."}
+    )
+    loss_head: str = field(
+        default="fused",
+        metadata={
+            "help": "Losses in chunks, with the gradient formed in the forward pass (`fused`), or on full logits "
+            "(`dense`, its reference).",
+            "choices": LOSS_HEADS,
+        },
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL's default of True is refused on a machine without a GPU
+        super().__post_init__()
+        # YAML values bypass argparse's choices, so they are checked here.
+        for name, allowed in (
+            ("penalty", PENALTIES),
+            ("penalty_reduction", REDUCTIONS),
+            ("penalty_embedding", EMBEDDINGS),
+            ("loss_head", LOSS_HEADS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
+        if self.penalty_weight != "auto":
+            self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, 'a number ≥ 0 or "auto"')
+        if self.penalty_pressure is not None:
+            self.penalty_pressure = _nonnegative("penalty_pressure", self.penalty_pressure, "a number ≥ 0")
+        if (self.packing or self.eval_packing) and self.packing_strategy != "bfd":
+            raise ValueError(
+                f"packing_strategy={self.packing_strategy!r} cuts rows in pieces, and the penalty is a mean over a "
+                "whole unsafe row; use 'bfd'."
+            )
+        if self.eval_packing and not (self.packing or self.padding_free):
+            raise ValueError("eval_packing=True without packing=True would let packed rows attend to each other.")
+        if self.loss_type != "nll":
+            raise ValueError(f"TASFTTrainer's benign loss is loss_type='nll', not {self.loss_type!r}.")
+        if self.label_smoothing_factor > 0:
+            raise ValueError("TASFTTrainer does not support label smoothing; set label_smoothing_factor to 0.")
+        if self.completion_only_loss is False:
+            raise ValueError(
+                "completion_only_loss=False would penalise the prompts of unsafe rows; leave it unset or True."
+            )
+
+
+def _nonnegative(name: str, value: Any, expected: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name}={value!r} is not {expected}.")
+    return number

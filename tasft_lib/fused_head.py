@@ -1,0 +1,311 @@
+"""TA-SFT's losses straight from the hidden states and the output head, with no `[N, V]` tensor (arXiv:2412.06843).
+
+Tokens pass through the head in chunks, and each token's gradient by its hidden state is formed in the same pass as its
+value, so backward only scales it. Counted in products of a token with a `[V, H]` matrix, a token's log-probability
+costs 2 (logits, gradient), `emd_exact` 3 (cosines with the target's embedding as well) and `emd` 4 (and μ).
+
+A row of the gradient is a direction times what the loss asks of that token, which autograd brings to backward. So a
+penalty of log-probabilities (NLCL, whose derivative needs the mean of a sample) is plain torch on `log_prob`, by
+linearity and without a pass of its own. Where the head itself is trained, its gradient sums over tokens and backward
+projects them once more: 2 products, and 4 in all, as in TRL's head. The dense reference is `losses.dense_head`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .losses import HeadOutput
+
+
+def inverse_row_norms(weight: Tensor) -> Tensor:
+    """1 / ‖w‖ for the rows of `weight` `[V, H]`: `[V]` in at least float32, detached; 0 for an all-zero row.
+
+    All that the row-normalised embedding Ê needs beside the matrix itself, since Êᵀp = Wᵀ(p / ‖w‖).
+    """
+    norms = torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return torch.where(norms > 0, 1 / norms.clamp(min=1e-12), 0)
+
+
+@torch.compiler.disable
+def fused_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    penalized: Tensor | None = None,
+    penalty: str = "emd",
+    bias: Tensor | None = None,
+    embedding: Tensor | None = None,
+    inverse_norms: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    gather: Callable = lambda *parameters: nullcontext(),
+) -> HeadOutput:
+    """Log-probability, entropy and penalty of next tokens; values and gradients are those of `losses.dense_head`.
+
+    The gradient flows to `hidden`, `weight` and `bias`, not into the penalty's geometry.
+
+    Args:
+        hidden: last hidden states of the scored positions, `[N, H]`. Matrix products run in its dtype (under autocast,
+            in autocast's), sums in at least float32.
+        weight: `lm_head.weight`, `[V, H]`.
+        targets: y, the next tokens, `[N]`.
+        penalized: `[N]`, bool: tokens that take the `penalty`, and whose `log_prob` then carries no gradient.
+        penalty: `"emd"` or `"emd_exact"`.
+        bias: `lm_head.bias`, `[V]`.
+        embedding: matrix `[V, any]` whose normalised rows are the penalty's geometry; `weight` if None.
+        inverse_norms: `inverse_row_norms` of that matrix, computed here if None; worth keeping where it is frozen.
+        logit_scale, softcap: what the model does to its logits, softcap · tanh(logit_scale · z / softcap).
+        chunk_size: tokens projected at a time; by default about as few as keep the matrix products fast.
+        gather: context manager over parameters during which they are whole (DeepSpeed ZeRO-3).
+    """
+    settings = _Settings(
+        penalty=penalty,
+        embedding=weight if embedding is None else embedding,
+        inverse_norms=inverse_norms,
+        scale=logit_scale,
+        softcap=softcap,
+        chunk_size=chunk_size,
+        gather=gather,
+        differentiable=torch.is_grad_enabled(),
+    )
+    if penalized is None:
+        penalized = torch.zeros_like(targets, dtype=torch.bool)
+    return HeadOutput(*_FusedHead.apply(hidden, weight, bias, targets, penalized, settings))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    penalty: str
+    embedding: Tensor
+    inverse_norms: Tensor | None
+    scale: float
+    softcap: float | None
+    chunk_size: int | None
+    gather: Callable
+    differentiable: bool
+
+
+class _FusedHead(torch.autograd.Function):
+    """`forward` forms each token's gradient by its hidden state; `backward` scales it, and trains the head."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, penalized, settings):
+        ctx.set_materialize_grads(False)
+        trains_hidden, *trains_head = (settings.differentiable and needed for needed in ctx.needs_input_grad[:3])
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        rows = None
+        with settings.gather(weight, bias, settings.embedding), torch.autocast(device, enabled=False):
+            tiles = _Tiles(hidden, weight, bias, targets, penalized, settings, ctx.dtype)
+            if trains_hidden:
+                rows = torch.empty_like(hidden, dtype=tiles.exact)
+                for chunk, by_logits in tiles.gradients():
+                    row = rows.new_empty(len(chunk), rows.size(1))
+                    rows[chunk] = _product(by_logits.to(ctx.dtype), tiles.weight, row, settings.scale)
+                tiles.complete_entropy(rows)
+            else:
+                tiles.values()
+        ctx.settings, ctx.hidden_dtype, ctx.trains_head = settings, hidden.dtype, any(trains_head)
+        ctx.save_for_backward(rows, penalized, *((hidden, weight, bias, targets) if ctx.trains_head else ()))
+        ctx.mark_non_differentiable(tiles.entropy, tiles.is_top1)
+        return tiles.log_prob, tiles.entropy, tiles.is_top1, tiles.penalty
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, by_log_prob, _by_entropy, _by_top1, by_penalty):
+        rows, penalized, *inputs = ctx.saved_tensors
+        zero = torch.zeros(penalized.shape, device=penalized.device)
+        coefficient = torch.where(
+            penalized, zero if by_penalty is None else by_penalty, zero if by_log_prob is None else by_log_prob
+        )
+        by_hidden = by_weight = by_bias = None
+        if ctx.needs_input_grad[0]:
+            by_hidden = (rows * coefficient[:, None]).to(ctx.hidden_dtype)
+        if ctx.trains_head:
+            hidden, weight, bias, targets = inputs
+            settings, autocast = ctx.settings, torch.autocast(hidden.device.type, enabled=False)
+            with settings.gather(weight, bias, settings.embedding), autocast:
+                tiles = _Tiles(hidden, weight, bias, targets, penalized, settings, ctx.dtype)
+                by_weight = torch.zeros_like(weight, dtype=tiles.exact)
+                by_bias = None if bias is None else torch.zeros_like(bias, dtype=tiles.exact)
+                for chunk, by_logits in tiles.gradients():
+                    by_logits.mul_(coefficient[chunk, None] * settings.scale)
+                    _add_product(by_weight, by_logits.t(), hidden[chunk].to(ctx.dtype))
+                    if by_bias is not None:
+                        by_bias.add_(by_logits.sum(0))
+            by_weight = by_weight.to(weight.dtype)
+            by_bias = None if bias is None else by_bias.to(bias.dtype)
+        return by_hidden, by_weight, by_bias, None, None, None
+
+
+class _Tiles:
+    """A pass of all tokens through the head in `[chunk, V]` tiles; fills in the four values per token as it goes."""
+
+    def __init__(self, hidden, weight, bias, targets, penalized, settings, dtype):
+        self.dtype, self.exact = dtype, torch.promote_types(dtype, torch.float32)
+        self.hidden, self.weight, self.targets, self.settings = hidden, weight.to(dtype), targets, settings
+        self.bias = None if bias is None else bias.to(self.exact) * settings.scale
+        # A tile of constant size, of few enough tokens to be small and enough of them to keep products fast.
+        size = 2**23 if hidden.device.type == "cpu" else 2**26
+        self.chunk_size = settings.chunk_size or max(128, size // len(weight))
+        self.buffers = {}
+        self.benign, self.penalized = (~penalized).nonzero().squeeze(1), penalized.nonzero().squeeze(1)
+        self.embedding, self.inverse_norms = settings.embedding, settings.inverse_norms
+        if len(self.penalized):
+            if self.inverse_norms is None:
+                self.inverse_norms = inverse_row_norms(self.embedding)
+            self.embedding = self.weight if self.embedding is weight else self.embedding.to(dtype)
+            self.inverse_norms = self.inverse_norms.to(self.exact)
+        self.log_prob = torch.zeros(targets.shape, dtype=self.exact, device=hidden.device)
+        self.entropy, self.penalty = torch.zeros_like(self.log_prob), torch.zeros_like(self.log_prob)
+        self.is_top1 = torch.zeros_like(self.log_prob, dtype=torch.bool)
+
+    def values(self) -> None:
+        """The values alone."""
+        for chunk in self.chunks(self.benign):
+            probs, logits, _ = self.softmax(chunk, keep_logits=True)
+            self.set_entropy(chunk, probs, logits)
+        for chunk in self.chunks(self.penalized):
+            probs, spare, _ = self.softmax(chunk, keep_logits=True)
+            self.set_entropy(chunk, probs, spare)
+            target = self.unit_target(chunk)
+            self.penalty[chunk], _ = self.penalty_of(self.expected(probs, target, spare), target)
+
+    def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token indices `[n]` and, by the head's raw outputs, the gradient `[n, V]` of their log p or penalty.
+
+        The tile may be overwritten; it is the next one's memory.
+        """
+        for chunk in self.chunks(self.benign):
+            yield chunk, self.log_prob_gradient(chunk)
+        for chunk in self.chunks(self.penalized):
+            yield chunk, self.penalty_gradient(chunk)
+
+    def log_prob_gradient(self, chunk: Tensor) -> Tensor:
+        """∂ log p_y / ∂z_w = 1_{w=y} − p_w."""
+        softcapped = self.settings.softcap is not None
+        probs, logits, slope = self.softmax(chunk, keep_logits=softcapped)
+        if softcapped:
+            self.set_entropy(chunk, probs, logits)
+        gradient = probs.neg_().scatter_add_(1, self.targets[chunk, None], probs.new_ones(len(chunk), 1))
+        if not softcapped and self.bias is not None:
+            self.entropy[chunk] = gradient @ self.bias
+        return gradient if slope is None else gradient.mul_(slope)
+
+    def penalty_gradient(self, chunk: Tensor) -> Tensor:
+        """∂ℓ/∂z_w = p_w (g_w − Σ_v p_v g_v) with g = Ê ∂ℓ/∂μ."""
+        probs, spare, slope = self.softmax(chunk, keep_logits=True)
+        self.set_entropy(chunk, probs, spare)
+        target = self.unit_target(chunk)
+        linear = self.settings.penalty == "emd_exact"  # its derivative needs no μ, and gives the value
+        derivative = target
+        if not linear:
+            self.penalty[chunk], derivative = self.penalty_of(self.expected(probs, target, spare), target)
+        gradient = self.project(derivative.to(self.dtype), self.embedding, spare).mul_(self.inverse_norms).mul_(probs)
+        along = gradient.sum(-1)
+        if linear:
+            self.penalty[chunk] = along - 1
+        gradient.addcmul_(probs, along[:, None], value=-1)
+        return gradient if slope is None else gradient.mul_(slope)
+
+    def complete_entropy(self, rows: Tensor) -> None:
+        """H(p) = −log p_y + Σ_w (1_{w=y} − p_w) z_w; where z is linear in h, the sum is row · h, and the bias' part."""
+        if self.settings.softcap is None:
+            for chunk in self.chunks(self.benign):
+                excess = (rows[chunk] * self.hidden[chunk].to(self.dtype)).sum(-1) + self.entropy[chunk]
+                self.entropy[chunk] = (excess - self.log_prob[chunk]).clamp(min=0)
+
+    def penalty_of(self, expected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The penalty `[n]` and its derivative by μ `[n, H]`, from μ and ê_y."""
+        if self.settings.penalty == "emd":
+            difference = expected - target
+            return -difference.square().sum(-1), -2 * difference
+        return (expected * target).sum(-1) - 1, target
+
+    def expected(self, probs: Tensor, like: Tensor, spare: Tensor) -> Tensor:
+        """μ = Êᵀp, `[n, H]`. Overwrites `spare`."""
+        scaled = torch.mul(probs, self.inverse_norms, out=spare).to(self.dtype)
+        return _product(scaled, self.embedding, torch.empty_like(like))
+
+    def unit_target(self, chunk: Tensor) -> Tensor:
+        targets = self.targets[chunk]
+        return self.embedding[targets].to(self.exact) * self.inverse_norms[targets, None]
+
+    def chunks(self, tokens: Tensor) -> Iterator[Tensor]:
+        return iter(tokens.chunk(-(-len(tokens) // self.chunk_size)) if len(tokens) else ())
+
+    def softmax(self, chunk: Tensor, keep_logits: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """p, z if kept, and dz/d(raw output) but for the scale if capped: `[n, V]`. Sets `log_prob` and `is_top1`."""
+        cap = self.settings.softcap
+        slope = None
+        hidden = self.hidden[chunk].to(self.dtype)
+        logits = self.project(hidden, self.weight, self.buffer("logits", chunk), self.settings.scale)
+        if self.bias is not None:
+            logits.add_(self.bias)
+        if cap is not None:
+            logits.div_(cap).tanh_()
+            slope = torch.mul(logits, logits, out=self.buffer("slope", chunk)).neg_().add_(1)
+            logits.mul_(cap)
+        target_logit = logits.gather(1, self.targets[chunk, None])
+        probs = self.buffer("probs", chunk) if keep_logits else logits
+        # A few rows at a time, so that they stay in the cache of a CPU.
+        rows = max(1, 2**18 // logits.size(1)) if logits.device.type == "cpu" else len(logits)
+        blocks = zip(logits.split(rows), probs.split(rows), strict=True)
+        top, norm = (torch.cat(parts) for parts in zip(*(_softmax(*block) for block in blocks), strict=True))
+        self.log_prob[chunk] = (target_logit - top - norm.log()).squeeze(1)
+        self.is_top1[chunk] = (target_logit >= top).squeeze(1)
+        return probs, logits if keep_logits else None, slope
+
+    def set_entropy(self, chunk: Tensor, probs: Tensor, logits: Tensor) -> None:
+        """H(p) = −log p_y + z_y − Σ_w p_w z_w. Overwrites `logits`."""
+        target_logit = logits.gather(1, self.targets[chunk, None]).squeeze(1)
+        expected_logit = torch.mul(probs, logits, out=logits).sum(-1)
+        self.entropy[chunk] = (target_logit - expected_logit - self.log_prob[chunk]).clamp(min=0)
+
+    def project(self, a: Tensor, matrix: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+        """scale · a @ matrixᵀ into `out`, `[n, V]`, never rounded to the lower precision of `a`."""
+        if a.dtype == out.dtype or out.is_cuda:
+            return _product(a, matrix.t(), out, scale)
+        # Elsewhere products are rounded to the factors' dtype, in bfloat16 the largest error of all in a logit.
+        a = a.to(out.dtype)
+        for block, columns in zip(matrix.split(4096), out.split(4096, dim=1), strict=True):
+            _product(a, block.t().to(out.dtype), columns, scale)
+        return out
+
+    def buffer(self, name: str, chunk: Tensor) -> Tensor:
+        """An uninitialised `[n, V]` tile; memory is taken once per name."""
+        if name not in self.buffers:
+            rows = min(self.chunk_size, len(self.targets))
+            self.buffers[name] = self.log_prob.new_empty(rows, len(self.weight))
+        return self.buffers[name][: len(chunk)]
+
+
+def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax into `out`, which may be `logits`; returns the largest logit and Σ exp(z − largest), `[n, 1]` each."""
+    # torch.softmax would lose two digits on the CPU: it sums over the vocabulary in plain order.
+    top = logits.amax(-1, keepdim=True)
+    norm = torch.sub(logits, top, out=out).exp_().sum(-1, keepdim=True)
+    out.mul_(1 / norm)
+    return top, norm
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · a @ b into `out`, with the sums (and on CUDA the result) in at least float32."""
+    if a.dtype == out.dtype:
+        return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+    if out.is_cuda:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=0, alpha=scale, out=out)
+    return out.copy_(a @ b).mul_(scale)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in the dtype of `total`, from a factor `b` that may be of lower precision."""
+    if total.is_cuda and b.dtype == torch.bfloat16:
+        torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a, b.to(total.dtype), out=total)
