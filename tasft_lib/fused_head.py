@@ -106,7 +106,7 @@ class _FusedHead(torch.autograd.Function):
                 rows = torch.empty_like(hidden, dtype=tiles.exact)
                 for chunk, by_logits in tiles.gradients():
                     row = rows.new_empty(len(chunk), rows.size(1))
-                    rows[chunk] = _product(by_logits.to(ctx.dtype), tiles.weight, row, settings.scale)
+                    rows[chunk] = _product(by_logits, tiles.weight, row, settings.scale)
                 tiles.complete_entropy(rows)
             else:
                 tiles.values()
@@ -206,7 +206,7 @@ class _Tiles:
         derivative = target
         if not linear:
             self.penalty[chunk], derivative = self.penalty_of(self.expected(probs, target, spare), target)
-        gradient = self.project(derivative.to(self.dtype), self.embedding, spare).mul_(self.inverse_norms).mul_(probs)
+        gradient = _project(derivative, self.embedding, spare).mul_(self.inverse_norms).mul_(probs)
         along = gradient.sum(-1)
         if linear:
             self.penalty[chunk] = along - 1
@@ -229,8 +229,7 @@ class _Tiles:
 
     def expected(self, probs: Tensor, like: Tensor, spare: Tensor) -> Tensor:
         """μ = Êᵀp, `[n, H]`. Overwrites `spare`."""
-        scaled = torch.mul(probs, self.inverse_norms, out=spare).to(self.dtype)
-        return _product(scaled, self.embedding, torch.empty_like(like))
+        return _product(torch.mul(probs, self.inverse_norms, out=spare), self.embedding, torch.empty_like(like))
 
     def unit_target(self, chunk: Tensor) -> Tensor:
         targets = self.targets[chunk]
@@ -244,7 +243,7 @@ class _Tiles:
         cap = self.settings.softcap
         slope = None
         hidden = self.hidden[chunk].to(self.dtype)
-        logits = self.project(hidden, self.weight, self.buffer("logits", chunk), self.settings.scale)
+        logits = _project(hidden, self.weight, self.buffer("logits", chunk), self.settings.scale)
         if self.bias is not None:
             logits.add_(self.bias)
         if cap is not None:
@@ -267,16 +266,6 @@ class _Tiles:
         expected_logit = torch.mul(probs, logits, out=logits).sum(-1)
         self.entropy[chunk] = (target_logit - expected_logit - self.log_prob[chunk]).clamp(min=0)
 
-    def project(self, a: Tensor, matrix: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
-        """scale · a @ matrixᵀ into `out`, `[n, V]`, never rounded to the lower precision of `a`."""
-        if a.dtype == out.dtype or out.is_cuda:
-            return _product(a, matrix.t(), out, scale)
-        # Elsewhere products are rounded to the factors' dtype, in bfloat16 the largest error of all in a logit.
-        a = a.to(out.dtype)
-        for block, columns in zip(matrix.split(4096), out.split(4096, dim=1), strict=True):
-            _product(a, block.t().to(out.dtype), columns, scale)
-        return out
-
     def buffer(self, name: str, chunk: Tensor) -> Tensor:
         """An uninitialised `[n, V]` tile; memory is taken once per name."""
         if name not in self.buffers:
@@ -294,18 +283,38 @@ def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return top, norm
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · a @ b into `out`, with the sums (and on CUDA the result) in at least float32."""
-    if a.dtype == out.dtype:
-        return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+# On a GPU matrix products take factors of low precision and keep the result in float32. Elsewhere they would round it
+# to that precision, so there the matrix of low precision is raised to float32, a block of the vocabulary at a time.
+_BLOCK = 4096
+
+
+def _project(a: Tensor, matrix: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · a @ matrixᵀ into `out`, `[n, V]`, for `matrix` `[V, H]`."""
+    if matrix.dtype == out.dtype:
+        return torch.addmm(out, a.to(out.dtype), matrix.t(), beta=0, alpha=scale, out=out)
     if out.is_cuda:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, beta=0, alpha=scale, out=out)
-    return out.copy_(a @ b).mul_(scale)
+        return torch.addmm(out, a.to(matrix.dtype), matrix.t(), out_dtype=out.dtype, beta=0, alpha=scale, out=out)
+    a = a.to(out.dtype)
+    for block, columns in zip(matrix.split(_BLOCK), out.split(_BLOCK, dim=1), strict=True):
+        torch.addmm(columns, a, block.to(out.dtype).t(), beta=0, alpha=scale, out=columns)
+    return out
+
+
+def _product(a: Tensor, matrix: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · a @ matrix into `out`, `[n, H]`, for `a` `[n, V]` in the dtype of `out` and `matrix` `[V, H]`."""
+    if matrix.dtype == out.dtype:
+        return torch.addmm(out, a, matrix, beta=0, alpha=scale, out=out)
+    if out.is_cuda:
+        return torch.addmm(out, a.to(matrix.dtype), matrix, out_dtype=out.dtype, beta=0, alpha=scale, out=out)
+    out.zero_()
+    for block, columns in zip(matrix.split(_BLOCK), a.split(_BLOCK, dim=1), strict=True):
+        out.addmm_(columns, block.to(out.dtype), alpha=scale)
+    return out
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in the dtype of `total`, from a factor `b` that may be of lower precision."""
-    if total.is_cuda and b.dtype == torch.bfloat16:
+    if total.is_cuda and b.dtype != total.dtype:
         torch.addmm(total, a.to(b.dtype), b, out_dtype=total.dtype, out=total)
     else:
         torch.addmm(total, a, b.to(total.dtype), out=total)

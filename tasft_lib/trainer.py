@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -378,8 +378,11 @@ def _add_tasft_head(model: PreTrainedModel, args: TASFTConfig) -> None:
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:
-    """A parameter that FSDP2 has sharded, gathered (with gradient); any other as it is."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    """A parameter that FSDP2 has sharded, gathered; any other as it is. Its gradient is averaged over ranks."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # By default the gradient would be taken to be the same on every rank.
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _logit_scale_and_softcap(config) -> tuple[float, float | None]:

@@ -1,0 +1,74 @@
+"""`tasft bench` measures what it says. No timing is asserted here: `notebooks/performance.ipynb` has the numbers."""
+
+import json
+import math
+
+import pytest
+
+from tasft_lib import bench, cli
+
+KEYS = {
+    "time_ratio_vs_trl_sft",
+    "time_ratio_vs_dense_tasft",
+    "memory_ratio_vs_trl_sft",
+    "memory_ratio_vs_dense_tasft",
+    "max_relative_grad_error",
+    "spread",
+}
+
+
+def test_head_as_json(capsys):
+    command = "bench head --vocab 3000 --hidden 32 --tokens 256 --unsafe 0.25 --dtype float32 --repeats 2 --json"
+    assert cli.main([*command.split(), "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result.keys() >= KEYS
+    assert all(math.isfinite(result[key]) and result[key] > 0 for key in KEYS - {"spread"})
+    assert result["max_relative_grad_error"] <= 1e-5 and result["max_relative_grad_error_trl_sft"] <= 1e-5
+    for name, (low, high) in result["spread"].items():
+        assert low <= high and name in KEYS
+    # The one thing that no noise can hide: full logits, their softmax and its gradient at the least.
+    assert result["peak_bytes"]["dense_tasft"] >= 3 * 256 * 3000 * 4
+
+
+def test_step_as_text(capsys):
+    command = "bench step --geometry tiny --batch_size 2 --unsafe 0.5 --repeats 1 --device cpu"
+    assert cli.main(command.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "against trl_sft",
+        "against dense_tasft",
+        "largest relative gradient error",
+    ]
+
+
+SETTINGS = dict(vocab=500, hidden=16, tokens=90, unsafe=0.3, device="cpu", threads=1)
+
+
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+def test_contenders_have_the_loss_that_they_are_compared_on(penalty):
+    """Every contender's gradient is the float64 reference's, which in turn is autograd's on the whole batch at once."""
+    settings = SETTINGS | {"penalty": penalty, "dtype": "float64"}
+    contenders = bench._head_contenders(settings)
+    for name in bench.CONTENDERS:
+        exact = bench._exact_head_gradient(settings, plain=name == bench.TRL)
+        # TRL's statistics are float32 whatever the input.
+        assert bench._relative_error(contenders[name](), exact) <= (1e-5 if name == bench.TRL else 1e-9), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+def test_gradient_error_is_within_the_promised_bounds(penalty, dtype):
+    settings = SETTINGS | {"penalty": penalty, "dtype": dtype}
+    contenders = bench._head_contenders(settings)
+    errors = {
+        name: bench._relative_error(contenders[name](), bench._exact_head_gradient(settings, plain=name == bench.TRL))
+        for name in (bench.OURS, bench.TRL)
+    }
+    assert errors[bench.OURS] <= (1e-5 if dtype == "float32" else 1e-2)
+    if dtype == "bfloat16":  # both end in a bfloat16 gradient, whose rounding alone is 2⁻⁹
+        assert errors[bench.OURS] <= max(errors[bench.TRL], 2**-9)
+
+
+def test_a_line_is_fitted():
+    fit = bench.linear_fit([1, 2, 3], [5.0, 7.0, 9.0])
+    assert fit == pytest.approx({"slope": 2, "intercept": 3, "r_squared": 1})
