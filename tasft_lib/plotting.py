@@ -19,6 +19,8 @@ COLOURS = {
     "stl": "#CC79A7",
 }
 NAMES = {"sft": "SFT", "kto": "KTO", "nlcl": "NLCL", "emd": "EMD", "emd_exact": "EMD exact", "stl": "STL"}
+BENCH_STYLES = (("fused_tasft", "#D55E00", "o"), ("trl_sft", "#000000", "s"), ("dense_tasft", "#0072B2", "^"))
+BENCH_NAMES = {"fused_tasft": "TA-SFT, fused head", "trl_sft": "SFT, TRL", "dense_tasft": "TA-SFT, full logits"}
 MARKERS = dict(zip(COLOURS, "sXvo^D", strict=True))
 
 
@@ -135,6 +137,57 @@ def plot_harvest(table: pd.DataFrame, *, caption: str) -> Figure:
     axis.set(xlabel="sampled answers", xlim=(0, 1.2 * max(table["count"].max(), 1)))
     axis.invert_yaxis()
     return _finish(figure, None, caption)
+
+
+def plot_bench(table: pd.DataFrame, *, caption: str) -> Figure:
+    """Time and memory of our head over those of each contender, a row per case; whiskers are the range over rounds.
+
+    `table` from `tables.bench_table`. Left of the line at 1 ours needs less; a case out of memory has no point.
+    """
+    use_style()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.5 * len(table) + 1.4), sharey=True)
+    places = range(len(table))
+    for axis, measure in zip(axes, ("time", "memory"), strict=True):
+        for (name, colour, marker), offset in zip(BENCH_STYLES[1:], (-0.12, 0.12), strict=True):
+            ratio, error = table[f"{measure}_vs_{name}"].astype(float), None
+            if measure == "time":
+                low, high = (table[f"time_vs_{name}_{end}"].astype(float) for end in ("low", "high"))
+                error = [(ratio - low).clip(lower=0), (high - ratio).clip(lower=0)]
+            label = f"over {BENCH_NAMES[name]}"
+            axis.errorbar(ratio, [p + offset for p in places], xerr=error, fmt=marker, color=colour, label=label)
+        axis.axvline(1, color="black", linewidth=1, linestyle=(0, (4, 3)))
+        axis.set(title=f"{measure}, ratio", xlim=(0, None))
+    sizes = ("vocab", "hidden") if "vocab" in table else ("geometry", "batch_size", "sequence_length")
+    names = [
+        ", ".join(
+            f"{size[:1].upper()} = {row[size]:,}" if size in ("vocab", "hidden") else f"{row[size]}" for size in sizes
+        )
+        for _, row in table.iterrows()
+    ]
+    labels = [
+        f"{name}\n{row.penalty}, {row.unsafe:.0%} unsafe, {row.dtype}"
+        for name, row in zip(names, table.itertuples(), strict=True)
+    ]
+    axes[0].set_yticks(list(places), labels)
+    axes[0].set_ylim(len(table) - 0.5, -0.5)
+    return _finish(figure, axes[0], caption)
+
+
+def plot_scaling(table: pd.DataFrame, *, caption: str) -> Figure:
+    """Seconds and peak memory of the loss head against tokens, all contenders, both axes logarithmic.
+
+    `table` from `tables.bench_table`, one row per number of tokens.
+    """
+    use_style()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.3))
+    for axis, (prefix, title) in zip(axes, (("seconds", "seconds"), ("peak_mb", "peak memory (MB)")), strict=True):
+        for name, colour, marker in BENCH_STYLES:
+            values = table[f"{prefix}_{name}"]
+            axis.plot(table["tokens"], values, marker=marker, color=colour, label=BENCH_NAMES[name])
+        axis.set(title=title, xlabel="tokens", xscale="log", yscale="log")
+        axis.set_xticks(table["tokens"], [f"{size:,}" for size in table["tokens"]])
+        axis.minorticks_off()
+    return _finish(figure, axes[0], caption)
 
 
 def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> list[Path]:

@@ -26,15 +26,16 @@ def reproduce(
     """
     root = project_root()
     folder = root / "params" / profile
-    if not folder.is_dir():
-        known = sorted(p.name for p in (root / "params").glob("*") if p.is_dir())
-        raise ValueError(f"no profile {profile!r}; there are {', '.join(known)}.")
-    available = sorted(p.stem for p in folder.glob("*.yaml") if (root / "notebooks" / f"{p.stem}.ipynb").exists())
+    sources = {path.stem: path for path in (root / "notebooks").glob("*.ipynb")}
+    profiles = {p.parent.name for p in (root / "params").glob("*/*.yaml") if p.stem in sources}
+    if profile not in profiles:
+        raise ValueError(f"no profile {profile!r}; there are {', '.join(sorted(profiles))}.")
+    available = sorted(path.stem for path in folder.glob("*.yaml") if path.stem in sources)
     jobs = []
     for name in notebooks or available:
         if name not in available:
             raise ValueError(f"profile {profile} has no notebook {name!r}; it has {', '.join(available)}.")
-        source = root / "notebooks" / f"{name}.ipynb"
+        source = sources[name]
         parameters, declared = check_file(folder / f"{name}.yaml", source), declared_in(source)
         chosen = {key: coerce(key, value, declared[key]) for key, value in (overrides or {}).items() if key in declared}
         jobs.append((name, source, parameters | chosen))

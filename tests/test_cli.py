@@ -89,6 +89,30 @@ def test_resume_and_flags_over_the_config(folder, capsys):
     assert (folder / "out" / "checkpoint-3").exists() and "nlcl, λ" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "layout", [{"packing": "true", "max_length": 64}, {"padding_free": "true", "max_length": "null"}]
+)
+def test_packing_and_padding_free(layout, folder):
+    edit(folder, **layout)
+    assert cli.main(["train", "--config", str(folder / "config.yaml")]) == 0
+    assert (folder / "out" / "adapter_model.safetensors").exists()
+
+
+def test_four_bit_flags_are_trls_and_train_close_to_bfloat16(folder):
+    pytest.importorskip("bitsandbytes")
+    command = ["train", "--config", str(folder / "config.yaml"), "--dtype", "bfloat16", "--logging_steps", "1"]
+    four_bit = ["--load_in_4bit", "--bnb_4bit_quant_type", "nf4", "--use_bnb_nested_quant"]
+    logged = {}
+    for name, flags in {"bfloat16": [], "4-bit": four_bit}.items():
+        assert cli.main([*command, *flags, "--output_dir", str(folder / name), "--save_steps", "2"]) == 0
+        state = json.loads((folder / name / "checkpoint-2" / "trainer_state.json").read_text())
+        logged[name] = [(log["loss"], log["penalty"]) for log in state["log_history"] if "penalty" in log]
+    assert len(logged["4-bit"]) == len(logged["bfloat16"]) > 0
+    assert logged["4-bit"] != logged["bfloat16"], "nothing was quantised"
+    for quantised, full in zip(logged["4-bit"], logged["bfloat16"], strict=True):
+        assert quantised == pytest.approx(full, rel=0.1)
+
+
 def edit(folder, **lines):
     path = folder / "config.yaml"
     kept = [line for line in path.read_text().splitlines() if line.split(":")[0] not in lines]
@@ -100,7 +124,7 @@ def edit(folder, **lines):
     [
         (lambda f: edit(f, penalty="edm"), "penalty='edm'"),
         (lambda f: edit(f, penalti="emd"), "penalti"),
-        (lambda f: edit(f, packing="true"), "packing=True"),
+        (lambda f: edit(f, packing="true", packing_strategy="wrapped"), "packing_strategy='wrapped'"),
         (lambda f: edit(f, penalty_weight="-3"), "penalty_weight"),
         (lambda f: edit(f, n_unsafe="500"), "n_unsafe=500"),
         (lambda f: edit(f, dataset_name=f / "missing.json"), "missing.json: no such file"),
