@@ -121,7 +121,7 @@ class _FusedHead(torch.autograd.Function):
         rows, penalized, *inputs = ctx.saved_tensors
         zero = torch.zeros(penalized.shape, device=penalized.device)
         coefficient = torch.where(
-            penalized, zero if by_penalty is None else by_penalty, zero if by_log_prob is None else by_log_prob
+            penalized, zero if by_penalty is None else by_penalty, zero if by_log_prob is None else -by_log_prob
         )
         by_hidden = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
@@ -177,22 +177,22 @@ class _Tiles:
             self.penalty[chunk], _ = self.penalty_of(self.expected(probs, target, spare), target)
 
     def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token indices `[n]` and, by the head's raw outputs, the gradient `[n, V]` of their log p or penalty.
+        """Token indices `[n]` and, by the head's raw outputs, the gradient `[n, V]` of their −log p or penalty.
 
         The tile may be overwritten; it is the next one's memory.
         """
         for chunk in self.chunks(self.benign):
-            yield chunk, self.log_prob_gradient(chunk)
+            yield chunk, self.nll_gradient(chunk)
         for chunk in self.chunks(self.penalized):
             yield chunk, self.penalty_gradient(chunk)
 
-    def log_prob_gradient(self, chunk: Tensor) -> Tensor:
-        """∂ log p_y / ∂z_w = 1_{w=y} − p_w."""
+    def nll_gradient(self, chunk: Tensor) -> Tensor:
+        """∂(−log p_y)/∂z_w = p_w − 1_{w=y}."""
         softcapped = self.settings.softcap is not None
         probs, logits, slope = self.softmax(chunk, keep_logits=softcapped)
         if softcapped:
             self.set_entropy(chunk, probs, logits)
-        gradient = probs.neg_().scatter_add_(1, self.targets[chunk, None], probs.new_ones(len(chunk), 1))
+        gradient = probs.scatter_add_(1, self.targets[chunk, None], probs.new_full((len(chunk), 1), -1))
         if not softcapped and self.bias is not None:
             self.entropy[chunk] = gradient @ self.bias
         return gradient if slope is None else gradient.mul_(slope)
@@ -214,11 +214,11 @@ class _Tiles:
         return gradient if slope is None else gradient.mul_(slope)
 
     def complete_entropy(self, rows: Tensor) -> None:
-        """H(p) = −log p_y + Σ_w (1_{w=y} − p_w) z_w; where z is linear in h, the sum is row · h, and the bias' part."""
+        """H(p) = −log p_y − Σ_w (p_w − 1_{w=y}) z_w; where z is linear in h, the sum is row · h, and the bias' part."""
         if self.settings.softcap is None:
             for chunk in self.chunks(self.benign):
                 excess = (rows[chunk] * self.hidden[chunk].to(self.dtype)).sum(-1) + self.entropy[chunk]
-                self.entropy[chunk] = (excess - self.log_prob[chunk]).clamp(min=0)
+                self.entropy[chunk] = (-self.log_prob[chunk] - excess).clamp(min=0)
 
     def penalty_of(self, expected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The penalty `[n]` and its derivative by μ `[n, H]`, from μ and ê_y."""

@@ -1,5 +1,6 @@
 """README tells the truth: its table is the committed one, its commands and options exist, its links lead somewhere."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -22,9 +23,16 @@ def test_the_results_table_is_made_from_the_committed_csv():
     assert tables.readme_table(table) in shown
 
 
-def test_the_published_numbers_trace_to_a_manifest():
-    import json
+def test_the_performance_table_is_made_from_the_committed_csvs():
+    figures = ROOT / "figures" / "bench"
+    heads, steps = (pd.read_csv(figures / f"performance_{name}.csv") for name in ("table", "step"))
+    shown = re.search(r"<!-- performance:begin -->\n(.*?)<!-- performance:end -->", README, re.DOTALL)[1]
+    assert tables.readme_performance(heads, steps) in shown
+    manifest = json.loads((figures / "performance_manifest.json").read_text())
+    assert re.fullmatch(r"[0-9a-f]{40}", manifest["commit"]), "from a clean commit"
 
+
+def test_the_published_numbers_trace_to_a_manifest():
     manifest = json.loads((ROOT / "figures" / "mini" / "safety_manifest.json").read_text())
     table = pd.read_csv(ROOT / "figures" / "mini" / "safety_table.csv")
     assert re.fullmatch(r"[0-9a-f]{40}", manifest["commit"]), "from a clean commit"
