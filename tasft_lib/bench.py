@@ -1,18 +1,25 @@
 """Time, memory and gradient error of TA-SFT beside TRL's plain SFT and beside TA-SFT on full logits.
 
-Contenders run in alternation in one process; each one's peak memory is taken in a process of its own. `head` measures
-the loss head alone, `step` whole optimizer steps. Ratios are ours over theirs: below 1 is better.
+Contenders run in alternation in one new process; each one's peak memory is taken in a new process of its own. `head`
+measures the loss head alone, `step` whole optimizer steps. Ratios are ours over theirs: below 1 is better.
+
+On a CPU it matters what the C library does with freed memory. By default glibc hands large blocks back to the system,
+and a program that takes and frees them all the time, as TRL's head does, pays for it; `keep_freed_memory` tells it not
+to. Times are taken in processes started with just that setting, whatever this process was started with; memory is
+always taken as by default.
 """
 
 import gc
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +51,7 @@ def head(
     dtype: str = "float32",
     device: str | None = None,
     threads: int = 1,
+    keep_freed_memory: bool = False,
     repeats: int = 7,
 ) -> dict:
     """Forward and backward of the loss head on `tokens` random scored positions, a share `unsafe` of them penalised.
@@ -54,15 +62,8 @@ def head(
     Returns ratios, `spread` (lowest and highest ratio of a round), seconds, bytes, errors and settings.
     """
     settings = dict(vocab=vocab, hidden=hidden, tokens=tokens, unsafe=unsafe, penalty=penalty, dtype=dtype)
-    settings |= dict(device=_device(device), threads=threads)
-    contenders = _head_contenders(settings)
-    seconds = _alternate(contenders, repeats, settings["device"])
-    errors = {
-        name: _relative_error(run(), _exact_head_gradient(settings, plain=name == TRL))
-        for name, run in contenders.items()
-    }
-    contenders.clear()
-    return _report("head", settings | {"repeats": repeats}, seconds, _peak_bytes("head", settings), errors)
+    settings |= dict(device=_device(device), threads=threads, keep_freed_memory=keep_freed_memory, repeats=repeats)
+    return _measure("head", settings)
 
 
 def step(
@@ -77,6 +78,7 @@ def step(
     gradient_checkpointing: bool = False,
     device: str | None = None,
     threads: int = 1,
+    keep_freed_memory: bool = False,
     repeats: int = 7,
 ) -> dict:
     """An optimizer step (collation to AdamW) of a random Llama with LoRA on q and v, all contenders on the same rows.
@@ -86,25 +88,12 @@ def step(
 
     Returns what `head` returns, `tokens_per_second` without padding, and the share of the device's measured speed in
     matrix products (over one step's products, those recomputed or on padding included). A contender that does not fit
-    into GPU memory is null.
+    into GPU memory is null, and so are all times where the contenders do not fit together.
     """
     settings = dict(geometry=geometry, unsafe=unsafe, penalty=penalty, batch_size=batch_size, dtype=dtype)
     settings |= dict(sequence_length=sequence_length, load_in_4bit=load_in_4bit)
     settings |= dict(gradient_checkpointing=gradient_checkpointing, device=_device(device), threads=threads)
-    memory = _peak_bytes("step", settings)
-    contenders = {name: _step_contender(settings, name) for name in CONTENDERS if memory[name] is not None}
-    seconds = _alternate(contenders, repeats, settings["device"])
-    errors = {} if geometry == "llama-3.1-8b" or load_in_4bit else _step_errors(settings)
-    report = _report("step", settings | {"repeats": repeats}, seconds, memory, errors)
-    tokens = batch_size * statistics.mean(len(row["input_ids"]) for row in _rows(settings))
-    ceiling = _matmul_flops_per_second(settings)
-    speed = {"tokens_per_second": {}, "fraction_of_matmul_ceiling": {}}
-    for name, run in contenders.items():
-        with FlopCounterMode(display=False) as counter:
-            run()
-        speed["tokens_per_second"][name] = tokens / report["seconds"][name]
-        speed["fraction_of_matmul_ceiling"][name] = counter.get_total_flops() / report["seconds"][name] / ceiling
-    return report | speed
+    return _measure("step", settings | dict(keep_freed_memory=keep_freed_memory, repeats=repeats))
 
 
 def linear_fit(sizes: list[int], values: list[float]) -> dict:
@@ -127,39 +116,34 @@ def _head_inputs(settings: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return states, weight, targets, unsafe
 
 
-def _head_contenders(settings: dict) -> dict[str, Callable[[], Tensor]]:
-    """Functions that compute each contender's loss and return its gradient by the hidden states `[T, H]`."""
-    torch.set_num_threads(settings["threads"])
+def _head_contender(settings: dict, name: str) -> Callable[[], Tensor]:
+    """A function that computes the contender's loss and returns its gradient by the hidden states, `[T, H]`."""
     states, weight, targets, unsafe = _head_inputs(settings)
     norms = inverse_row_norms(weight)
 
-    def gradient_of(loss: Callable[[Tensor], Tensor]) -> Tensor:
+    def loss(leaf: Tensor) -> Tensor:
+        if name == TRL:
+            chunk = 32768  # what TRL's trainers pass
+            outputs = ("log_probs", "entropy", "is_top1")
+            log_prob, *_ = ChunkedLogProbFunction.apply(leaf, weight, None, targets, 1.0, chunk, None, 1.0, outputs)
+            return -log_prob.mean()
+        head = partial(fused_head, inverse_norms=norms) if name == OURS else dense_head
+        return _tasft_loss(head, leaf, weight, targets, unsafe, settings["penalty"])
+
+    def run() -> Tensor:
         leaf = states.detach().requires_grad_()
         return torch.autograd.grad(loss(leaf), leaf)[0]
 
-    def tasft(head: Callable, **cached) -> Callable[[Tensor], Tensor]:
-        return lambda leaf: _tasft_loss(head, leaf, weight, targets, unsafe, settings["penalty"], **cached)
-
-    def sft(leaf: Tensor) -> Tensor:
-        chunk = 32768  # what TRL's trainers pass
-        outputs = ("log_probs", "entropy", "is_top1")
-        log_prob, *_ = ChunkedLogProbFunction.apply(leaf, weight, None, targets, 1.0, chunk, None, 1.0, outputs)
-        return -log_prob.mean()
-
-    return {
-        OURS: lambda: gradient_of(tasft(fused_head, inverse_norms=norms)),
-        TRL: lambda: gradient_of(sft),
-        DENSE: lambda: gradient_of(tasft(dense_head)),
-    }
+    return run
 
 
-def _tasft_loss(head, states, weight, targets, unsafe, penalty, **cached) -> Tensor:
+def _tasft_loss(head, states, weight, targets, unsafe, penalty) -> Tensor:
     """Mean NLL of the benign tokens plus the penalty of the unsafe ones, taken as one sample."""
     if penalty == "nlcl":
         output = head(states, weight, targets)
         value = losses.nlcl(output.log_prob[unsafe].mean()) if unsafe.any() else 0.0
     else:
-        output = head(states, weight, targets, penalized=unsafe, penalty=penalty, **cached)
+        output = head(states, weight, targets, penalized=unsafe, penalty=penalty)
         value = output.penalty.sum() / unsafe.sum().clamp(min=1)
     return value - output.log_prob[~unsafe].sum() / (~unsafe).sum().clamp(min=1)
 
@@ -236,7 +220,6 @@ def _trainer(settings: dict, name: str, dtype: str):
     from .trainer import TASFTTrainer
 
     disable_progress_bars()
-    torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
     vocab, hidden, intermediate, layers, heads, kv_heads = GEOMETRIES[settings["geometry"]]
     with torch.device(settings["device"]):
@@ -340,12 +323,45 @@ def _step_errors(settings: dict) -> dict[str, float]:
     return errors
 
 
-def _matmul_flops_per_second(settings: dict) -> float:
-    """Of a square product in the dtype: the best of ten."""
-    n = 8192 if settings["device"] == "cuda" else 2048
-    a = torch.randn(n, n, device=settings["device"], dtype=getattr(torch, settings["dtype"]))
-    seconds = _alternate({"matmul": lambda: a @ a}, 10, settings["device"], show=False)
-    return 2 * n**3 / min(seconds["matmul"])
+def _measure(kind: str, settings: dict) -> dict:
+    """Memory of every contender, then times and errors of those that fit: the result of `head` or `step`."""
+    memory = {
+        name: _in_new_process({"measure": "memory", "kind": kind, "names": [name], "settings": settings})
+        for name in tqdm(CONTENDERS, desc="memory", unit="process")
+    }
+    names = [name for name in CONTENDERS if memory[name] is not None]
+    timed = _in_new_process({"measure": "time", "kind": kind, "names": names, "settings": settings})
+    return _report(kind, settings, memory, **(timed or {"seconds": {}, "errors": {}}))
+
+
+def _in_new_process(request: dict):
+    """What `_answer` returns there; None where it runs out of GPU memory."""
+    from .runs import KEEP_FREED_MEMORY
+
+    environment = {name: value for name, value in os.environ.items() if name not in KEEP_FREED_MEMORY}
+    # Where freed memory is kept, what was freed before the measurement would hide what it takes.
+    if request["settings"]["keep_freed_memory"] and request["measure"] == "time":
+        environment |= KEEP_FREED_MEMORY
+    command = [sys.executable, "-m", "tasft_lib.bench", json.dumps(request)]
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise RuntimeError(f"measuring {request['measure']} of {', '.join(request['names'])} failed; see above.")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def _answer(measure: str, kind: str, names: list[str], settings: dict):
+    torch.set_num_threads(settings["threads"])
+    make = _head_contender if kind == "head" else _step_contender
+    try:
+        contenders = {name: make(settings, name) for name in names}
+        if measure == "memory":
+            return _peak_growth(contenders[names[0]], settings["device"])
+        seconds = _alternate(contenders, settings["repeats"], settings["device"])
+        return {"seconds": seconds, "errors": _errors(kind, settings)} | (
+            _speed(contenders, seconds, settings) if kind == "step" else {}
+        )
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _alternate(contenders: dict[str, Callable], repeats: int, device: str, show: bool = True) -> dict[str, list]:
@@ -362,27 +378,10 @@ def _alternate(contenders: dict[str, Callable], repeats: int, device: str, show:
     return seconds
 
 
-def _peak_bytes(kind: str, settings: dict) -> dict[str, int | None]:
-    """Growth of peak memory over what inputs and model hold, each contender in a new process; None: out of memory."""
-    peaks = {}
-    for name in tqdm(CONTENDERS, desc="memory", unit="process"):
-        request = json.dumps({"kind": kind, "name": name, "settings": settings})
-        command = [sys.executable, "-m", "tasft_lib.bench", request]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            if "OutOfMemoryError" in run.stderr:
-                peaks[name] = None
-                continue
-            raise RuntimeError(f"measuring the memory of {name} failed: {run.stderr[-2000:]}")
-        peaks[name] = json.loads(run.stdout.splitlines()[-1])
-    return peaks
-
-
-def _measure_peak(kind: str, name: str, settings: dict) -> int:
-    """Bytes, in this process: allocated on the GPU, or resident on a CPU."""
-    run = _head_contenders(settings)[name] if kind == "head" else _step_contender(settings, name)
+def _peak_growth(run: Callable, device: str) -> int:
+    """Bytes that `run` needs at its peak over what is held before: allocated on the GPU, or resident on a CPU."""
     gc.collect()
-    if settings["device"] == "cuda":
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
@@ -401,7 +400,33 @@ def _status_bytes(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _report(kind: str, settings: dict, seconds: dict, memory: dict, errors: dict) -> dict:
+def _errors(kind: str, settings: dict) -> dict[str, float]:
+    if kind == "head":
+        return {
+            name: _relative_error(_head_contender(settings, name)(), _exact_head_gradient(settings, plain=name == TRL))
+            for name in CONTENDERS
+        }
+    too_large = settings["geometry"] == "llama-3.1-8b" or settings["load_in_4bit"]
+    return {} if too_large else _step_errors(settings)
+
+
+def _speed(contenders: dict[str, Callable], seconds: dict[str, list[float]], settings: dict) -> dict[str, dict]:
+    tokens = settings["batch_size"] * statistics.mean(len(row["input_ids"]) for row in _rows(settings))
+    n = 8192 if settings["device"] == "cuda" else 2048
+    square = torch.randn(n, n, device=settings["device"], dtype=getattr(torch, settings["dtype"]))
+    products = _alternate({"square": lambda: square @ square}, 10, settings["device"], show=False)
+    ceiling = 2 * n**3 / min(products["square"])
+    speed = {"tokens_per_second": {}, "fraction_of_matmul_ceiling": {}}
+    for name, run in contenders.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        median = statistics.median(seconds[name])
+        speed["tokens_per_second"][name] = tokens / median
+        speed["fraction_of_matmul_ceiling"][name] = counter.get_total_flops() / median / ceiling
+    return speed
+
+
+def _report(kind: str, settings: dict, memory: dict, seconds: dict, errors: dict, **speed: dict) -> dict:
     """Ratios of medians, and the lowest and highest ratio of a single round as their spread."""
     median = {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -429,6 +454,7 @@ def _report(kind: str, settings: dict, seconds: dict, memory: dict, errors: dict
         "seconds": median,
         "peak_bytes": memory,
         "settings": settings,
+        **speed,
     }
 
 
@@ -442,5 +468,4 @@ def _synchronize(device: str) -> None:
 
 
 if __name__ == "__main__":
-    request = json.loads(sys.argv[1])
-    print(_measure_peak(request["kind"], request["name"], request["settings"]))
+    print(json.dumps(_answer(**json.loads(sys.argv[1]))))

@@ -265,6 +265,9 @@ def _bench(argv: list[str]) -> None:
     shared.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     shared.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     shared.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    shared.add_argument(
+        "--keep_freed_memory", action="store_true", help="tell glibc so; a CPU's large blocks get cheap"
+    )
     shared.add_argument("--repeats", type=int, default=7, help="rounds, of which medians are taken (default: 7)")
     shared.add_argument("--json", action="store_true", help="print everything measured as JSON")
     head = kinds.add_parser("head", parents=[shared], help="the loss head alone")

@@ -164,9 +164,10 @@ def plot_bench(table: pd.DataFrame, *, caption: str) -> Figure:
         )
         for _, row in table.iterrows()
     ]
+    kept = ["\nfreed memory kept" if flag else "" for flag in table["keep_freed_memory"]]
     labels = [
-        f"{name}\n{row.penalty}, {row.unsafe:.0%} unsafe, {row.dtype}"
-        for name, row in zip(names, table.itertuples(), strict=True)
+        f"{name}\n{row.penalty}, {row.unsafe:.0%} unsafe, {row.dtype}{note}"
+        for name, row, note in zip(names, table.itertuples(), kept, strict=True)
     ]
     axes[0].set_yticks(list(places), labels)
     axes[0].set_ylim(len(table) - 0.5, -0.5)

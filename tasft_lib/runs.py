@@ -32,6 +32,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from . import benchmarks, data, methods, miniworld
 from .provenance import content_hash, environment, file_hash, model_identity, peak_memory_mb, write_json
 
+# How glibc is told to keep freed memory; read at the start of a process.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "268435456"}
+
 TRAINING = (
     "learning_rate",
     "lr_scheduler_type",
@@ -273,7 +276,7 @@ def keep_freed_memory() -> None:
 
     Handing every freed tensor back to the system costs the training of a small model a quarter of its time (measured).
     """
-    for name, value in (("MALLOC_MMAP_MAX_", "0"), ("MALLOC_TRIM_THRESHOLD_", "-1"), ("MALLOC_TOP_PAD_", "268435456")):
+    for name, value in KEEP_FREED_MEMORY.items():
         os.environ.setdefault(name, value)
 
 

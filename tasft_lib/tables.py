@@ -162,4 +162,5 @@ def readme_performance(heads: pd.DataFrame, steps: pd.DataFrame) -> str:
 
 def bench_case(row: pd.Series) -> str:
     """A benchmark row in words: penalty, share of unsafe tokens or rows, dtype."""
-    return f"{row['penalty']} on {row['unsafe']:.0%}, {row['dtype']}"
+    kept = ", freed memory kept" if row["keep_freed_memory"] else ""
+    return f"{row['penalty']} on {row['unsafe']:.0%}, {row['dtype']}{kept}"
