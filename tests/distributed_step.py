@@ -1,8 +1,9 @@
 """TA-SFT steps on each of two gloo processes; rank 0 writes gradients and logs. Run by test_distributed.py.
 
-torchrun --nproc_per_node=2 distributed_step.py FOLDER ddp|fsdp2
+torchrun --nproc_per_node=2 distributed_step.py FOLDER ddp|fsdp2|zero3
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import make_rows
 from peft import LoraConfig, get_peft_model
-from test_distributed import CASES
+from test_distributed import cases
 from test_trainer import LORA, config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,7 +33,36 @@ def allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
+def allow_deepspeed_on_cpu() -> None:
+    """accelerate knows no backend for DeepSpeed on a CPU; gloo is one."""
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+
+
+STRATEGIES = {
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+    "zero3": {
+        "use_cpu": False,
+        "deepspeed": {
+            # Without the threshold a model as small as this one would not be sharded.
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+        },
+    },
+}
+
+
 def whole(parameter: torch.Tensor) -> torch.Tensor:
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(parameter):
+            return parameter.detach().clone()
     parameter = parameter.detach()
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).clone()
 
@@ -48,32 +78,25 @@ def gradient(folder: Path, tokenizer, case: dict, strategy: str):
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    options |= copy.deepcopy(STRATEGIES[strategy])
     if strategy == "fsdp2":
-        options |= {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "transformer_layer_cls_to_wrap": wrap,
-            },
-        }
+        options["fsdp_config"]["transformer_layer_cls_to_wrap"] = wrap
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} | options
     args = config(folder, train_sampling_strategy="sequential", **options)
     trainer = TASFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     assert len(trainer.train_dataset) % 4 == 0, "accelerate would repeat rows to give all processes as many"
     trainer.train()
     after = {n.removeprefix("module."): whole(p) for n, p in trainer.model.named_parameters() if p.requires_grad}
-    sharded = any(hasattr(p, "full_tensor") for p in trainer.model.parameters())
-    assert sharded == (strategy == "fsdp2"), "the strategy was not applied"
+    mark = {"fsdp2": "full_tensor", "zero3": "ds_id"}.get(strategy)
+    assert mark is None or all(hasattr(p, mark) for p in trainer.model.parameters()), "the strategy was not applied"
     return trainer.state.log_history[0], {name: before[name] - after[name] for name in before}
 
 
 if __name__ == "__main__":
     folder, strategy = Path(sys.argv[1]), sys.argv[2]
-    if strategy == "fsdp2":
-        allow_fsdp_on_cpu()
+    {"ddp": lambda: None, "fsdp2": allow_fsdp_on_cpu, "zero3": allow_deepspeed_on_cpu}[strategy]()
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    results = {name: gradient(folder, tokenizer, case, strategy) for name, case in CASES.items()}
+    results = {name: gradient(folder, tokenizer, case, strategy) for name, case in cases(strategy).items()}
     if torch.distributed.get_rank() == 0:
         torch.save({name: gradients for name, (_, gradients) in results.items()}, folder / f"{strategy}.pt")
         (folder / f"{strategy}.json").write_text(json.dumps({name: log for name, (log, _) in results.items()}))

@@ -79,6 +79,15 @@ def test_notebooks_that_share_arms_share_their_settings(path):
     assert settings[0] == {name: settings[1][name] for name in settings[0]}
 
 
+@pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed_zero3", "DEEPSPEED")])
+def test_accelerate_takes_the_launch_configurations(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "params" / "accelerate" / f"{name}.yaml"
+    assert load_config_from_file(str(path)).distributed_type.value == kind
+    assert path.read_text().startswith("# ")
+
+
 def declared_values(notebook: Path) -> dict:
     cells = nbformat.read(notebook, as_version=4).cells
     names: dict = {}
