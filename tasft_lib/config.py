@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-PENALTIES = ("emd", "emd_exact", "nlcl")
+EMBEDDING_PENALTIES = ("emd", "emd_exact")
+RIVALS = ("gradient_ascent", "unlikelihood", "npo", "simnpo")
+PENALTIES = (*EMBEDDING_PENALTIES, "nlcl", *RIVALS)
 REDUCTIONS = ("batch", "unsafe", "micro_batch")
 EMBEDDINGS = ("lm_head", "embed_tokens")
 LOSS_HEADS = ("fused", "dense")
@@ -16,6 +18,8 @@ LOSS_HEADS = ("fused", "dense")
 # D_unsafe; these are the geometric means of those 16 products. The exact EMD is half as large as the paper's bound
 # (½‖μ−ê‖² = 1 − μ·ê for concentrated mass), so it gets twice the weight.
 TABLE_4_PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39}
+# β of the papers' main experiments: NPO (arXiv:2404.05868) and SimNPO (arXiv:2410.07163).
+DEFAULT_BETA = {"npo": 0.1, "simnpo": 2.5}
 
 
 @dataclass
@@ -26,13 +30,15 @@ class TASFTConfig(SFTConfig):
     Parameters:
         penalty (`str`, *optional*, defaults to `"emd"`):
             Penalty on unsafe rows: `"emd"` (the paper's bound, eq. 5), `"emd_exact"` (the earth mover's distance
-            itself) or `"nlcl"` (eq. 7).
+            itself) or `"nlcl"` (eq. 7); or a rival on the same rows: `"gradient_ascent"`, `"unlikelihood"`, `"npo"`
+            (its reference is the base model, so it needs an adapter) or `"simnpo"`.
         penalty_weight (`float` or `"auto"`, *optional*, defaults to `"auto"`):
             λ of eq. 6 and 8. `"auto"` divides `penalty_pressure` by the share of the loss that unsafe rows get under
             `penalty_reduction`, so the number of unsafe rows needs no retuning.
         penalty_pressure (`float`, *optional*):
             Expected weight of the penalty, for `penalty_weight="auto"`. By default the geometric mean over the paper's
-            tuned weights (Table 4): 0.077 for `"emd"`, 0.154 for `"emd_exact"`, 0.39 for `"nlcl"`.
+            tuned weights (Table 4): 0.077 for `"emd"`, 0.154 for `"emd_exact"`, 0.39 for `"nlcl"`; the rivals have
+            none.
         penalty_reduction (`str`, *optional*, defaults to `"batch"`):
             What the summed penalty of the unsafe samples is divided by. `"batch"`: all samples of the optimizer step
             (unbiased, invariant to any split into micro-batches and ranks); `"unsafe"`: the unsafe samples of the
@@ -40,6 +46,8 @@ class TASFTConfig(SFTConfig):
             accumulation steps (most likely what the authors ran: Table 4's λ apply as they stand).
         penalty_embedding (`str`, *optional*, defaults to `"lm_head"`):
             Token embedding that the EMD penalties measure distance in: `"lm_head"` or `"embed_tokens"`.
+        penalty_beta (`float`, *optional*):
+            β of `"npo"` (by default 0.1) and of `"simnpo"` (by default 2.5).
         penalize_eos (`bool`, *optional*, defaults to `False`):
             Whether the end-of-sequence token of an unsafe row is penalised too. Ending an answer is not unsafe.
         loss_head (`str`, *optional*, defaults to `"fused"`):
@@ -73,6 +81,9 @@ class TASFTConfig(SFTConfig):
         default="lm_head",
         metadata={"help": "Token embedding of the EMD penalties.", "choices": EMBEDDINGS},
     )
+    penalty_beta: float | None = field(
+        default=None, metadata={"help": "Inverse temperature of `npo` (default: 0.1) and `simnpo` (default: 2.5)."}
+    )
     penalize_eos: bool = field(
         default=False, metadata={"help": "Whether to penalise the end-of-sequence token of unsafe rows too."}
     )
@@ -102,6 +113,14 @@ class TASFTConfig(SFTConfig):
             self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, 'a number ≥ 0 or "auto"')
         if self.penalty_pressure is not None:
             self.penalty_pressure = _nonnegative("penalty_pressure", self.penalty_pressure, "a number ≥ 0")
+        if self.penalty_beta is None:
+            self.penalty_beta = DEFAULT_BETA.get(self.penalty)
+        elif not _nonnegative("penalty_beta", self.penalty_beta, "a number > 0"):
+            raise ValueError("penalty_beta=0 is not a number > 0.")
+        if self.penalty_weight == "auto" and self.penalty_pressure is None and self.penalty in RIVALS:
+            raise ValueError(
+                f'penalty_weight="auto" has no pressure for {self.penalty!r}; give a weight or a pressure.'
+            )
         if (self.packing or self.eval_packing) and self.packing_strategy != "bfd":
             raise ValueError(
                 f"packing_strategy={self.packing_strategy!r} cuts rows in pieces, and the penalty is a mean over a "

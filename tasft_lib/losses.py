@@ -53,7 +53,8 @@ def emd_exact(logits: Tensor, targets: Tensor, embedding: Tensor) -> Tensor:
 def nlcl(mean_log_prob: Tensor) -> Tensor:
     """Negative log of the complementary likelihood, −log(1 − exp(s)) per sample (eq. 7), in [0, ∞).
 
-    `mean_log_prob` is s = mean_t log p_t(y_t), `[B]`, ≤ 0: length-normalised as in ORPO. Values closer to 0 than one
+    `mean_log_prob` is s = mean_t log p_t(y_t), `[B]`, ≤ 0: length-normalised as in ORPO. Of a single token's log p it
+    is the unlikelihood loss (Welleck et al., 2019). Values closer to 0 than one
     rounding error of the dtype are taken as that, so value and gradient stay finite at p = 1.
     """
     s = _at_least_float32(mean_log_prob)
@@ -64,6 +65,15 @@ def nlcl(mean_log_prob: Tensor) -> Tensor:
     small = torch.where(near_zero, s, -1.0)
     large = torch.where(near_zero, -1.0, s)
     return -torch.where(near_zero, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
+
+
+def npo(log_ratio: Tensor, beta: float) -> Tensor:
+    """Negative preference optimisation, (2/β) log(1 + exp(β r)) per sample, in [0, ∞) (arXiv:2404.05868, eq. 3).
+
+    `log_ratio` r `[B]` is log π(y|x) − log π_ref(y|x), summed over tokens; with the mean log-probability of the tokens
+    in its place it is SimNPO without margin (arXiv:2410.07163). As β → 0 its gradient becomes that of gradient ascent.
+    """
+    return 2 / beta * F.softplus(beta * _at_least_float32(log_ratio))
 
 
 def sample_mean(values: Tensor, sample: Tensor, n_samples: int) -> Tensor:

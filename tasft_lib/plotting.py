@@ -139,6 +139,33 @@ def plot_harvest(table: pd.DataFrame, *, caption: str) -> Figure:
     return _finish(figure, None, caption)
 
 
+def plot_bounds(table: pd.DataFrame, *, caption: str) -> Figure:
+    """The closed form, Jensen's bound and the paper's against the earth mover's distance, a point per token.
+
+    `table` from `transport.bounds_table`. On the dashed line a value equals the distance.
+    """
+    use_style()
+    figure, axis = plt.subplots(figsize=(5, 3.8))
+    low, high = table["emd"].min(), table["emd"].max()
+    axis.plot([low, high], [low, high], color="black", linewidth=1, linestyle=(0, (4, 3)))
+    series = (("exact", "1 − μ·ê (closed form)", "#009E73", "o"), ("jensen", "½‖μ − ê‖² (Jensen)", "#D55E00", "^"))
+    for column, label, colour, marker in (*series, ("paper", "‖μ − ê‖² / 2|V|² (Prop. 1)", "#0072B2", "s")):
+        axis.scatter(table["emd"], table[column], s=12, marker=marker, color=colour, label=label, alpha=0.7)
+    axis.set(xscale="log", yscale="log", xlabel="earth mover's distance, by linear program", ylabel="value")
+    return _finish(figure, axis, caption)
+
+
+def plot_mass(table: pd.DataFrame, *, caption: str) -> Figure:
+    """Probability mass by distance from the unsafe token, a line per method; `table` has method, distance and mass."""
+    use_style()
+    figure, axis = plt.subplots(figsize=(6.5, 3.5))
+    for method, rows in table.groupby("method", sort=False):
+        style = {"color": COLOURS[method], "marker": MARKERS[method], "markersize": 5, "label": NAMES[method]}
+        axis.plot(rows["distance"], 100 * rows["mass"], **style)
+    axis.set(xlabel="distance 1 − cos to the unsafe token", ylabel="probability mass (%)", ylim=(0, None))
+    return _finish(figure, axis, caption)
+
+
 def plot_bench(table: pd.DataFrame, *, caption: str) -> Figure:
     """Time and memory of our head over those of each contender, a row per case; whiskers are the range over rounds.
 

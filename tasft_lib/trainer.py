@@ -27,7 +27,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, global_then_local_main_first, maybe_gather_lm_head_ctx, pad
 
 from . import losses
-from .config import TABLE_4_PRESSURE, TASFTConfig
+from .config import EMBEDDING_PENALTIES, TABLE_4_PRESSURE, TASFTConfig
 from .fused_head import fused_head, inverse_row_norms
 
 logger = logging.get_logger(__name__)
@@ -118,6 +118,8 @@ class TASFTTrainer(SFTTrainer):
         _require_labels(train_dataset, "train_dataset")
         self._packed_labels = None
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        if args.penalty == "npo" and not isinstance(self.model, PeftModel):
+            raise ValueError('penalty="npo" takes the base model as its reference, so it needs an adapter (use_peft).')
         if args.loss_head == "dense" and is_deepspeed_zero3_enabled():
             raise ValueError('loss_head="dense" does not work under DeepSpeed ZeRO-3; leave it at "fused".')
         parallelism = self.accelerator.parallelism_config
@@ -220,7 +222,11 @@ class TASFTTrainer(SFTTrainer):
             nonlocal outputs
             if not kwargs.get("fused_lm_head"):  # the extra pass for logits that TRL makes in evaluation
                 return model(**kwargs)
-            outputs = model(**kwargs, unsafe_sample=sample.masked_fill(~unsafe, -1), n_samples=n_samples)
+            rows = {"unsafe_sample": sample.masked_fill(~unsafe, -1), "n_samples": n_samples}
+            if self.args.penalty == "npo":
+                with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
+                    rows["reference_log_prob"] = model(**kwargs, **rows).unsafe_log_prob
+            outputs = model(**kwargs, **rows)
             return outputs
 
         result = super().compute_loss(
@@ -291,8 +297,9 @@ def _add_tasft_head(model: PreTrainedModel, args: TASFTConfig) -> None:
     """Let `model(..., fused_lm_head=True, labels=..., unsafe_sample=...)` return a `TASFTOutput`.
 
     `unsafe_sample` `[B, T]` holds the index, below `n_samples`, of the unsafe sample that a position belongs to, and
-    −1 elsewhere. Patched into the causal LM's `forward` over TRL's fused head, so that the losses are part of the
-    wrapped model's forward (DDP, FSDP, autocast, PEFT).
+    −1 elsewhere; `reference_log_prob` `[n_samples]` is the `unsafe_log_prob` of NPO's reference model. Patched into the
+    causal LM's `forward` over TRL's fused head, so that the losses are part of the wrapped model's forward (DDP, FSDP,
+    autocast, PEFT).
     """
     trl_forward = model.forward
     config = model.config.get_text_config()
@@ -319,7 +326,7 @@ def _add_tasft_head(model: PreTrainedModel, args: TASFTConfig) -> None:
                 cache["inverse_norms"] = inverse_row_norms(embedding)
         return {"embedding": embedding, "inverse_norms": cache["inverse_norms"]}
 
-    def forward(self, *inputs, unsafe_sample: Tensor | None = None, n_samples: int | None = None, **kwargs):
+    def forward(self, *inputs, unsafe_sample=None, n_samples=None, reference_log_prob=None, **kwargs):
         if unsafe_sample is None:
             return trl_forward(*inputs, **kwargs)
         kwargs.pop("fused_lm_head")
@@ -337,7 +344,7 @@ def _add_tasft_head(model: PreTrainedModel, args: TASFTConfig) -> None:
         hidden = backbone.last_hidden_state[:, :-1].to(weight.device)[mask]
         unsafe = sample >= 0
         options = {"bias": bias, "logit_scale": scale, "softcap": softcap}
-        if args.penalty != "nlcl":
+        if args.penalty in EMBEDDING_PENALTIES:
             options |= {"penalized": unsafe, "penalty": args.penalty} | geometry(self, weight)
         output = head(hidden, weight, targets, **options)
 
@@ -345,11 +352,22 @@ def _add_tasft_head(model: PreTrainedModel, args: TASFTConfig) -> None:
             return losses.sample_mean(values[unsafe], sample[unsafe], n_samples)
 
         unsafe_log_prob = per_sample(output.log_prob)
-        if args.penalty == "nlcl":
-            has_tokens = torch.bincount(sample[unsafe], minlength=n_samples) > 0
-            penalty = torch.where(has_tokens, losses.nlcl(unsafe_log_prob), 0.0)
-        else:
-            penalty = per_sample(output.penalty)
+        n_tokens = torch.bincount(sample[unsafe], minlength=n_samples)
+        match args.penalty:
+            case "nlcl":
+                penalty = losses.nlcl(unsafe_log_prob)
+            case "gradient_ascent":
+                penalty = unsafe_log_prob
+            case "unlikelihood":
+                penalty = per_sample(losses.nlcl(output.log_prob))
+            case "simnpo":
+                penalty = losses.npo(unsafe_log_prob, args.penalty_beta)
+            case "npo":
+                reference = unsafe_log_prob.detach() if reference_log_prob is None else reference_log_prob
+                penalty = losses.npo(n_tokens * (unsafe_log_prob - reference), args.penalty_beta)
+            case _:
+                penalty = per_sample(output.penalty)
+        penalty = torch.where(n_tokens > 0, penalty, 0.0)
 
         benign = mask & (unsafe_sample < 0)
 

@@ -22,6 +22,7 @@ CASES = {
     "nlcl": {"penalty": "nlcl", "penalty_reduction": "unsafe"},
     "dense": {"loss_head": "dense"},
     "LoRA": {"lora": True},
+    "npo": {"lora": True, "penalty": "npo"},
     "a rank without unsafe rows": {"unsafe_every": 4},
     "a rank without unsafe rows, nlcl": {"unsafe_every": 4, "penalty": "nlcl"},
     "no unsafe rows": {"unsafe_every": None},

@@ -151,6 +151,15 @@ def test_descending_a_penalty_lowers_it_and_the_unsafe_probability(penalty):
     assert change.mean() < 0 and (penalty != "nlcl" or (change < 0).all())
 
 
+def test_npo_is_its_definition_and_becomes_gradient_ascent():
+    r = torch.tensor([-30.0, -1.0, 0.0, 0.5, 20.0], dtype=torch.float64, requires_grad=True)
+    for beta in (0.05, 1.0, 2.5):
+        torch.testing.assert_close(losses.npo(r, beta), 2 / beta * (1 + r.exp() ** beta).log())
+        assert torch.autograd.gradcheck(lambda x, beta=beta: losses.npo(x, beta), (r,))
+    (gradient,) = torch.autograd.grad(losses.npo(r, 1e-9).sum(), r)
+    torch.testing.assert_close(gradient, torch.ones(5, dtype=torch.float64))
+
+
 def test_sample_mean_of_one_token_and_of_none():
     values = torch.tensor([5.0, 1.0, 2.0], requires_grad=True)
     mean = losses.sample_mean(values, torch.tensor([1, 3, 3]), 5)

@@ -61,7 +61,7 @@ def reference_loss(
     model, tokenizer, rows, *, penalty, weight, reduction="batch", split=8, embedding="lm_head", eos=False
 ):
     """Eq. 6 and 8 written down once more, row by row from full logits, with none of the trainer's code."""
-    e = (model.lm_head if embedding == "lm_head" else model.model.embed_tokens).weight.detach()
+    e = (model.get_output_embeddings() if embedding == "lm_head" else model.get_input_embeddings()).weight.detach()
     e = e / e.norm(dim=1, keepdim=True).clamp(min=1e-6)  # the padding row is zero
     nll, tokens, penalties = 0.0, 0, []
     for row in rows:
@@ -75,8 +75,19 @@ def reference_loss(
             continue
         if not eos:
             log_p, y = log_p[:-1], y[:-1]
+        unsafe_log_p = log_p[range(len(y)), y]
         if penalty == "nlcl":
-            penalties.append(-(1 - log_p[range(len(y)), y].mean().exp()).log())
+            penalties.append(-(1 - unsafe_log_p.mean().exp()).log())
+        elif penalty == "gradient_ascent":
+            penalties.append(unsafe_log_p.mean())
+        elif penalty == "unlikelihood":
+            penalties.append(-(1 - unsafe_log_p.exp()).log().mean())
+        elif penalty == "simnpo":
+            penalties.append(-2 / 2.5 * F.logsigmoid(-2.5 * unsafe_log_p.mean()))
+        elif penalty == "npo":
+            with torch.no_grad(), model.disable_adapter():
+                before = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)[range(len(y)), y]
+            penalties.append(-2 / 0.1 * F.logsigmoid(-0.1 * (unsafe_log_p.sum() - before.sum())))
         else:
             mu = log_p.exp() @ e
             value = -(mu - e[y]).square().sum(-1) if penalty == "emd" else (mu * e[y]).sum(-1) - 1
@@ -118,6 +129,25 @@ def test_step_is_the_gradient_of_the_papers_loss(
     expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert_same_gradient(gradient, expected)
+
+
+@pytest.mark.parametrize("loss_head", ["fused", "dense"])
+@pytest.mark.parametrize("penalty", ["gradient_ascent", "unlikelihood", "npo", "simnpo"])
+def test_rivals_are_their_papers_losses(penalty, loss_head, tokenizer, tmp_path):
+    rows = make_rows(8)
+    torch.manual_seed(0)
+    model = get_peft_model(build_model(tokenizer), LoraConfig(**LORA, init_lora_weights=False))
+    args = config(tmp_path, penalty=penalty, loss_head=loss_head)
+    log, gradient = gradient_step(model, args, rows, tokenizer)
+    loss = reference_loss(model, tokenizer, rows, penalty=penalty, weight=2.0)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradient(gradient, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)))
+
+
+def test_npo_without_an_adapter_has_no_reference(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="needs an adapter"):
+        TASFTTrainer(model, config(tmp_path, penalty="npo"), train_dataset=make_rows(8), processing_class=tokenizer)
 
 
 def test_penalize_eos_adds_the_eos_token(model, tokenizer, tmp_path):
@@ -458,6 +488,8 @@ def test_logit_scaling_and_soft_capping_are_the_models_own(architecture, overrid
         ({"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy='bfd_split'"),
         ({"eval_packing": True}, "eval_packing=True"),
         ({"loss_head": "liger"}, "loss_head='liger'"),
+        ({"penalty": "simnpo", "penalty_weight": "auto"}, "no pressure for 'simnpo'"),
+        ({"penalty": "npo", "penalty_beta": 0}, "penalty_beta=0"),
         ({"loss_type": "dft"}, "'dft'"),
         ({"label_smoothing_factor": 0.1}, "label smoothing"),
         ({"completion_only_loss": False}, "completion_only_loss=False"),

@@ -1,0 +1,106 @@
+"""What the EMD penalties measure, on a model's own next-token distributions (TA-SFT, eq. 3-5 and Prop. 1)."""
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from scipy.optimize import linprog
+from scipy.sparse import eye, kron, vstack
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Distance 1 − cos to the unsafe token, in [0, 2]; the token itself has a bin of its own.
+DISTANCES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 2.0)
+
+
+@torch.no_grad()
+def unsafe_token_distributions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, n_tokens: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(P `[n, V]`, y `[n]`): next-token distributions and unsafe tokens at up to `n_tokens` places of the completions.
+
+    `rows` has `prompt` and `completion`, in text; places are drawn by `seed` from all of them. Raises ValueError where
+    no completion has a token.
+    """
+    places = [(i, t) for i, row in enumerate(rows) for t in range(len(_completion(tokenizer, row)))]
+    if not places:
+        raise ValueError("no unsafe row has a token in its completion.")
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:n_tokens].tolist()
+    wanted: dict[int, list[int]] = {}
+    for i, t in sorted(places[j] for j in order):
+        wanted.setdefault(i, []).append(t)
+    model.eval()
+    probs, targets = [], []
+    for i, tokens in wanted.items():
+        prompt, completion = tokenizer(rows[i]["prompt"])["input_ids"], _completion(tokenizer, rows[i])
+        ids = torch.tensor([prompt + completion], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        probs.append(logits[tokens].softmax(-1).cpu())
+        targets.append(torch.tensor(completion)[tokens])
+    return torch.cat(probs), torch.cat(targets)
+
+
+def earth_movers_distance(p: np.ndarray, q: np.ndarray, cost: np.ndarray) -> float:
+    """min over couplings of `p` and `q` `[n]` of the transport cost `[n, n]`, by linear programming (eq. 3)."""
+    n = len(p)
+    ones = np.ones((1, n))
+    marginals = vstack([kron(eye(n), ones), kron(ones, eye(n))], format="csr")
+    result = linprog(cost.ravel(), A_eq=marginals, b_eq=np.concatenate([p, q]), method="highs")
+    if not result.success:
+        raise RuntimeError(f"the linear program was not solved: {result.message}")
+    return result.fun
+
+
+def bounds_table(probs: Tensor, targets: Tensor, unit: Tensor, *, support: int = 30) -> pd.DataFrame:
+    """The EMD to the one-hot unsafe token by linear program, and what stands in for it, one row per token.
+
+    Each distribution is cut to the target and its most likely tokens, `support` in all, and renormalised, for the
+    program's size. Columns: emd (the program), exact (1 − μ·ê_y), jensen (½‖μ − ê_y‖²), paper (Prop. 1:
+    ‖μ − ê_y‖² / (2|V|²), with |V| the size of the cut support).
+    """
+    rows = []
+    for p, y in zip(probs.double(), targets, strict=True):
+        likely = p.topk(min(support, len(p))).indices
+        kept = torch.cat([y[None], likely[likely != y]])[:support]
+        q = p[kept] / p[kept].sum()
+        e = unit[kept].double()
+        one_hot = np.eye(len(kept))[0]
+        cost = (1 - e @ e.T).numpy()
+        squared = (q @ e - e[0]).square().sum().item()
+        rows.append(
+            {
+                "emd": earth_movers_distance(q.numpy(), one_hot, cost),
+                "exact": (1 - (q @ e) @ e[0]).item(),
+                "jensen": squared / 2,
+                "paper": squared / (2 * len(kept) ** 2),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def mass_by_distance(probs: Tensor, targets: Tensor, unit: Tensor) -> pd.DataFrame:
+    """Mean probability mass by distance 1 − cos from the unsafe token: one row per bin, columns distance and mass."""
+    distance = 1 - unit[targets] @ unit.T
+    inner = torch.tensor(DISTANCES[1:-1])
+    bins = torch.bucketize(distance, inner, right=True).add_(1).scatter_(1, targets[:, None], 0)
+    mass = torch.zeros(len(probs), len(DISTANCES)).scatter_add_(1, bins, probs).mean(0)
+    names = ["itself", *(f"{low:g}-{high:g}" for low, high in pairwise(DISTANCES))]
+    return pd.DataFrame({"distance": names, "mass": mass.tolist()})
+
+
+def summary(probs: Tensor, targets: Tensor, unit: Tensor) -> dict[str, float]:
+    """Means over tokens: p of the unsafe token, expected distance from it (the exact EMD), ‖μ − ê_y‖², entropy."""
+    expected = probs @ unit
+    target = unit[targets]
+    return {
+        "p_unsafe": probs.gather(1, targets[:, None]).mean().item(),
+        "emd_exact": (1 - (expected * target).sum(-1)).mean().item(),
+        "squared_distance": (expected - target).square().sum(-1).mean().item(),
+        "entropy": torch.special.entr(probs).sum(-1).mean().item(),
+    }
+
+
+def _completion(tokenizer: PreTrainedTokenizerBase, row: dict) -> list[int]:
+    return tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
