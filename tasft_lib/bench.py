@@ -99,7 +99,8 @@ def step(
 def linear_fit(sizes: list[int], values: list[float]) -> dict:
     """Least-squares line through (size, value): its slope, intercept and R². A proportional quantity has R² near 1."""
     slope, intercept = statistics.linear_regression(sizes, values)
-    return {"slope": slope, "intercept": intercept, "r_squared": statistics.correlation(sizes, values) ** 2}
+    straight = 1.0 if len(set(values)) == 1 else statistics.correlation(sizes, values) ** 2
+    return {"slope": slope, "intercept": intercept, "r_squared": straight}
 
 
 def _head_inputs(settings: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -152,7 +152,7 @@ def test_descending_a_penalty_lowers_it_and_the_unsafe_probability(penalty):
 
 
 def test_npo_is_its_definition_and_becomes_gradient_ascent():
-    r = torch.tensor([-30.0, -1.0, 0.0, 0.5, 20.0], dtype=torch.float64, requires_grad=True)
+    r = torch.tensor([-30.0, -1.0, 0.0, 0.5, 7.0], dtype=torch.float64, requires_grad=True)
     for beta in (0.05, 1.0, 2.5):
         torch.testing.assert_close(losses.npo(r, beta), 2 / beta * (1 + r.exp() ** beta).log())
         assert torch.autograd.gradcheck(lambda x, beta=beta: losses.npo(x, beta), (r,))
