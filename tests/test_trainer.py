@@ -609,3 +609,11 @@ def test_any_peft_config_gives_the_dense_loss_and_trains(penalty, peft_config, m
     trainer.train()
     after = dict(trainer.model.named_parameters())
     assert before and not any(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_torch_compile_gives_the_same_step(model, tokenizer, tmp_path):
+    plain = gradient_step(model, config(tmp_path), make_rows(8), tokenizer)
+    args = config(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    compiled = gradient_step(model, args, make_rows(8), tokenizer)
+    assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
+    assert_same_gradient({n.replace("_orig_mod.", ""): g for n, g in compiled[1].items()}, plain[1])
