@@ -156,14 +156,21 @@ def plot_bounds(table: pd.DataFrame, *, caption: str) -> Figure:
 
 
 def plot_mass(table: pd.DataFrame, *, caption: str) -> Figure:
-    """Probability mass by distance from the unsafe token, a line per method; `table` has method, distance and mass."""
+    """Probability mass by distance from the unsafe token, a line per method and a panel per part of the answer.
+
+    `table` has columns method, part, distance and mass (see `transport.mass_by_distance`).
+    """
     use_style()
-    figure, axis = plt.subplots(figsize=(6.5, 3.5))
-    for method, rows in table.groupby("method", sort=False):
-        style = {"color": COLOURS[method], "marker": MARKERS[method], "markersize": 5, "label": NAMES[method]}
-        axis.plot(rows["distance"], 100 * rows["mass"], **style)
-    axis.set(xlabel="distance 1 − cos to the unsafe token", ylabel="probability mass (%)", ylim=(0, None))
-    return _finish(figure, axis, caption)
+    parts = list(dict.fromkeys(table["part"]))
+    figure, axes = plt.subplots(1, len(parts), figsize=(4.3 * len(parts), 3.4), sharey=True, squeeze=False)
+    for axis, part in zip(axes[0], parts, strict=True):
+        for method, rows in table[table["part"] == part].groupby("method", sort=False):
+            style = {"color": COLOURS[method], "marker": MARKERS[method], "markersize": 5, "label": NAMES[method]}
+            axis.plot(rows["distance"], 100 * rows["mass"], **style)
+        axis.set(title=part, xlabel="distance 1 − cos to the unsafe token", ylim=(0, 100))
+        axis.tick_params(axis="x", labelsize=8)
+    axes[0][0].set_ylabel("probability mass (%)")
+    return _finish(figure, axes[0][0], caption)
 
 
 def plot_bench(table: pd.DataFrame, *, caption: str) -> Figure:

@@ -19,7 +19,10 @@ PACKAGES = ("tasft", "torch", "transformers", "trl", "peft", "datasets", "accele
 
 
 def environment() -> dict[str, Any]:
-    """Commit, versions and hardware, for manifests and bug reports; no user or host names, no paths."""
+    """Commit, versions and hardware, for manifests and bug reports; no user or host names, no paths.
+
+    A commit ends in "-dirty" where a tracked file differs from it; figures do not count, being what is made.
+    """
     packages = {}
     for package in PACKAGES:
         try:
@@ -87,7 +90,9 @@ def _commit() -> str | None:
                 ["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
             ).stdout
 
-        return git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain", "-uno").strip() else "")
+        return git("rev-parse", "HEAD").strip() + (
+            "-dirty" if git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)figures").strip() else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

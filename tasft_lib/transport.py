@@ -18,8 +18,9 @@ DISTANCES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 2.0)
 @torch.no_grad()
 def unsafe_token_distributions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, n_tokens: int, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """(P `[n, V]`, y `[n]`): next-token distributions and unsafe tokens at up to `n_tokens` places of the completions.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(P `[n, V]`, y `[n]`, place `[n]`): next-token distributions, unsafe tokens, and which token (0, 1, ...) of its
+    completion each is, at up to `n_tokens` places.
 
     `rows` has `prompt` and `completion`, in text; places are drawn by `seed` from all of them. Raises ValueError where
     no completion has a token.
@@ -32,14 +33,15 @@ def unsafe_token_distributions(
     for i, t in sorted(places[j] for j in order):
         wanted.setdefault(i, []).append(t)
     model.eval()
-    probs, targets = [], []
+    probs, targets, at = [], [], []
     for i, tokens in wanted.items():
         prompt, completion = tokenizer(rows[i]["prompt"])["input_ids"], _completion(tokenizer, rows[i])
         ids = torch.tensor([prompt + completion], device=model.device)
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
         probs.append(logits[tokens].softmax(-1).cpu())
         targets.append(torch.tensor(completion)[tokens])
-    return torch.cat(probs), torch.cat(targets)
+        at.append(torch.tensor(tokens))
+    return torch.cat(probs), torch.cat(targets), torch.cat(at)
 
 
 def earth_movers_distance(p: np.ndarray, q: np.ndarray, cost: np.ndarray) -> float:

@@ -52,15 +52,16 @@ def test_summary_is_what_the_penalties_are(distributions):
 def test_distributions_are_the_models_at_the_unsafe_tokens(model, tokenizer):
     rows = make_rows(5, unsafe_every=1)
     n_tokens = sum(len(row["completion"].split()) for row in rows)
-    probs, targets = transport.unsafe_token_distributions(model, tokenizer, rows, n_tokens=10**6)
+    probs, targets, places = transport.unsafe_token_distributions(model, tokenizer, rows, n_tokens=10**6)
     assert probs.shape == (n_tokens, len(tokenizer)) and targets.shape == (n_tokens,)
+    assert places.tolist() == [t for row in rows for t in range(len(row["completion"].split()))]
     words = [word for row in rows for word in row["completion"].split()]
     assert tokenizer.convert_ids_to_tokens(targets.tolist()) == words
     ids = tokenizer(rows[0]["prompt"] + rows[0]["completion"])["input_ids"]
     with torch.no_grad():
         first = model(torch.tensor([ids])).logits[0, len(rows[0]["prompt"].split()) - 1].softmax(-1)
     torch.testing.assert_close(probs[0], first)
-    fewer, _ = transport.unsafe_token_distributions(model, tokenizer, rows, n_tokens=7)
+    fewer, *_ = transport.unsafe_token_distributions(model, tokenizer, rows, n_tokens=7)
     assert len(fewer) == 7
     with pytest.raises(ValueError, match="no unsafe row"):
         transport.unsafe_token_distributions(model, tokenizer, rows.select([]), n_tokens=7)
