@@ -151,7 +151,7 @@ class _Tiles:
         self.hidden, self.weight, self.targets, self.settings = hidden, weight.to(dtype), targets, settings
         self.bias = None if bias is None else bias.to(self.exact) * settings.scale
         # A tile of constant size, of few enough tokens to be small and enough of them to keep products fast.
-        size = 2**23 if hidden.device.type == "cpu" else 2**26
+        size = 6 * 2**20 if hidden.device.type == "cpu" else 2**26
         self.chunk_size = settings.chunk_size or max(128, size // len(weight))
         self.buffers = {}
         self.benign, self.penalized = (~penalized).nonzero().squeeze(1), penalized.nonzero().squeeze(1)
