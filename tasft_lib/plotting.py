@@ -191,18 +191,15 @@ def plot_bench(table: pd.DataFrame, *, caption: str) -> Figure:
             axis.errorbar(ratio, [p + offset for p in places], xerr=error, fmt=marker, color=colour, label=label)
         axis.axvline(1, color="black", linewidth=1, linestyle=(0, (4, 3)))
         axis.set(title=f"{measure}, ratio", xlim=(0, None))
-    sizes = ("vocab", "hidden") if "vocab" in table else ("geometry", "batch_size", "sequence_length")
-    names = [
-        ", ".join(
-            f"{size[:1].upper()} = {row[size]:,}" if size in ("vocab", "hidden") else f"{row[size]}" for size in sizes
-        )
-        for _, row in table.iterrows()
-    ]
-    kept = ["\nfreed memory kept" if flag else "" for flag in table["keep_freed_memory"]]
-    labels = [
-        f"{name}\n{row.penalty}, {row.unsafe:.0%} unsafe, {row.dtype}{note}"
-        for name, row, note in zip(names, table.itertuples(), kept, strict=True)
-    ]
+    labels = []
+    for row in table.itertuples():
+        if "vocab" in table:
+            size = f"V = {row.vocab:,}, H = {row.hidden}"
+        else:
+            length = "lengths of Alpaca" if pd.isna(row.sequence_length) else f"{row.sequence_length:.0f} tokens a row"
+            size = f"{row.geometry}, batch of {row.batch_size}, {length}"
+        kept = "\nfreed memory kept" if row.keep_freed_memory else ""
+        labels.append(f"{size}\n{row.penalty}, {row.unsafe:.0%} unsafe, {row.dtype}{kept}")
     axes[0].set_yticks(list(places), labels)
     axes[0].set_ylim(len(table) - 0.5, -0.5)
     return _finish(figure, axes[0], caption)
