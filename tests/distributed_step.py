@@ -59,9 +59,9 @@ STRATEGIES = {
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(parameter):
+        with deepspeed.zero.GatheredParameters(parameter):
             return parameter.detach().clone()
     parameter = parameter.detach()
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).clone()
@@ -77,7 +77,7 @@ def gradient(folder: Path, tokenizer, case: dict, strategy: str):
     if lora:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    before = {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
     options |= copy.deepcopy(STRATEGIES[strategy])
     if strategy == "fsdp2":
         options["fsdp_config"]["transformer_layer_cls_to_wrap"] = wrap
