@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tasft_lib import bench, cli
+from tasft_lib import bench, cli, contenders
 
 KEYS = {
     "time_ratio_vs_trl_sft",
@@ -48,11 +48,11 @@ SETTINGS = dict(vocab=500, hidden=16, tokens=90, unsafe=0.3, device="cpu")
 def test_contenders_have_the_loss_that_they_are_compared_on(penalty):
     """Every contender's gradient is the float64 reference's, which in turn is autograd's on the whole batch at once."""
     settings = SETTINGS | {"penalty": penalty, "dtype": "float64"}
-    for name in bench.CONTENDERS:
-        exact = bench._exact_head_gradient(settings, plain=name == bench.TRL)
+    for name in contenders.CONTENDERS:
+        exact = contenders.exact_head_gradient(settings, plain=name == contenders.TRL)
         # TRL's statistics are float32 whatever the input.
-        assert bench._relative_error(bench._head_contender(settings, name)(), exact) <= (
-            1e-5 if name == bench.TRL else 1e-9
+        assert contenders.relative_error(contenders.head_contender(settings, name)(), exact) <= (
+            1e-5 if name == contenders.TRL else 1e-9
         ), name
 
 
@@ -60,15 +60,13 @@ def test_contenders_have_the_loss_that_they_are_compared_on(penalty):
 @pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
 def test_gradient_error_is_within_the_promised_bounds(penalty, dtype):
     settings = SETTINGS | {"penalty": penalty, "dtype": dtype}
-    errors = {
-        name: bench._relative_error(
-            bench._head_contender(settings, name)(), bench._exact_head_gradient(settings, plain=name == bench.TRL)
-        )
-        for name in (bench.OURS, bench.TRL)
-    }
-    assert errors[bench.OURS] <= (1e-5 if dtype == "float32" else 1e-2)
+    errors = {}
+    for name in (contenders.OURS, contenders.TRL):
+        exact = contenders.exact_head_gradient(settings, plain=name == contenders.TRL)
+        errors[name] = contenders.relative_error(contenders.head_contender(settings, name)(), exact)
+    assert errors[contenders.OURS] <= (1e-5 if dtype == "float32" else 1e-2)
     if dtype == "bfloat16":  # both end in a bfloat16 gradient, whose rounding alone is 2⁻⁹
-        assert errors[bench.OURS] <= max(errors[bench.TRL], 2**-9)
+        assert errors[contenders.OURS] <= max(errors[contenders.TRL], 2**-9)
 
 
 def test_a_line_is_fitted():
