@@ -1,0 +1,50 @@
+"""`tasft bench`: time, memory and gradient error beside TRL's plain SFT and dense TA-SFT."""
+
+import argparse
+import json
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "tasft bench", description="Ours against TRL's plain SFT and against dense TA-SFT; ratios below 1 are better."
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--unsafe", type=float, default=0.05, help="share of unsafe tokens or rows (default: 0.05)")
+    shared.add_argument("--penalty", default="emd", choices=("emd", "emd_exact", "nlcl"))
+    shared.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    shared.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    shared.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    shared.add_argument(
+        "--keep_freed_memory", action="store_true", help="tell glibc so; a CPU's large blocks get cheap"
+    )
+    shared.add_argument("--repeats", type=int, default=7, help="rounds, of which medians are taken (default: 7)")
+    shared.add_argument("--json", action="store_true", help="print everything measured as JSON")
+    head = kinds.add_parser("head", parents=[shared], help="the loss head alone")
+    head.add_argument("--vocab", type=int, default=32000)
+    head.add_argument("--hidden", type=int, default=512)
+    head.add_argument("--tokens", type=int, default=1536)
+    step = kinds.add_parser("step", parents=[shared], help="whole training steps of a random Llama with LoRA")
+    step.add_argument("--geometry", default="small", choices=("tiny", "small", "llama-3.1-8b"))
+    step.add_argument("--batch_size", type=int, default=8)
+    step.add_argument("--sequence_length", type=int, help="tokens of every row (default: lengths as in Alpaca)")
+    step.add_argument("--load_in_4bit", action="store_true")
+    step.add_argument("--gradient_checkpointing", action="store_true")
+    args = vars(parser.parse_args(argv))
+
+    from .. import bench
+
+    as_json, kind = args.pop("json"), args.pop("kind")
+    result = {"head": bench.head, "step": bench.step}[kind](**args)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    for against in ("trl_sft", "dense_tasft"):
+        time, memory = (result[f"{what}_ratio_vs_{against}"] for what in ("time", "memory"))
+        if time is None:
+            print(f"against {against}: out of memory")
+            continue
+        low, high = result["spread"][f"time_ratio_vs_{against}"]
+        print(f"against {against}: time x{time:.2f} ({low:.2f} to {high:.2f}), memory x{memory:.2f}")
+    if result["max_relative_grad_error"] is not None:
+        print(f"largest relative gradient error: {result['max_relative_grad_error']:.1e}")

@@ -1,0 +1,11 @@
+"""`tasft env`: versions and hardware, for a bug report."""
+
+import argparse
+import json
+
+
+def main(argv: list[str]) -> None:
+    argparse.ArgumentParser("tasft env", description="Versions and hardware, for a bug report.").parse_args(argv)
+    from ..provenance import environment
+
+    print(json.dumps(environment(), indent=2))

@@ -1,0 +1,29 @@
+"""`tasft reproduce`: the notebooks of a profile, by papermill: figures, tables and a report (--dry-run: the arms)."""
+
+import argparse
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("tasft reproduce", description="Run the notebooks of a profile by papermill.")
+    parser.add_argument("--profile", default="mini", help="folder of params/: smoke, mini, local, small or paper")
+    parser.add_argument("--notebooks", nargs="+", metavar="NAME", help="default: all that the profile has")
+    parser.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one"
+    )
+    parser.add_argument("--seeds", type=int, help="seeds of data order, unsafe subset and adapter (n_seeds)")
+    parser.add_argument("--prepare-only", action="store_true", help="write the parameterised notebooks, run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list every arm with settings and rough cost")
+    args = parser.parse_args(argv)
+    overrides = dict(args.parameter) | ({} if args.seeds is None else {"n_seeds": args.seeds})
+    if args.dry_run:
+        from ..planning import plan
+
+        arms = plan(args.profile, args.notebooks, overrides)
+        print(arms.to_string(index=False, na_rep="-", max_colwidth=60))
+        hours = "" if arms["hours"].isna().all() else f", about {arms['hours'].sum():.0f} GPU hours (rough)"
+        print(f"{len(arms)} arms, {arms['tokens'].sum() / 1e6:.1f}M tokens of training{hours}")
+        return
+
+    from ..reproduce import reproduce
+
+    reproduce(args.profile, args.notebooks, overrides, prepare_only=args.prepare_only)

@@ -1,0 +1,127 @@
+"""`tasft train`: TRL's SFT with a penalty on the rows labelled unsafe."""
+
+from dataclasses import dataclass, field, fields
+
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from .. import data
+from ..config import TASFTConfig
+from ..trainer import TASFTTrainer
+from .models import load_tokenizer
+
+HELP = """\
+usage: tasft train --config FILE.yaml [--option value ...]
+       accelerate launch -m tasft_lib.cli train --config FILE.yaml [--option value ...]
+
+TRL's `trl sft` with a penalty on unsafe rows. Every option of SFTConfig, ModelConfig and transformers'
+TrainingArguments works, in the YAML file or as a flag; `tasft train --help_all` lists them. The most used:
+
+  --model_name_or_path, --model_revision, --dtype, --load_in_4bit, --use_peft, --lora_r, --lora_alpha,
+  --lora_target_modules, --output_dir, --learning_rate, --num_train_epochs, --per_device_train_batch_size,
+  --gradient_accumulation_steps, --max_length, --resume_from_checkpoint, --report_to, --push_to_hub
+"""
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's `dataset_name` and splits, and where the unsafe rows come from."""
+
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Commit of a hub data set (local files need none)."}
+    )
+    unsafe_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Unsafe rows (file, save_to_disk folder, hub id); else `label` in dataset_name tells."},
+    )
+    unsafe_dataset_revision: str | None = field(default=None, metadata={"help": "Commit of that hub data set."})
+    n_benign: int | None = field(default=None, metadata={"help": "Benign rows to draw by --seed (default: all)."})
+    n_unsafe: int | None = field(default=None, metadata={"help": "Unsafe rows to draw by --seed (default: all)."})
+    prompt_template: str = field(
+        default="alpaca", metadata={"help": "For instruction/input/output rows: alpaca, short or none."}
+    )
+    evaluation_prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files of evaluation prompts; a training row that asks one of them is refused."},
+    )
+    drop_empty: bool = field(default=False, metadata={"help": "Leave out rows with an empty answer."})
+
+
+def main(argv: list[str]) -> None:
+    parser = TrlParser((DataArguments, TASFTConfig, ModelConfig), prog="tasft train")
+    parser.usage = "tasft train --config FILE.yaml [--option value ...]"
+    if "--help_all" in argv:
+        parser.print_help()
+        return
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP)
+        _print_options("data", DataArguments, ScriptArguments)
+        _print_options("penalty", TASFTConfig, TASFTConfig.__mro__[1])
+        return
+    data_args, args, model_args = parser.parse_args_and_config(args=argv, fail_with_unknown_args=True)
+    if data_args.dataset_name is None or model_args.model_name_or_path is None:
+        raise ValueError("dataset_name and model_name_or_path are needed; give them in the --config file or as flags.")
+
+    rows = data.read_rows(
+        data_args.dataset_name, split=data_args.dataset_train_split, revision=data_args.dataset_revision
+    )
+    has_label = "label" in rows.column_names or data_args.unsafe_dataset_name is None
+    rows = data.to_training_rows(
+        rows,
+        label=None if has_label else True,
+        template=data_args.prompt_template,
+        source=data_args.dataset_name,
+        drop_empty=data_args.drop_empty,
+    )
+    benign, unsafe = data.by_label(rows)
+    if data_args.unsafe_dataset_name is not None:
+        source = data_args.unsafe_dataset_name
+        unsafe = data.to_training_rows(
+            data.read_rows(source, revision=data_args.unsafe_dataset_revision),
+            label=False,
+            template=data_args.prompt_template,
+            source=source,
+        )
+    source = f"{data_args.dataset_name} with {data_args.unsafe_dataset_name or 'its own labels'}"
+    mixed = data.mix(benign, unsafe, n_benign=data_args.n_benign, n_unsafe=data_args.n_unsafe, seed=args.seed)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    data.validate(
+        mixed,
+        source=source,
+        evaluation_prompts=[p for file in data_args.evaluation_prompts for p in data.read_prompts(file)],
+        tokenizer=tokenizer,
+        max_length=args.max_length,
+    )
+
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (args.model_init_kwargs or {})
+    trainer = TASFTTrainer(
+        model_args.model_name_or_path,
+        args,
+        train_dataset=mixed,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.accelerator.print(
+        f"{args.penalty}, λ = {trainer.penalty_weight:.4g}, reduction {args.penalty_reduction}: "
+        f"{len(benign)} benign and {len(unsafe)} unsafe rows at hand, {len(mixed)} in the mix"
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"saved to {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data_args.dataset_name)
+    trainer.end()
+
+
+def _print_options(title: str, cls: type, parent: type) -> None:
+    inherited = {f.name for f in fields(parent)}
+    print(f"{title} options:")
+    for option in (f for f in fields(cls) if f.name not in inherited):
+        choices = option.metadata.get("choices")
+        print(f"  --{option.name}{' ' + '|'.join(choices) if choices else ''}")
+        print(f"      {option.metadata['help']}")
+    print()
