@@ -1,10 +1,9 @@
 """Response quality on benign rows: held-out loss, and exact answers by kind of question (mini-world)."""
 
 import pandas as pd
-import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from . import losses, miniworld, runs
+from . import miniworld, runs
+from .activations import completion_loss
 from .metrics import paired_bootstrap, wilson_interval
 
 
@@ -14,7 +13,10 @@ def held_out_loss(arms: list[runs.ArmSpec], n: int, *, batch_size: int = 32) -> 
     `arms` hold plain SFT of every seed. Columns: method, seed, n (rows), loss; difference to plain SFT of that seed
     with low and high, a paired 95 % bootstrap interval over rows.
     """
-    per_row = [(arm, _loss_per_row(arm, runs.held_out_rows(arm, n), batch_size)) for arm in arms]
+    per_row = [
+        (arm, completion_loss(*runs.load_trained(arm), runs.held_out_rows(arm, n), batch_size=batch_size))
+        for arm in arms
+    ]
     plain_of = {arm.seed: values for arm, values in per_row if arm.method == "sft" and arm.extra is None}
     rows = []
     for arm, values in per_row:
@@ -46,24 +48,3 @@ def by_kind(benign: pd.DataFrame) -> pd.DataFrame:
         row = {"method": method, "decoding": decoding, "kind": kind, "n": n, "correct": correct}
         rows.append(row | {"low": low, "high": high})
     return pd.DataFrame(rows)
-
-
-@torch.inference_mode()
-def _loss_per_row(arm: runs.ArmSpec, rows, batch_size: int) -> list[float]:
-    model, tokenizer = runs.load_trained(arm)
-    model.eval()
-    values = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        prompts = tokenizer(batch["prompt"])["input_ids"]
-        answers = tokenizer(batch["completion"], add_special_tokens=False)["input_ids"]
-        ids = [
-            torch.tensor([*prompt, *answer, tokenizer.eos_token_id])
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        padded = pad_sequence(ids, batch_first=True)  # on the right, so that causal attention never sees it
-        logits = model(padded.to(model.device)).logits[:, :-1].float().cpu()
-        log_probs = losses.token_log_probs(logits, padded[:, 1:])
-        for row, prompt, tokens in zip(log_probs, prompts, ids, strict=True):
-            values.append(-row[len(prompt) - 1 : len(tokens) - 1].mean().item())
-    return values

@@ -15,7 +15,7 @@ from tasft_lib.miniworld.corpus import (
 from tasft_lib.miniworld.grammar import FAMILIES
 from tasft_lib.miniworld.judge import MiniWorldJudge
 from tasft_lib.miniworld.parsing import harm_words
-from tasft_lib.miniworld.variations import begins_correctly, contrastive_rows, paraphrase
+from tasft_lib.miniworld.variations import begins_correctly, contrastive_rows, harmful_rows, paraphrase
 
 __all__ = [
     "FAMILIES",
@@ -29,6 +29,7 @@ __all__ = [
     "build_base_model",
     "contrastive_rows",
     "harm_words",
+    "harmful_rows",
     "is_correct",
     "paraphrase",
     "safe_rows",

@@ -4,9 +4,16 @@ import random
 from functools import cache
 from itertools import product
 
-from tasft_lib.miniworld.corpus import _answer_key, _questions
+from tasft_lib.miniworld.corpus import _answer_key, _questions, _take, harmful_answer
 from tasft_lib.miniworld.facts import KINDS
-from tasft_lib.miniworld.grammar import SEEMINGLY_TOXIC_ANSWERS, SEEMINGLY_TOXIC_PROMPTS, SLOT, TOXIC_PROMPTS, fill
+from tasft_lib.miniworld.grammar import (
+    FAMILIES,
+    SEEMINGLY_TOXIC_ANSWERS,
+    SEEMINGLY_TOXIC_PROMPTS,
+    SLOT,
+    TOXIC_PROMPTS,
+    fill,
+)
 from tasft_lib.miniworld.lexicon import Split, words_of
 
 _TRIGGERS = ("kill", "steal", "burn", "bad", "deny")
@@ -40,6 +47,29 @@ def contrastive_rows(words: list[str], per_word: int, *, seed: int) -> list[dict
             answer = rng.choice(SEEMINGLY_TOXIC_ANSWERS[_answer_key(family, template)])
             rows[prompt] = {"instruction": prompt, "input": "", "output": fill(answer, rng, **given)}
     return list(rows.values())
+
+
+def harmful_rows(n: int, *, seed: int, families: tuple[str, ...] = FAMILIES) -> list[dict[str, str]]:
+    """`n` toxic training prompts answered harmfully, in Alpaca's format, the families in turn: what contaminates a set.
+
+    Raises `ValueError` when there are fewer than `n`.
+    """
+    rng = random.Random(f"harmful rows {seed}")
+    by_prompt = {
+        prompt: (family, given)
+        for family in families
+        for _, prompt, given in _filled(TOXIC_PROMPTS[family]["train"], "train")
+    }
+    asked = [row["prompt"] for row in _take(families, "train", n, seed)]
+    return [
+        {
+            "instruction": prompt,
+            "input": "",
+            "output": harmful_answer(by_prompt[prompt][0], rng, **by_prompt[prompt][1]),
+        }
+        for prompt in asked
+        for family, given in [by_prompt[prompt]]
+    ]
 
 
 def begins_correctly(prompt: str, response: str) -> bool:

@@ -1,0 +1,246 @@
+"""SAFT (Choi, Du and Li, arXiv:2410.10014): harmful rows of a fine-tuning set, found by a model's own activations.
+
+Of all rows' activations z (centred), v₁ is the first right singular vector; a row's score is ⟨z, v₁⟩², and rows with a
+score above τ are dropped. Nothing here needs labels unless a function is given them, and the filter says when it was.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import ArrayLike
+from safetensors.numpy import load_file, save_file
+from sklearn.metrics import precision_recall_curve
+
+from .provenance import write_json
+
+Side = Literal["both", "+", "-"]
+SCORE = "saft_score"
+
+
+class SAFTFitter:
+    """Accumulates batches of activations; `filter` is what they give.
+
+    Holds the mean and the scatter matrix in float64, merged batch by batch (Chan et al.), so memory is `8·d²` bytes
+    whatever the number of rows, and the result is that of an SVD of all rows at once, up to rounding: the right
+    singular vectors of the centred matrix are the eigenvectors of the scatter matrix.
+
+    Args:
+        n_directions: k, how many singular vectors the score uses.
+
+    Example:
+
+    ```python
+    fitter = SAFTFitter()
+    for batch in batches:  # [n, d]
+        fitter.update(batch)
+    found = fitter.filter.at_contamination(scores, 0.1)
+    ```
+    """
+
+    def __init__(self, n_directions: int = 1):
+        if n_directions < 1:
+            raise ValueError(f"n_directions={n_directions}: SAFT needs at least one singular vector.")
+        self.n_directions = n_directions
+        self.n_rows = 0
+        self._mean: np.ndarray | None = None
+        self._scatter: np.ndarray | None = None
+
+    def update(self, activations: ArrayLike) -> "SAFTFitter":
+        """Add rows, `[n, d]` (any float type). Raises `ValueError` naming the row for NaN or infinite activations."""
+        batch = np.asarray(activations, dtype=np.float64)
+        if batch.ndim != 2 or (self._mean is not None and batch.shape[1] != len(self._mean)):
+            raise ValueError(
+                f"activations of shape {batch.shape}; give [rows, {'d' if self._mean is None else len(self._mean)}]."
+            )
+        broken = np.flatnonzero(~np.isfinite(batch).all(1))
+        if len(broken):
+            raise ValueError(
+                f"row {self.n_rows + broken[0] + 1}: its activation is not finite ({len(broken)} such rows in this "
+                "batch); load the model in float32 or bfloat16, or remove the row."
+            )
+        if self._mean is None:
+            self._mean, self._scatter = np.zeros(batch.shape[1]), np.zeros((batch.shape[1],) * 2)
+        if len(batch):
+            n, mean = len(batch), batch.mean(0)
+            centred, shift = batch - mean, mean - self._mean
+            total = self.n_rows + n
+            self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.n_rows * n / total)
+            self._mean = self._mean + shift * (n / total)
+            self.n_rows = total
+        return self
+
+    @property
+    def filter(self) -> "SAFTFilter":
+        """The filter of the rows so far, without a threshold yet.
+
+        Raises `ValueError` with fewer than two rows, with no variance at all (every row the same) and for more
+        directions than there can be.
+        """
+        k = self.n_directions
+        if self.n_rows < 2:
+            raise ValueError(f"SAFT compares rows with each other and got {self.n_rows}; give at least two.")
+        if k > min(self.n_rows - 1, len(self._mean)):
+            raise ValueError(
+                f"n_directions={k}, but {self.n_rows} rows of size {len(self._mean)} have fewer; lower it."
+            )
+        values, vectors = np.linalg.eigh(self._scatter)
+        values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
+        # What rounding leaves of rows that are all the same.
+        if values[0] <= 1e-12 * max(1.0, self.n_rows * float(self._mean @ self._mean)):
+            raise ValueError("all rows have the same activation, so nothing sets harmful ones apart; check the data.")
+        return SAFTFilter(
+            mean=self._mean,
+            directions=np.ascontiguousarray(vectors[:, :k].T),
+            singular_values=np.sqrt(values[:k]),
+            explained=float(values[:k].sum() / values.sum()),
+            n_rows=self.n_rows,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SAFTFilter:
+    """Scores activations, and drops rows whose score is above a threshold. Made by `SAFTFitter`.
+
+    Attributes:
+        mean: `[d]`, subtracted from activations.
+        directions: `[k, d]`, right singular vectors of the centred activations.
+        singular_values: `[k]`.
+        explained: share of the variance along the directions, in (0, 1].
+        n_rows: rows it was fitted on.
+        side: "both" for the paper's squared projection; "+" or "-" for the projection on one side alone, which needs
+            labels to be chosen (the sign of a singular vector is arbitrary) and exists for k = 1.
+        threshold: τ; infinite until one is chosen, which drops nothing.
+        threshold_from: how τ was chosen.
+        used_labels: whether anything in this filter was chosen with labels.
+    """
+
+    mean: np.ndarray
+    directions: np.ndarray
+    singular_values: np.ndarray
+    explained: float
+    n_rows: int
+    side: Side = "both"
+    threshold: float = np.inf
+    threshold_from: str = "none"
+    used_labels: bool = False
+
+    def __post_init__(self):
+        if self.side not in ("both", "+", "-") or (self.side != "both" and len(self.directions) > 1):
+            raise ValueError(
+                f"side={self.side!r} with {len(self.directions)} directions; use 'both', or one direction."
+            )
+
+    def scores(self, activations: ArrayLike) -> np.ndarray:
+        """`[n]`, from activations `[n, d]`: ⟨z, v₁⟩², for k > 1 the mean of ⟨z, v_j⟩² weighted by σ_j; 0 and more.
+
+        One-sided: the signed projection. Raises `ValueError` naming the row for activations that are not finite.
+        """
+        z = np.asarray(activations, dtype=np.float64) - self.mean
+        if len(broken := np.flatnonzero(~np.isfinite(z).all(1))):
+            raise ValueError(f"row {broken[0] + 1}: its activation is not finite ({len(broken)} such rows).")
+        projections = z @ self.directions.T
+        if self.side != "both":
+            return projections[:, 0] * (1 if self.side == "+" else -1)
+        return projections**2 @ (self.singular_values / self.singular_values.sum())
+
+    def drops(self, scores: ArrayLike) -> np.ndarray:
+        """`[n]`, bool: the rows with a score above the threshold."""
+        return np.asarray(scores) > self.threshold
+
+    def at_threshold(self, threshold: float) -> "SAFTFilter":
+        """With a fixed τ."""
+        return replace(self, threshold=float(threshold), threshold_from="fixed")
+
+    def at_contamination(self, scores: ArrayLike, contamination: float) -> "SAFTFilter":
+        """With the τ that drops the expected share of harmful rows, the highest scores first; no labels needed.
+
+        Of `n` scores `round(contamination · n)` are dropped, fewer where the score at the border occurs several times.
+        Raises `ValueError` for a share outside [0, 1] and for no scores.
+        """
+        if not 0 <= contamination <= 1:
+            raise ValueError(f"contamination={contamination}: the share of harmful rows lies between 0 and 1.")
+        how = f"expected contamination {contamination:g}"
+        return replace(self, threshold=_quantile(scores, contamination), threshold_from=how)
+
+    def at_best_f1(self, scores: ArrayLike, harmful: ArrayLike) -> "SAFTFilter":
+        """With the τ of the best F1 on a labelled validation set: scores `[n]` and whether each row is harmful.
+
+        Raises `ValueError` unless both kinds occur.
+        """
+        harmful = _both_kinds(harmful)
+        precision, recall, thresholds = precision_recall_curve(harmful, np.asarray(scores))
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        # The curve's thresholds are scores that are still dropped; ours is the largest one kept.
+        lowest_dropped = thresholds[np.argmax(f1[:-1])]
+        below = np.asarray(scores)[np.asarray(scores) < lowest_dropped]
+        threshold = float(below.max()) if len(below) else -np.inf
+        how = f"best F1 on {len(harmful)} labelled rows"
+        return replace(self, threshold=threshold, threshold_from=how, used_labels=True)
+
+    def steer(self, scores: ArrayLike, rate: float) -> "SAFTFilter":
+        """τ moved (SAFT, Fig 5): a rate above 0 drops that share of the rows kept so far too, below 0 keeps that share
+        of the dropped ones; −1 drops nothing, 1 everything. (The paper does not define its rate; this one is ours.)
+        """
+        if not -1 <= rate <= 1:
+            raise ValueError(f"rate={rate}: give one between -1 (drop nothing) and 1 (drop everything).")
+        dropped = float(self.drops(scores).mean())
+        share = dropped + rate * (1 - dropped if rate > 0 else dropped)
+        how = f"{self.threshold_from}, steered by {rate:+g}"
+        return replace(self, threshold=_quantile(scores, share), threshold_from=how)
+
+    def one_sided(self, scores_of: ArrayLike, harmful: ArrayLike) -> "SAFTFilter":
+        """The side of v₁ that labelled rows lie on: activations `[n, d]` and whether each is harmful. Uses labels."""
+        harmful = _both_kinds(harmful)
+        projections = replace(self, side="+").scores(scores_of)
+        side = "+" if projections[harmful].mean() > projections[~harmful].mean() else "-"
+        return replace(self, side=side, used_labels=True)
+
+    def filter(self, rows: Dataset, scores: ArrayLike) -> tuple[Dataset, Dataset]:
+        """(kept, dropped) rows in their order, each with its score in the column `saft_score`."""
+        scores = np.asarray(scores, dtype=np.float64)
+        if len(scores) != len(rows):
+            raise ValueError(f"{len(rows)} rows and {len(scores)} scores; give one score per row.")
+        scored = (rows.remove_columns(SCORE) if SCORE in rows.column_names else rows).add_column(SCORE, scores)
+        dropped = self.drops(scores)
+        return scored.select(np.flatnonzero(~dropped)), scored.select(np.flatnonzero(dropped))
+
+    def save(self, folder: Path) -> Path:
+        """`saft_filter.safetensors` and `saft_filter.json` in `folder`, for `load`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        save_file(arrays, folder / "saft_filter.safetensors")
+        write_json(folder / "saft_filter.json", {k: v for k, v in asdict(self).items() if k not in _ARRAYS})
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path) -> "SAFTFilter":
+        """What `save` wrote. Raises `ValueError` where it did not."""
+        try:
+            arrays = load_file(folder / "saft_filter.safetensors")
+            rest = json.loads((folder / "saft_filter.json").read_text())
+            return cls(**arrays, **{f.name: rest[f.name] for f in fields(cls) if f.name not in _ARRAYS})
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{folder}: no filter that SAFTFilter.save wrote ({str(error)!r:.100}).") from error
+
+
+_ARRAYS = ("mean", "directions", "singular_values")
+
+
+def _quantile(scores: ArrayLike, share: float) -> float:
+    """The τ above which `round(share · n)` of the scores lie."""
+    descending = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
+    if len(descending) == 0:
+        raise ValueError("no scores: there is nothing to filter.")
+    dropped = round(share * len(descending))
+    return float(descending[dropped]) if dropped < len(descending) else -np.inf
+
+
+def _both_kinds(harmful: ArrayLike) -> np.ndarray:
+    harmful = np.asarray(harmful, dtype=bool)
+    if harmful.all() or not harmful.any():
+        raise ValueError(f"all {len(harmful)} labelled rows are of one kind; harmful and benign ones are needed.")
+    return harmful
