@@ -258,7 +258,8 @@ def _rows_in(file: Path | None, shape: tuple[int, int], wanted: int, window: int
     row_bytes = 4 * shape[0] * shape[1]
     done = file.stat().st_size // row_bytes
     done = wanted if done >= wanted else done // window * window
-    os.truncate(file, done * row_bytes)
+    if file.stat().st_size != done * row_bytes:
+        os.truncate(file, done * row_bytes)
     return done
 
 
