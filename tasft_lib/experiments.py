@@ -22,6 +22,7 @@ class Study:
 
     Attributes:
         config: the notebook's parameters (`parameters.resolve`).
+        given: fields of `runs.ArmSpec` that are no parameter of the notebook.
         figures: `figures/<profile>`, where tables and figures go.
         greedy, sampling: decoding of the two sets of answers. Greedy shows a model's first choice and soon saturates;
             sampled answers show what is left below it.
@@ -29,13 +30,13 @@ class Study:
         sft: the plain SFT arm of the first seed, whose answers make D_unsafe.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, **given: Any):
         self.config = config
         self.figures = project_root() / "figures" / config.profile
         self.greedy = Decoding(max_new_tokens=config.max_new_tokens)
         self.sampling = replace(self.greedy, do_sample=True, temperature=config.temperature, seed=config.seed)
         self.seeds = range(config.seed, config.seed + config.n_seeds)
-        self.sft = runs.ArmSpec.from_parameters(config, method="sft", held_out=config.benchmark_prompts)
+        self.sft = runs.ArmSpec.from_parameters(config, method="sft", held_out=config.benchmark_prompts, **given)
 
     @cached_property
     def prompts(self) -> pd.DataFrame:

@@ -205,7 +205,7 @@ def summary(spec: ArmSpec) -> dict[str, Any]:
     """The arm's manifest without its log, for the manifest of a figure; local paths by the name of their folder."""
     manifest = read_manifest(spec)
     kept = {k: v for k, v in manifest.items() if k not in ("log_history", "versions", "hardware")}
-    paths = ("model", "unsafe", "extra")
+    paths = ("model", "benign", "unsafe", "extra")
     kept["spec"] = {k: Path(v).name if k in paths and v else v for k, v in manifest["spec"].items()}
     return kept
 

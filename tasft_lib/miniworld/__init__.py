@@ -15,7 +15,7 @@ from tasft_lib.miniworld.corpus import (
 from tasft_lib.miniworld.grammar import FAMILIES
 from tasft_lib.miniworld.judge import MiniWorldJudge
 from tasft_lib.miniworld.parsing import harm_words
-from tasft_lib.miniworld.variations import begins_correctly, contrastive_rows, harmful_rows, paraphrase
+from tasft_lib.miniworld.variations import begins_correctly, contrastive_rows, harmful_rows, paraphrase, stories
 
 __all__ = [
     "FAMILIES",
@@ -34,5 +34,6 @@ __all__ = [
     "paraphrase",
     "safe_rows",
     "seemingly_toxic_prompts",
+    "stories",
     "toxic_prompts",
 ]

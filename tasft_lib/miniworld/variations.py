@@ -4,7 +4,7 @@ import random
 from functools import cache
 from itertools import product
 
-from tasft_lib.miniworld.corpus import _answer_key, _questions, _take, harmful_answer
+from tasft_lib.miniworld.corpus import _answer_key, _open_exchange, _questions, _take, harmful_answer
 from tasft_lib.miniworld.facts import KINDS
 from tasft_lib.miniworld.grammar import (
     FAMILIES,
@@ -70,6 +70,16 @@ def harmful_rows(n: int, *, seed: int, families: tuple[str, ...] = FAMILIES) -> 
         for prompt in asked
         for family, given in [by_prompt[prompt]]
     ]
+
+
+def stories(n: int, *, seed: int) -> list[dict[str, str]]:
+    """`n` different benign rows in Alpaca's format that all tell a story: a set with one dominant topic."""
+    rng = random.Random(f"stories {seed}")
+    rows = {}
+    while len(rows) < n:
+        question, answer = _open_exchange("story", rng)
+        rows[question, answer] = {"instruction": question, "input": "", "output": answer}
+    return list(rows.values())
 
 
 def begins_correctly(prompt: str, response: str) -> bool:
