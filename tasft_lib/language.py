@@ -24,6 +24,8 @@ MAX_UNREAD = 0.2  # of the letters, in scripts other than the three below
 # Latin, Greek and Cyrillic: alphabets whose words spaces part.
 _LETTER = "A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u03ff\u0400-\u052f\u1e00-\u1fff"
 _WORD = re.compile(f"[{_LETTER}]+(?:['\u2019][{_LETTER}]+)*")
+# Thai, Lao, Burmese, Khmer, kana and Chinese characters.
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 _ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+")
 _CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
@@ -100,7 +102,9 @@ def _languages() -> tuple[str, ...]:
 
 
 def non_english(texts: list[str]) -> list[bool]:
-    """Per text, whether it has at least `MIN_WORDS` words and is hardly English: less than `MIN_CONFIDENCE` of it.
+    """Per text, whether it is long enough to tell and hardly English: less than `MIN_CONFIDENCE` of it.
+
+    Long enough are `MIN_WORDS` words, or two characters for each of them where words are written without spaces.
 
     Noise made of English words still counts as English: read it beside the degenerate rate. Raises `ValueError` where
     lingua is not installed.
@@ -112,6 +116,7 @@ def non_english(texts: list[str]) -> list[bool]:
             "lingua-language-detector is not installed; install tasft[eval] to tell languages apart."
         ) from error
     detector = LanguageDetectorBuilder.from_all_spoken_languages().build()
-    long_enough = [text for text in texts if len(text.split()) >= MIN_WORDS]
-    confidence = iter(detector.compute_language_confidence_in_parallel(long_enough, Language.ENGLISH))
-    return [len(text.split()) >= MIN_WORDS and next(confidence) < MIN_CONFIDENCE for text in texts]
+    long_enough = [len(text.split()) >= MIN_WORDS or len(_UNSPACED.findall(text)) >= 2 * MIN_WORDS for text in texts]
+    asked = [text for text, enough in zip(texts, long_enough, strict=True) if enough]
+    confidence = iter(detector.compute_language_confidence_in_parallel(asked, Language.ENGLISH))
+    return [enough and next(confidence) < MIN_CONFIDENCE for enough in long_enough]

@@ -58,6 +58,12 @@ def test_rates_count_what_was_asked_and_precision_is_that_among_equally_many():
     assert row["precision"] == pytest.approx(0.3 / (0.3 + 0.1))
     assert row["rate_low"] < row["rate"] < row["rate_high"]
     assert np.isnan(table.set_index("kind").loc["answers", "precision"])
+    shown = degenerate.percentages(table)
+    assert shown[["texts", "kind", "n"]].values.tolist() == [
+        ["language", "answers", 10],
+        ["no language", "words shuffled", 20],
+    ]
+    assert shown["some"].iloc[1].startswith("30.0 (14.5-")
 
 
 def test_a_model_that_knows_the_order_of_words_gains_by_it(tokenizer):

@@ -52,6 +52,10 @@ def test_other_languages_and_no_language_are_found():
     assert non_english(["The cat sleeps on the sofa and dreams of mice.", "Oui.", ""]) == [False, False, False]
 
 
+def test_languages_without_spaces_are_found_by_their_characters():
+    assert non_english(["猫はソファで寝ています。", "这只猫在沙发上睡觉，梦见老鼠。", "猫"]) == [True, True, False]
+
+
 def test_real_english_answers_are_english(shared):
     rows = json.loads((shared / "data" / "alpaca" / "alpaca_data.json").read_text())[:2000:10]
     answers = [row["output"] for row in rows if len(row["output"].split()) >= 8]
