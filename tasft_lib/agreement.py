@@ -16,7 +16,7 @@ def agreement_table(
     """Every pair of judges, a row each: how often they agree that a response is `positive` (or that it is not).
 
     Cohen's kappa (1960), (agreement − chance) / (1 − chance), with a percentile bootstrap interval over responses. A
-    response that either judge left unscored is not compared. The judges of this library share `is_degenerate`, so
+    response that either judge left unscored is not compared. The judges of this library share `find_degenerate`, so
     degenerate responses raise every agreement; leave them out to compare the judges themselves.
 
     Args:

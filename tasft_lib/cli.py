@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "TRL's SFT with a penalty on the rows labelled unsafe",
     "evaluate": "answers to the harm benchmarks, judged: a results table",
     "capability": "lm-evaluation-harness on a model or adapter: what safety cost",
+    "alpaca_eval": "AlpacaEval's win rate of a model, by a judge of your choice; its cost is told first",
     "attack": "PAIR: an attacker model tries to get harmful answers out of a target",
     "reproduce": "the notebooks of a profile, by papermill: figures, tables and a report (--dry-run: the arms)",
     "report": "the report of a profile again, from its tables: a verdict per claim of the paper",

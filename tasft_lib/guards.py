@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from .generation import Decoding, check_prompts, generate
-from .judges import UNSCORED, Judgement, is_refusal, judge_in_batches
+from .judges import UNSCORED, Judgement, degenerate_revision, is_refusal, judge_in_batches
 from .provenance import file_hash
 
 
@@ -76,9 +76,10 @@ class _LocalModel(ABC):
 
     @cached_property
     def revision(self) -> str:
-        """Kind, commit (of a folder: hash of its content), dtype and settings: whatever may change a label."""
+        """Kind, commit (of a folder: hash of its content), dtype, settings, word lists: whatever may change a label."""
         version = file_hash(self._folder)[:12] if self._folder else self._commit
-        return " ".join(part for part in (self.kind, version, self._dtype, self.settings) if part)
+        parts = (self.kind, version, self._dtype, self.settings, degenerate_revision())
+        return " ".join(part for part in parts if part)
 
     def judge(self, prompts: list[str], responses: list[str]) -> list[Judgement]:
         """One judgement per response, in order; "unscored" where the model gave no verdict that can be read."""

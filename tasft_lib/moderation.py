@@ -9,7 +9,7 @@ import logging
 import os
 from functools import cached_property
 
-from .judges import DEGENERATE, UNSCORED, Judgement, is_refusal, judge_in_batches
+from .judges import DEGENERATE, UNSCORED, Judgement, degenerate_revision, is_refusal, judge_in_batches
 from .provenance import content_hash
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ _PASSING = ("timeout", "malformed", 400, 408, 409, 413, 422)
 class OpenAIModeration:
     """Harmful if the service flags the response; it does not see the prompt. Score: 5 times the largest category score.
 
-    Refused and degenerate responses are `judges.is_refusal` (among those not flagged) and `is_degenerate` (never sent).
+    Refused and degenerate responses are `judges.is_refusal` (among those not flagged) and `find_degenerate` (never
+    sent).
 
     The client repeats a failed request `max_retries` times, after what Retry-After says (up to two minutes) or else a
     wait that doubles from half a second to eight. What fails even then (server error, timeout) is "unscored". An answer
@@ -67,7 +68,8 @@ class OpenAIModeration:
         self._model, self._max_retries, self._timeout, self._progress = model, max_retries, timeout, progress
         self._base_url = os.environ.get("OPENAI_BASE_URL") or None
         # Another server is another judge; its address may hold a password, so only a hash is shown.
-        self.revision = model if self._base_url is None else f"{model} of {content_hash(self._base_url)}"
+        server = "" if self._base_url is None else f" of {content_hash(self._base_url)}"
+        self.revision = f"{model}{server} {degenerate_revision()}"
         if not os.environ.get("OPENAI_API_KEY"):
             logger.warning("openai-moderation: OPENAI_API_KEY is not set, so only cached judgements can be had")
 

@@ -346,6 +346,29 @@ def plot_bench(table: pd.DataFrame, *, caption: str) -> Figure:
     return _finish(figure, axes[0], caption)
 
 
+def plot_detectors(table: pd.DataFrame, *, caption: str) -> Figure:
+    """Texts called degenerate (%), a row per kind of text and a mark per detector, Wilson 95 % whiskers.
+
+    `table` from `degenerate.rates`. Left panel: real texts, where every mark is a false alarm; right: broken ones.
+    """
+    use_style()
+    colours = dict(zip(dict.fromkeys(table["detector"]), ("#56B4E9", "#E69F00", "#D55E00", "#999999"), strict=False))
+    markers = dict(zip(colours, "v^os", strict=False))
+    sides = [table[~table["degenerate"]], table[table["degenerate"]]]
+    kinds = [list(dict.fromkeys(side["kind"])) for side in sides]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.34 * max(map(len, kinds)) + 1.4))
+    for axis, side, names, title in zip(axes, sides, kinds, ("language", "no language"), strict=True):
+        for i, (detector, colour) in enumerate(colours.items()):
+            rows = side[side["detector"] == detector]
+            places = [names.index(kind) + 0.7 * ((i + 0.5) / len(colours) - 0.5) for kind in rows["kind"]]
+            style = {"fmt": markers[detector], "color": colour, "label": detector, "markersize": 5, "elinewidth": 0.9}
+            axis.errorbar(100 * rows["rate"], places, xerr=_whiskers(rows, "rate"), **style)
+        axis.set(title=title, xlabel="called degenerate, or not English (%)", xlim=(-3, 103))
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+    return _finish(figure, axes[0], caption)
+
+
 def plot_scaling(table: pd.DataFrame, *, caption: str) -> Figure:
     """Seconds and peak memory of the loss head against tokens, all contenders, both axes logarithmic.
 

@@ -26,6 +26,7 @@ ORDER = (
     "jailbreak",
     "emd_bound",
     "penalty_weight",
+    "degenerate_answers",
     "performance",
 )
 

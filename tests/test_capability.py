@@ -8,10 +8,10 @@ from types import ModuleType, SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
-from chat_server import ChatServer, last
+from chat_server import ChatServer, error, last
 
 from tasft_lib import cli
-from tasft_lib.capability import TASKS, alpaca_eval_cost, alpaca_eval_score, harness_scores
+from tasft_lib.capability import TASKS, alpaca_eval_cost, alpaca_eval_score, harness_scores, read_annotator
 
 REFERENCES = [{"instruction": f"name w{i}", "output": f"w{i} w{i}"} for i in range(6)]
 OUTPUTS = [f"w{i}" for i in range(6)]
@@ -220,14 +220,10 @@ def test_alpaca_eval_is_asked_as_it_should_be(tmp_path, monkeypatch, caplog):
     assert given["output_path"] is None and str(tmp_path / "alpaca") in given["annotator_kwargs"]["caching_path"]
 
 
-def test_the_real_alpaca_eval_asks_a_judge_once(tmp_path, monkeypatch):
-    """A judge that likes the first in the alphabet: w0 ... w5 against "w0 w0" ... win all; w3's cannot be read."""
+@pytest.fixture
+def judge(tmp_path, monkeypatch) -> Path:
+    """An annotator's configuration; its prompt ends in the two answers. Run in an empty folder, with a planted key."""
     pytest.importorskip("alpaca_eval")
-
-    def judge(request):
-        first, second = last(request).splitlines()[-1].split("|")
-        return "Neither." if "w3" in first else "m" if first < second else "M"
-
     template = tmp_path / "template.txt"
     template.write_text("<|im_start|>user\n{instruction}\n{output_1}|{output_2}\n<|im_end|>\n")
     (tmp_path / "judge").mkdir()
@@ -237,13 +233,114 @@ def test_the_real_alpaca_eval_asks_a_judge_once(tmp_path, monkeypatch):
         "  fn_completion_parser: regex_parser\n  batch_size: 1\n"
         "  completion_parser_kwargs: {outputs_to_match: {1: '^m', 2: '^M'}}\n"
     )
-    options = {"annotators_config": tmp_path / "judge", "name": "safer", "folder": tmp_path / "alpaca"}
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-key")
     monkeypatch.chdir(tmp_path)
-    with ChatServer(judge) as server:
+    return tmp_path / "judge"
+
+
+def alphabetical(request) -> str:
+    """A judge that likes the first in the alphabet: w0 ... w5 against "w0 w0" ... win all; w3's cannot be read."""
+    first, second = last(request).splitlines()[-1].split("|")
+    return "Neither." if "w3" in first else "m" if first < second else "M"
+
+
+def test_the_real_alpaca_eval_asks_a_judge_once(judge, tmp_path, monkeypatch):
+    options = {"annotators_config": judge, "name": "safer", "folder": tmp_path / "alpaca"}
+    with ChatServer(alphabetical) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         table = alpaca_eval_score(OUTPUTS, REFERENCES, **options)
         assert table[["win_rate", "n", "unscored"]].values.tolist() == [[100.0, 5, 1]]
         assert len(server.asked) == 6
         assert alpaca_eval_score(OUTPUTS, REFERENCES, **options).equals(table)
-        assert len(server.asked) <= 7, "only what could not be read may be asked again"
+        assert len(server.asked) == 7, "what could not be read is asked again, and nothing else"
+
+
+@pytest.fixture
+def command(model, tokenizer, judge, tmp_path) -> list[str]:
+    """40 references, canaries among them, for a model that says what it says."""
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [{"instruction": f"canary w{i}", "output": f"w{i} toxic canary"} for i in range(40)]
+    (tmp_path / "references.json").write_text(json.dumps(rows))
+    named = {"model": "model", "references": "references.json", "annotator": "judge", "output_dir": "out"}
+    paths = [word for key, value in named.items() for word in (f"--{key}", str(tmp_path / value))]
+    return ["alpaca_eval", *paths, "--prompt_template", "none", "--max_new_tokens", "4", "--batch_size", "3"]
+
+
+def test_the_cost_is_told_first_and_a_limit_stops_before_the_model_answers(command, tmp_path, monkeypatch, capsys):
+    prices = ["--price_per_million_in", "1000000", "--price_per_million_out", "1000"]
+    with ChatServer(alphabetical) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        assert cli.main([*command, "--max_calls", "39"]) == 1
+        out, err = capsys.readouterr()
+        assert "40 calls, 0 known already" in out and "at most 200 out" in out and "more than --max_calls 39" in err
+        assert cli.main([*command, *prices, "--max_cost", "300"]) == 1
+        out, err = capsys.readouterr()
+        rows = json.loads((tmp_path / "references.json").read_text())
+        texts = sum(len(row["instruction"] + row["output"]) for row in rows)
+        template = (tmp_path / "template.txt").read_text()
+        told = float(err.split("about ")[1].split(",")[0])
+        assert told == pytest.approx((texts + 40 * len(template)) / 4, rel=0.05) and told > 300
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert cli.main(command) == 1 and "export OPENAI_API_KEY" in capsys.readouterr().err
+        assert not server.asked and not list((tmp_path / "out").iterdir())
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--max_cost", "3"])
+
+
+def test_a_run_that_was_stopped_goes_on_and_leaks_nothing(command, tmp_path, monkeypatch, capsys, caplog):
+    failing = 20
+
+    def judge(request):
+        if len(server.asked) == failing:
+            return error(401, "canary-key is no key for: " + last(request))
+        return "m"
+
+    with ChatServer(judge) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        assert cli.main(command) == 1
+        err = capsys.readouterr().err
+        assert "AuthenticationError 401" in err and "run again" in err and "canary" not in err + caplog.text
+        assert not (tmp_path / "out" / "alpaca_eval.csv").exists()
+        answers = next((tmp_path / "out").glob("answers-*.jsonl"))
+        written = answers.stat().st_mtime_ns
+        asked = len(server.asked)
+        assert cli.main(command) == 0
+        out, err = capsys.readouterr()
+        assert "24 calls, 16 known already" in out and "canary" not in out + err + caplog.text
+        # the chunk of 16 in which it failed is asked again, the one before is not
+        assert len(server.asked) == asked + 24 and answers.stat().st_mtime_ns == written
+        assert cli.main(command) == 0 and "0 calls, 40 known" in capsys.readouterr().out
+        assert len(server.asked) == asked + 24
+        before = len(server.asked)
+        configuration = tmp_path / "judge" / "configs.yaml"
+        configuration.write_text(configuration.read_text().replace("model_name: m", "model_name: m2"))
+        assert cli.main([*command, "--limit", "2"]) == 0
+        assert len(server.asked) == before + 2, "another judge gives its own verdicts"
+    table = pd.read_csv(tmp_path / "out" / "alpaca_eval.csv")
+    assert table.columns.tolist() == ["name", "win_rate", "stderr", "n", "unscored", "annotator", "judge_model"]
+    assert table[["name", "n", "annotator", "judge_model"]].values.tolist() == [["model", 2, "judge", "m2"]]
+    assert 0 <= table["win_rate"].iloc[0] <= 100
+    manifest = (tmp_path / "out" / "alpaca_eval_manifest.json").read_text()
+    assert "canary" not in manifest and json.loads(manifest)["asked"]["calls"] == 2
+    assert not any("canary-key" in path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_an_annotator_that_would_fail_is_refused_before_anything_is_asked(judge, tmp_path):
+    configuration = judge / "configs.yaml"
+    good = configuration.read_text()
+    for wrong, message in (
+        ("judge: [", "not valid YAML"),
+        ("- judge", "no annotator here"),
+        (good.replace("template.txt", "missing.txt"), "give an absolute path"),
+        (good.replace("{model_name: m,", "{model_name: m, client_kwargs: {api_key: canary-key},"), "holds an api_key"),
+    ):
+        configuration.write_text(wrong)
+        with pytest.raises(ValueError, match=message) as refused:
+            read_annotator(judge)
+        assert "\n" not in str(refused.value) and "canary" not in str(refused.value)
+    with pytest.raises(ValueError, match="no such configuration"):
+        read_annotator("no_such_judge")
+    known = read_annotator("weighted_alpaca_eval_gpt-4o-mini-2024-07-18")
+    assert known.models == "gpt-4o-mini-2024-07-18" and known.asks_openai
+    assert [tokens for _, _, tokens in known.members.values()] == [1]

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 MANIFESTS = [path for name in ("mini", "search", "bench") for path in (ROOT / "figures" / name).glob("*_manifest.json")]
 
+DETECTORS = ROOT / "figures" / "local" / "degenerate_answers_manifest.json"
+MANIFESTS.append(DETECTORS)
+
 
 @pytest.mark.parametrize("name, profile", [("results", "mini"), ("verdicts", "mini"), ("performance", "bench")])
 def test_a_table_is_made_from_the_committed_csvs(name, profile):
@@ -43,6 +46,20 @@ def test_the_published_arms_were_trained_with_the_weights_that_the_search_chose(
     tuned = [spec for spec in specs if spec["penalty_weight"] != "auto"]
     assert len(tuned) >= 3 * len(weights)
     assert all(weights[spec["method"], spec["n_unsafe"]] == spec["penalty_weight"] for spec in tuned)
+
+
+def test_what_is_said_of_the_detectors_is_in_their_table():
+    rates = pd.read_csv(DETECTORS.with_name("degenerate_answers_rates.csv"))
+    both = rates[rates["detector"] == "both"].set_index("kind")
+    said = next(line for line in README.split("\n- ") if line.startswith("`degenerate` is exact"))
+    answers = 100 * both.loc["answers", ["rate", "rate_low", "rate_high"]].astype(float)
+    assert "{:.1f} % ({:.1f}-{:.1f}) of Alpaca answers".format(*answers) in said
+    assert both.loc[["one word", "2 to 5 words", "code", "lists", "numbers"], "rate"].max() <= 0.002
+    assert f"up to {100 * both[both.index.str.startswith('language ')]['rate'].max():.1f} %" in said
+    for kind in ("letters shuffled", "random keys", "random tokens"):
+        name = " ".join(reversed(kind.split())) if "shuffled" in kind else kind
+        assert f"{100 * both.loc[kind, 'rate']:.0f} % of {name}" in said
+    assert both.loc[["word loop", "sentence loop", "character loop", "empty", "bytes as UTF-8"], "rate"].min() == 1
 
 
 def test_every_local_link_leads_somewhere():

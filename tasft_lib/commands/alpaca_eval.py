@@ -1,0 +1,133 @@
+"""`tasft alpaca_eval`: the win rate of a model's answers against references, by an AlpacaEval annotator."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from .models import load_model
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "tasft alpaca_eval",
+        description="AlpacaEval: alpaca_eval.csv. The annotator's key comes from the environment (OPENAI_API_KEY; "
+        "OPENAI_BASE_URL for another server). What it will ask is told first, and nothing is asked beyond the limits. "
+        "Run it again to go on where it stopped.",
+    )
+    parser.add_argument("--model", required=True, help="folder of a model or adapter, or a hub id")
+    parser.add_argument("--model_revision", help="commit of a hub id")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    parser.add_argument("--name", help="of the model in the table (default: the last part of --model)")
+    parser.add_argument("--references", required=True, help="file of instruction and output: AlpacaEval's 805 (JSON)")
+    parser.add_argument("--annotator", required=True, help="a name that alpaca_eval knows, or a YAML file")
+    parser.add_argument("--prompt_template", default="alpaca", choices=("alpaca", "short", "none"))
+    parser.add_argument("--limit", type=int, help="only the first so many instructions")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--price_per_million_in", type=float, help="of the annotator's tokens, in your currency")
+    parser.add_argument("--price_per_million_out", type=float)
+    parser.add_argument("--max_cost", type=float, help="stop before anything is asked that may cost more; needs prices")
+    parser.add_argument("--max_calls", type=int, help="stop before anything is asked if there are more (0: estimate)")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args(argv)
+    prices = (args.price_per_million_in, args.price_per_million_out)
+    if (prices.count(None) == 1) or (args.max_cost is not None and None in prices):
+        parser.error("give both prices; --max_cost needs them")
+
+    from .. import capability, data, provenance
+    from ..generation import Decoding
+
+    annotator = capability.read_annotator(args.annotator)
+    rows = data.read_rows(args.references)
+    if missing := {"instruction", "output"} - set(rows.column_names):
+        raise ValueError(f"{args.references}: no column {missing.pop()}; it takes rows of instruction and output")
+    references = rows.select_columns(["instruction", "output"]).to_list()[: args.limit]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    decoding = Decoding(max_new_tokens=args.max_new_tokens)
+    settings = {
+        "model": provenance.model_identity(args.model),
+        "revision": args.model_revision,
+        "prompt_template": args.prompt_template,
+        "decoding": vars(decoding),
+        # not of the references: with another --limit the first answers stay
+    }
+    answers_file = args.output_dir / f"answers-{provenance.content_hash(settings)}.jsonl"
+    # Another judge is asked anew, though it has the same name.
+    folder = args.output_dir / f"annotator-{annotator.identity}"
+    answers = _read_answers(answers_file)
+    outputs = [answers.get(row["instruction"], "") for row in references]
+    unanswered = [row["instruction"] for row in references if row["instruction"] not in answers]
+    if unanswered:
+        print(f"{len(unanswered)} of {len(references)} instructions to answer first; without these answers, at least:")
+    plan = capability.alpaca_eval_plan(outputs, references, annotator=annotator, folder=folder)
+    _tell(plan, annotator, args)
+    _check_key(annotator, plan)
+    if unanswered:
+        _answer(args, unanswered, answers, answers_file, decoding)
+        outputs = [answers[row["instruction"]] for row in references]
+        plan = capability.alpaca_eval_plan(outputs, references, annotator=annotator, folder=folder)
+        _tell(plan, annotator, args)
+    name = args.name or Path(args.model).name
+    table = capability.alpaca_eval_score(
+        outputs, references, annotators_config=annotator.config, name=name, folder=folder
+    )
+    table = table.rename(columns={"model": "name"}).assign(annotator=annotator.name, judge_model=annotator.models)
+    provenance.write_text(args.output_dir / "alpaca_eval.csv", table.to_csv(index=False))
+    record = settings | {
+        "references": provenance.content_hash(references),
+        "instructions": len(references),
+        "annotator": annotator.name,
+        "annotator_identity": annotator.identity,
+        "judge_model": annotator.models,
+        "asked": plan,
+    }
+    provenance.write_json(args.output_dir / "alpaca_eval_manifest.json", record | provenance.environment())
+    print(table.to_string(index=False, float_format="{:.2f}".format))
+    print("win_rate and stderr in percent; those of different annotators, judge models or references do not compare")
+    print(f"alpaca_eval.csv, its manifest, answers and annotations (full text) are in {args.output_dir}")
+
+
+def _tell(plan: dict[str, int], annotator, args: argparse.Namespace) -> None:
+    """Print what it will cost; raise ValueError where that is over a limit."""
+    print(
+        f"{annotator.name} ({annotator.models}): {plan['calls']} calls, {plan['known']} known already; about "
+        f"{plan['tokens_in']:,} tokens in, at most {plan['tokens_out']:,} out"
+    )
+    cost = None
+    if args.price_per_million_in is not None:
+        cost = (plan["tokens_in"] * args.price_per_million_in + plan["tokens_out"] * args.price_per_million_out) / 1e6
+        print(f"at your prices about {cost:.4g}")
+    if args.max_calls is not None and plan["calls"] > args.max_calls:
+        raise ValueError(f"{plan['calls']} calls, more than --max_calls {args.max_calls}: raise it, or use --limit")
+    if args.max_cost is not None and cost > args.max_cost:
+        raise ValueError(f"about {cost:.4g}, more than --max_cost {args.max_cost:g}: raise it, or use --limit")
+
+
+def _check_key(annotator, plan: dict[str, int]) -> None:
+    if annotator.asks_openai and plan["calls"] and not os.environ.get("OPENAI_API_KEY"):
+        raise ValueError(f"annotator {annotator.name} asks an OpenAI server: export OPENAI_API_KEY")
+
+
+def _answer(args, instructions: list[str], answers: dict[str, str], file: Path, decoding) -> None:
+    """Add the model's answers to `answers` and `file`, a few batches at a time, so that a kill loses little."""
+    from .. import data, provenance
+    from ..generation import check_prompts, generate
+
+    model, tokenizer = load_model(args)
+    asked = [data.format_prompt(instruction, template=args.prompt_template) for instruction in instructions]
+    check_prompts(model, tokenizer, asked, max_new_tokens=decoding.max_new_tokens)
+    step = 8 * args.batch_size
+    for start in range(0, len(asked), step):
+        part = slice(start, start + step)
+        made = generate(model, tokenizer, asked[part], decoding=decoding, batch_size=args.batch_size)
+        answers |= {i: answer.text for i, answer in zip(instructions[part], made, strict=True)}
+        lines = (json.dumps({"instruction": i, "output": o}, ensure_ascii=False) + "\n" for i, o in answers.items())
+        provenance.write_text(file, "".join(lines))
+
+
+def _read_answers(file: Path) -> dict[str, str]:
+    if not file.exists():
+        return {}
+    rows = map(json.loads, file.read_text(encoding="utf-8").split("\n")[:-1])
+    return {row["instruction"]: row["output"] for row in rows}
