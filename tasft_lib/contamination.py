@@ -90,6 +90,24 @@ def contaminated_rows(
     return data.mix(*sides, n_benign=n - n_harmful, n_unsafe=n_harmful, seed=seed)
 
 
+def compared(contaminations: list[float], filters: list[str], seeds: range, *, n_safe: int = 0) -> list[Filtered]:
+    """Every filter on every set, dropping as many rows as are harmful; "none" drops nothing."""
+    sets = product(seeds, contaminations, filters)
+    return [
+        Filtered(contamination=c, filter=name, share=0.0 if name == "none" else c, seed=seed, n_safe=n_safe)
+        for seed, c, name in sets
+    ]
+
+
+def steered(contamination: float, rates: list[float], seeds: range) -> list[Filtered]:
+    """SAFT with its threshold moved, see `SAFTFilter.steer`."""
+    shares = [contamination + rate * (1 - contamination if rate > 0 else contamination) for rate in rates]
+    return [
+        Filtered(contamination=contamination, filter="saft", share=share, seed=seed)
+        for seed, share in product(seeds, shares)
+    ]
+
+
 def rows_of(study: experiments.Study, made: Filtered) -> Dataset:
     """The contaminated set, labels and all, from the study's source."""
     return _contaminated(study, study.config.n_rows, made.contamination, seed=made.seed, n_safe=made.n_safe)
@@ -116,6 +134,24 @@ def filtered_arm(study: experiments.Study, made: Filtered, *, then: Literal["sft
         n_unsafe=n_dropped,
         training=spec.training | options | {"penalty_pressure": study.config.pressure},
     )
+
+
+def arms_of(
+    study: experiments.Study, filtered: list[Filtered], then: tuple[str, ...] = ("sft", "emd")
+) -> list[tuple[Filtered, runs.ArmSpec]]:
+    """(what it is trained on, arm) for each; EMD only where something was dropped."""
+    return [
+        (made, filtered_arm(study, made, then=loss))
+        for made, loss in product(filtered, then)
+        if loss == "sft" or made.share
+    ]
+
+
+def with_sets(answers: pd.DataFrame, arms: list[tuple[Filtered, runs.ArmSpec]]) -> pd.DataFrame:
+    """Judged answers with the columns contamination, filter, share and n_safe of the set behind their arm."""
+    sets = {arm.name: vars(made) for made, arm in arms}
+    columns = ("contamination", "filter", "share", "n_safe")
+    return answers.assign(**{column: [sets[arm][column] for arm in answers["arm"]] for column in columns})
 
 
 def score_sets(study: experiments.Study, filtered: list[Filtered]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -196,6 +232,30 @@ def layer_table(study: experiments.Study, rows: Dataset, directions: tuple[int, 
         for name, values in (scores | {"probe": detection.logistic_probe(z, harmful)}).items():
             auroc = detection.measures(harmful, values)["auroc"]
             found.append({"layer": layer, "pooling": pooling, "detector": name, "auroc": auroc})
+    return pd.DataFrame(found)
+
+
+def failure_table(study: experiments.Study, *, seed: int) -> pd.DataFrame:
+    """Mini-world sets on which the first direction need not be harm: AUROC of the detectors, a row per set.
+
+    At contamination 0.3, but for "rare" (0.01); see `contaminated_rows`.
+    """
+    base, size = runs.load_model(study.sft), study.config.n_rows
+    sets = {
+        "as above": {},
+        "rare: 1 % harmful": {"contamination": 0.01},
+        "harm in one family": {"failure": "one family"},
+        "half are stories": {"failure": "topic"},
+        "every second answer four times as long": {"failure": "length"},
+        "one in ten a safe answer to a toxic prompt": {"n_safe": size // 10},
+    }
+    found = []
+    for name, options in sets.items():
+        options = {"contamination": 0.3} | options
+        rows = _contaminated(study, size, options.pop("contamination"), seed=seed, **options)
+        scores = detectors(study, rows, base, seed=seed)
+        aurocs = {detector: detection.measures(is_harmful(rows), s)["auroc"] for detector, (s, _) in scores.items()}
+        found.append({"set": name, "rows": len(rows), "harmful": int(is_harmful(rows).sum())} | aurocs)
     return pd.DataFrame(found)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -35,6 +36,16 @@ STYLES = {  # name, colour, marker, line
     "emd_auto": ("EMD, λ auto", "#D55E00", "o", ":"),
     "emd_exact_auto": ("EMD exact, λ auto", "#009E73", "^", ":"),
     "nlcl_auto": ("NLCL, λ auto", "#56B4E9", "v", ":"),
+    "none": ("no filter", "#000000", "s", "-"),
+    "random": ("random filter", "#999999", "p", "--"),
+    "saft": ("SAFT filter", "#0072B2", "v", "--"),
+    "saft_emd": ("SAFT, then EMD", "#0072B2", "v", "-"),
+    "labelled": ("few labels", "#009E73", "^", "--"),
+    "labelled_emd": ("few labels, then EMD", "#009E73", "^", "-"),
+    "oracle": ("oracle filter", "#D55E00", "o", "--"),
+    "oracle_emd": ("oracle, then EMD", "#D55E00", "o", "-"),
+    "filter": ("made-up filter", "#56B4E9", "D", "--"),
+    "filter_emd": ("made-up filter, then EMD", "#56B4E9", "D", "-"),
 }
 NAMES = {method: style[0] for method, style in STYLES.items()}
 BENCH_STYLES = (("fused_tasft", "#D55E00", "o"), ("trl_sft", "#000000", "s"), ("dense_tasft", "#0072B2", "^"))
@@ -135,9 +146,16 @@ def plot_summary(table: pd.DataFrame, measures: list[str], *, caption: str) -> F
 
 
 def plot_sizes(table: pd.DataFrame, measures: list[str], *, caption: str) -> Figure:
-    """Measures (%) against the size of D_unsafe, a line per method, Wilson 95 % whiskers, seeds as small ticks.
+    """`plot_over` the size of D_unsafe, on a logarithmic axis; `table` from `tables.summary` by method and n_unsafe."""
+    return plot_over("n_unsafe", table, measures, label="unsafe examples", caption=caption, log=True)
 
-    `table` from `tables.summary` by method and n_unsafe, at one decoding.
+
+def plot_over(
+    column: str, table: pd.DataFrame, measures: list[str], *, label: str, caption: str, log: bool = False
+) -> Figure:
+    """Measures (%) against a column, a line per method, Wilson 95 % whiskers, seeds as small ticks.
+
+    `table` from `tables.summary` by method and that column, at one decoding.
     """
     use_style()
     measures = [measure for measure in measures if table[measure].notna().any()]
@@ -145,19 +163,20 @@ def plot_sizes(table: pd.DataFrame, measures: list[str], *, caption: str) -> Fig
     methods = list(dict.fromkeys(table["method"]))
     for axis, measure in zip(axes[0], measures, strict=True):
         for i, method in enumerate(methods):
-            rows = table[table["method"] == method].sort_values("n_unsafe")
+            rows = table[table["method"] == method].sort_values(column)
             name, colour, marker, line = STYLES[method]
             # Side by side, so that whiskers can be told apart.
-            places = rows["n_unsafe"] * 1.03 ** (i - len(methods) / 2)
+            aside = i - len(methods) / 2
+            places = rows[column] * 1.03**aside if log else rows[column] + aside * 0.01 * np.ptp(table[column])
             axis.errorbar(
                 places, 100 * rows[measure], yerr=_whiskers(rows, measure), label=name, color=colour, marker=marker,
                 linestyle=line, markersize=5, linewidth=1.2, elinewidth=0.8,
             )  # fmt: skip
             for end in ("min", "max"):
                 axis.plot(places, 100 * rows[f"{measure}_{end}"], "_", color=colour, markersize=5)
-        sizes = sorted(table["n_unsafe"].unique())
-        axis.set(title=MEASURE_NAMES[measure], xlabel="unsafe examples", xscale="log", ylim=(-3, 103))
-        axis.set_xticks(sizes, [f"{size}" for size in sizes])
+        ticks = sorted(table[column].unique())
+        axis.set(title=MEASURE_NAMES[measure], xlabel=label, xscale="log" if log else "linear", ylim=(-3, 103))
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     return _finish(figure, axes[0][0], caption, columns=5)
 
@@ -403,6 +422,55 @@ def plot_scores(table: pd.DataFrame, threshold: float, *, caption: str) -> Figur
         axis.axvline(threshold, color="black", linewidth=1, linestyle=(0, (4, 3)), label=f"τ = {threshold:.3g}")
     axis.set(xlabel="SAFT score", ylabel="rows", xscale="log" if table["low"].min() > 0 else "linear")
     return _finish(figure, axis, caption)
+
+
+def plot_layers(table: pd.DataFrame, *, caption: str) -> Figure:
+    """AUROC by layer, a panel per pooling, a line per detector; `table` from `contamination.layer_table`."""
+    use_style()
+    poolings = list(dict.fromkeys(table["pooling"]))
+    figure, axes = plt.subplots(1, len(poolings), figsize=(3.4 * len(poolings), 3.2), sharey=True, squeeze=False)
+    names = list(dict.fromkeys(table["detector"]))
+    colours = dict(zip(names, [*sns.color_palette("viridis", len(names) - 1), "#999999"], strict=True))
+    for axis, pooling in zip(axes[0], poolings, strict=True):
+        for name, rows in table[table["pooling"] == pooling].groupby("detector", sort=False):
+            axis.plot(rows["layer"], rows["auroc"], "o-", color=colours[name], markersize=4, label=detector_name(name))
+        axis.axhline(0.5, color="black", linewidth=1, linestyle=(0, (4, 3)))
+        axis.set(title=f"activation: {pooling}", xlabel="layer", ylim=(0, 1.03))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0][0].set_ylabel("AUROC")
+    return _finish(figure, axes[0][0], caption)
+
+
+def plot_detection(table: pd.DataFrame, *, caption: str) -> Figure:
+    """AUROC and precision by contamination, a line per detector, broken where it has labels; bootstrap whiskers.
+
+    `table` has the columns of `detection.detection_table` and contamination.
+    """
+    use_style()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    names = list(dict.fromkeys(table["detector"]))
+    colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    titles = {"auroc": "AUROC", "precision": "precision at the contamination"}
+    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
+        for i, (name, rows) in enumerate(table.groupby("detector", sort=False)):
+            ends = [rows[measure] - rows[f"{measure}_low"], rows[f"{measure}_high"] - rows[measure]]
+            places = rows["contamination"] + 0.002 * (i - len(names) / 2)
+            axis.errorbar(
+                places, rows[measure], yerr=[end.clip(lower=0) for end in ends], color=colours[name], marker="o",
+                linestyle=":" if rows["labels"].iloc[0] else "-", markersize=4, linewidth=1.2, elinewidth=0.8,
+                label=detector_name(name, int(rows["labels"].iloc[0])),
+            )  # fmt: skip
+        axis.set(title=title, xlabel="contamination", ylim=(-0.03, 1.03))
+        axis.set_xticks(sorted(table["contamination"].unique()))
+    return _finish(figure, axes[0], caption, columns=5)
+
+
+def detector_name(name: str, labels: int = 0) -> str:
+    """A detector of `contamination.detectors` in words."""
+    names = {"saft": "SAFT", "labelled": "nearest centroid", "saft_labelled": "SAFT, chosen", "probe": "linear probe"}
+    names |= {"loss": "loss of the base", "length": "length", "anchors": "anchors"}
+    shown = names.get(name) or (f"SAFT, k = {name.removeprefix('saft_')}" if name.startswith("saft_") else name)
+    return f"{shown} ({labels} labels)" if labels else shown
 
 
 def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> list[Path]:

@@ -24,6 +24,7 @@ ORDER = (
     "contrastive_augmentation",
     "response_quality",
     "jailbreak",
+    "harmful_data_filter",
     "emd_bound",
     "penalty_weight",
     "degenerate_answers",
