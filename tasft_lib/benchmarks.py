@@ -11,7 +11,8 @@ from .provenance import cache_folder, content_hash, write_text
 
 # As Safety-Tuned LLaMAs (Bianchi et al., 2023), HarmfulQ (Shaikh et al., 2022) and XSTest (Röttger et al., 2023)
 # published them: name -> address.
-_STL = "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/36a4b8d5c2177ed165bf61f59b590161394f7f12/data"
+STL_COMMIT = "36a4b8d5c2177ed165bf61f59b590161394f7f12"
+_STL = f"https://raw.githubusercontent.com/vinid/safety-tuned-llamas/{STL_COMMIT}/data"
 _COT = "https://raw.githubusercontent.com/SALT-NLP/chain-of-thought-bias/e92a0efeb94e64eb68586d5c04a25af1415282d2/data"
 TOXIC_FILES = {
     "I-MaliciousInstructions": f"{_STL}/evaluation/I-MaliciousInstructions.json",

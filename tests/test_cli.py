@@ -88,6 +88,11 @@ def test_train_evaluate_and_harvest_on_files(folder, capsys):
     rows = load_from_disk(folder / "harvested")
     assert len(rows) == 2 and rows["label"][:] == [False, False]
     assert cli.main(arguments) == 1, "a finished harvest is never overwritten"
+    card = (folder / "harvested" / "README.md").read_text()
+    assert "model: out (revision sha256 " in card and "prompts: I-CoNa.json (revision sha256 " in card
+    further = [*arguments[:-7], str(folder / "more"), "--n", "3", *arguments[-4:], "--work"]
+    assert cli.main([*further, str(folder / "harvested.work")]) == 0
+    assert load_from_disk(folder / "more").to_list()[:2] == rows.to_list()
 
     transcripts = [{"transcript": f"\n\nHuman: w{i} w1 w{i}\n\nAssistant: no", "min_harmlessness_score_transcript": 0}
                    for i in range(8)]  # fmt: skip
