@@ -28,8 +28,13 @@ BENIGN_FILES = {"I-Alpaca": f"{_STL}/evaluation/I-Alpaca.json"}
 HARVEST_FILE = f"{_STL}/training/safety_only_data_Instructions.json"
 
 
-def evaluation_prompts(source: str, *, split: str = "evaluation", per_benchmark: int | None = None) -> pd.DataFrame:
+def evaluation_prompts(
+    source: str, *, split: str = "evaluation", per_benchmark: int | None = None, xstest_unsafe: bool = False
+) -> pd.DataFrame:
     """The prompts to evaluate on, one row each: `benchmark`, `kind` ("toxic", "benign", "seemingly toxic"), `prompt`.
+
+    With `xstest_unsafe` also XSTest's 200 unsafe prompts, of kind "toxic contrast": the paper does not have them, and
+    they are not among the 518.
 
     Args:
         source: "miniworld"; "stl" for the published files (518 toxic, 50 benign and XSTest's 250 seemingly toxic
@@ -64,6 +69,9 @@ def evaluation_prompts(source: str, *, split: str = "evaluation", per_benchmark:
         if split == "evaluation":
             rows = read_rows(locate(source, XSTEST_FILE)).to_pandas()
             parts.append(_rows(rows.loc[rows["label"] == "safe", "prompt"].tolist(), "XSTest safe", "seemingly toxic"))
+            if xstest_unsafe:
+                unsafe = rows.loc[rows["label"] == "unsafe", "prompt"].tolist()
+                parts.append(_rows(unsafe, "XSTest unsafe", "toxic contrast"))
         table = pd.concat(parts, ignore_index=True)
     if per_benchmark is not None:
         table = table.groupby("benchmark", sort=False).head(per_benchmark).reset_index(drop=True)

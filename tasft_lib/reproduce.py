@@ -27,6 +27,7 @@ ORDER = (
     "emd_bound",
     "penalty_weight",
     "performance",
+    "your_model",
 )
 
 

@@ -254,6 +254,11 @@ def test_the_papers_518_prompts_are_found_in_a_folder(shared):
         "I-Alpaca": 50,
         "XSTest safe": 250,
     }
+    more = benchmarks.evaluation_prompts(str(shared / "data"), xstest_unsafe=True)
+    assert more.iloc[: len(prompts)].equals(prompts)
+    assert more.iloc[len(prompts) :].groupby(["benchmark", "kind"]).size().to_dict() == {
+        ("XSTest unsafe", "toxic contrast"): 200
+    }
     development = benchmarks.evaluation_prompts(str(shared / "data"), split="development")
     assert development.groupby(["benchmark", "kind"]).size().to_dict() == {("Q-Harm", "toxic"): 100}
     assert not set(development["prompt"]) & set(prompts["prompt"])

@@ -12,7 +12,7 @@ from tasft_lib import parameters
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FILES = sorted(path for path in (ROOT / "params").glob("*/*.yaml") if path.parent.name != "accelerate")
-ARMS = [path for path in FILES if path.stem != "performance"]
+ARMS = [path for path in FILES if path.stem not in ("performance", "your_model")]
 
 
 def namespace(injected: str = "") -> dict:
