@@ -7,7 +7,7 @@ import pandas as pd
 
 from . import miniworld
 from .data import read_prompts, read_rows
-from .provenance import cache_folder, content_hash, write_text
+from .provenance import cache_folder, content_hash, named, write_text
 
 # As Safety-Tuned LLaMAs (Bianchi et al., 2023), HarmfulQ (Shaikh et al., 2022) and XSTest (Röttger et al., 2023)
 # published them: name -> address.
@@ -88,6 +88,13 @@ def harvest_prompts(source: str) -> list[str]:
     if source == "stl" or Path(source).is_dir():
         return read_prompts(locate(source, HARVEST_FILE))
     return read_prompts(source)
+
+
+def harvest_source(source: str) -> tuple[str, str | None]:
+    """Name and revision of what `harvest_prompts` reads, for a data card."""
+    if source == "stl":
+        return source, STL_COMMIT
+    return named(locate(source, HARVEST_FILE) if Path(source).is_dir() else source, None)
 
 
 def safe_answers(source: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import assessment, data, generation, harvest, judges, miniworld
 from .machine import keep_freed_memory, runs_folder
-from .provenance import content_hash, model_identity, write_text
+from .provenance import content_hash, model_identity, named, write_text
 from .runs import (
     ArmSpec,
     base_model,
@@ -173,11 +173,11 @@ def harvest_unsafe(
     evaluation_prompts: list[str],
     rounds: int = 4,
     batch_size: int = 64,
-    prompts_source: str = "",
+    prompts_source: tuple[str, str | None] = ("", None),
 ) -> Path:
     """D_unsafe from the answers of the (plainly fine-tuned) arm, harvested once: a folder for `ArmSpec.unsafe`.
 
-    What is done so far lies beside it in `<folder>.work`. `prompts_source` is named in the data card.
+    What is done so far lies beside it in `<folder>.work`. `prompts_source`, name and revision, is for the data card.
     """
     chosen = judges.load_judge(judge_name)
     asked = {"arm": spec.name, "prompts": prompts, "judge": [chosen.name, chosen.revision], "n": n, "rounds": rounds}
@@ -187,6 +187,7 @@ def harvest_unsafe(
         if path.exists():
             return path
         model, tokenizer = load_trained(spec)
+        name, revision = named(base_model(spec.model), spec.model_revision)
         rows, report = harvest.harvest(
             model,
             tokenizer,
@@ -198,7 +199,7 @@ def harvest_unsafe(
             rounds=rounds,
             evaluation_prompts=evaluation_prompts,
             batch_size=batch_size,
-            origin=harvest.Origin(f"{Path(spec.model).name}, {spec.name}", spec.model_revision, prompts_source),
+            origin=harvest.Origin(f"{name}, {spec.name}", revision, *prompts_source),
             work=path.with_name(f"{path.name}.work"),
             progress=show_progress(),
         )

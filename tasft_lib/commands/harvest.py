@@ -27,15 +27,16 @@ def main(argv: list[str]) -> None:
     if args.output_dir.exists():
         raise ValueError(f"{args.output_dir} exists already; remove it or choose another --output_dir.")
     judge = load_judge(args.judge)
-    prompts_revision = args.prompts_revision
     if args.red_team:
         prompts = catalogue.red_team_prompts(args.prompts)
-        prompts_revision = next(p.revision for p in catalogue.DATA_SETS if p.name == "hh-rlhf red team")
-    elif prompts_revision:
-        prompts = data.read_prompts(args.prompts, revision=prompts_revision)
+        published = next(p for p in catalogue.DATA_SETS if p.name == "hh-rlhf red team")
+        asked = provenance.named(args.prompts, published.revision)
+    elif args.prompts_revision:
+        prompts = data.read_prompts(args.prompts, revision=args.prompts_revision)
+        asked = args.prompts, args.prompts_revision
     else:
         prompts = benchmarks.harvest_prompts(args.prompts)
-        prompts_revision = benchmarks.STL_COMMIT if args.prompts == "stl" else None
+        asked = benchmarks.harvest_source(args.prompts)
     held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
     model, tokenizer = load_model(args)
     rows, report = harvest(
@@ -51,9 +52,7 @@ def main(argv: list[str]) -> None:
         rounds=args.rounds,
         evaluation_prompts=held_out,
         batch_size=args.batch_size,
-        origin=Origin(
-            *provenance.named(args.model, args.model_revision), *provenance.named(args.prompts, prompts_revision)
-        ),
+        origin=Origin(*provenance.named(args.model, args.model_revision), *asked),
         work=args.work or args.output_dir.with_name(f"{args.output_dir.name}.work"),
     )
     print(report)
