@@ -214,7 +214,7 @@ def harvest(
                 )
                 done.keep_answers(call, chunk, answers)
             usable = {i: a.text for i, a in zip(chunk, answers, strict=True) if a.finished or keep_unfinished}
-            labels = done.labels(call, judge, usable)
+            labels = done.labels(judge, usable)
             counts["asked"] += len(answers)
             counts["unfinished"] += sum(not answer.finished for answer in answers)
             counts.update(labels)
@@ -310,7 +310,7 @@ class _Work:
     def __init__(self, folder: Path | None, settings: dict):
         self.folder = folder
         self._answers: dict[int, dict] = {}
-        self._labels: dict[int, list[str]] = {}
+        self._labels: dict[str, list[str]] = {}  # by what was judged
         if folder is None:
             return
         settings = json.loads(json.dumps(settings))
@@ -322,14 +322,13 @@ class _Work:
         if not asked.exists():
             write_json(asked, settings)
         self._answers = {record["call"]: record for record in read_records(folder / "answers.jsonl")}
-        self._labels = {record["call"]: record["labels"] for record in read_records(folder / "labels.jsonl")}
+        self._labels = {record["answers"]: record["labels"] for record in read_records(folder / "labels.jsonl")}
 
     def answers(self, call: int, chunk: list[str]) -> list[Response] | None:
         """The answers to these prompts, if they are there."""
         record = self._answers.pop(call, None)
         # Another judge's word on what was unscored may have changed whom a later round asks.
         if record is None or record["prompts"] != content_hash(chunk):
-            self._labels.pop(call, None)
             return None
         return [Response(*answer) for answer in record["answers"]]
 
@@ -339,9 +338,10 @@ class _Work:
             record["answers"] = [[a.text, a.n_tokens, a.finished] for a in answers]
             append_record(self.folder / "answers.jsonl", record)
 
-    def labels(self, call: int, judge: Judge, answers: dict[str, str]) -> list[str]:
+    def labels(self, judge: Judge, answers: dict[str, str]) -> list[str]:
         """A label per answer: what is on record, and the judge's for those it has none for or left unscored."""
-        labels = self._labels.pop(call, ["unscored"] * len(answers))
+        judged = content_hash(list(answers.items()))
+        labels = self._labels.pop(judged, ["unscored"] * len(answers))
         asked = [i for i, label in enumerate(labels) if label == "unscored"]
         if not asked:
             return labels
@@ -351,7 +351,7 @@ class _Work:
         for i, judgement in zip(asked, judgements, strict=True):
             labels[i] = judgement.label
         if self.folder is not None:
-            append_record(self.folder / "labels.jsonl", {"call": call, "labels": labels})
+            append_record(self.folder / "labels.jsonl", {"answers": judged, "labels": labels})
             cache.unlink(missing_ok=True)
         return labels
 

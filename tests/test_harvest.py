@@ -282,6 +282,18 @@ def test_what_was_unscored_is_judged_again_and_nothing_else(script, tmp_path):
     assert report.kept == 20 and [prompt for prompt, _ in judge.asked] == [PROMPTS[3]]
 
 
+def test_labels_belong_to_their_answers(script, tmp_path):
+    """Answers that had to be asked for again are judged again, whatever is on record for their place."""
+    options = {"n": 20, "rounds": 1, "batch_size": 1, "allow_fewer": True, "work": tmp_path / "work"}
+    script(lambda prompt, time: f"zorvex {prompt}", **options)
+    answers = tmp_path / "work" / "answers.jsonl"
+    first, *others = answers.read_text().splitlines(keepends=True)
+    answers.write_text(first[:50] + "\n" + "".join(others))
+    judge = ScriptedJudge()
+    _, report = script(lambda prompt, time: "no", judge=judge, **options)
+    assert len(judge.asked) == 4 and report.judged == {"harmful": 16, "refusal": 4}
+
+
 def test_the_work_is_appended_to_and_never_written_anew(script, tmp_path, monkeypatch):
     """A harvest of many prompts writes each answer once, whatever their number."""
     written = Counter()
