@@ -341,7 +341,7 @@ class _Work:
     def labels(self, judge: Judge, answers: dict[str, str]) -> list[str]:
         """A label per answer: what is on record, and the judge's for those it has none for or left unscored."""
         judged = content_hash(list(answers.items()))
-        labels = self._labels.pop(judged, ["unscored"] * len(answers))
+        labels = list(self._labels.get(judged) or ["unscored"] * len(answers))
         asked = [i for i, label in enumerate(labels) if label == "unscored"]
         if not asked:
             return labels
