@@ -7,6 +7,7 @@ COMMANDS = {
     "data": "the published data sets: what is here, what is missing and how to get it",
     "doctor": "a check of training rows before they are used: repeats, leaks, wrong labels, cut answers",
     "harvest": "unsafe answers of a model itself, judged: D_unsafe",
+    "filter": "SAFT: a fine-tuning set without the rows that look harmful, and those rows",
     "train": "TRL's SFT with a penalty on the rows labelled unsafe",
     "evaluate": "answers to the harm benchmarks, judged: a results table",
     "capability": "lm-evaluation-harness on a model or adapter: what safety cost",

@@ -384,6 +384,25 @@ def plot_comparison(table: pd.DataFrame, *, method: str, caption: str) -> Figure
     return _finish(figure, axis, caption)
 
 
+def plot_scores(table: pd.DataFrame, threshold: float, *, caption: str) -> Figure:
+    """Rows by SAFT score, kept and dropped, with τ as a line; a logarithmic axis where all scores are positive.
+
+    `table` from `filtering.histogram`; with a column `harmful`, rows known to be so are drawn as an outline.
+    """
+    use_style()
+    figure, axis = plt.subplots(figsize=(6.5, 3.2))
+    widths = table["high"] - table["low"]
+    for name, colour in (("kept", "#0072B2"), ("dropped", "#D55E00")):
+        axis.bar(table["low"], table[name], widths, align="edge", color=colour, label=name, linewidth=0)
+    if "harmful" in table:
+        edges = [*table["low"], table["high"].iloc[-1]]
+        axis.stairs(table["harmful"], edges, color="black", linewidth=1.2, label="known to be harmful")
+    if math.isfinite(threshold):
+        axis.axvline(threshold, color="black", linewidth=1, linestyle=(0, (4, 3)), label=f"τ = {threshold:.3g}")
+    axis.set(xlabel="SAFT score", ylabel="rows", xscale="log" if table["low"].min() > 0 else "linear")
+    return _finish(figure, axis, caption)
+
+
 def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> list[Path]:
     """Write `<name>.png`, `.svg` and the `.csv` it was drawn from; the same table gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)

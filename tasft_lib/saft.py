@@ -5,20 +5,27 @@ score above τ are dropped. Nothing here needs labels unless a function is given
 """
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import scipy.linalg
 from datasets import Dataset
 from numpy.typing import ArrayLike
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from sklearn.metrics import precision_recall_curve
 
 from .provenance import write_json
 
 Side = Literal["both", "+", "-"]
 SCORE = "saft_score"
+BLOCK = 1024  # rows taken to float64 at a time
+# Activations are float32 at best: differences below its resolution are rounding.
+RESOLUTION = float(np.finfo(np.float32).eps)
 
 
 class SAFTFitter:
@@ -50,25 +57,18 @@ class SAFTFitter:
         self._scatter: np.ndarray | None = None
 
     def update(self, activations: ArrayLike) -> "SAFTFitter":
-        """Add rows, `[n, d]` (any float type). Raises `ValueError` naming the row for NaN or infinite activations."""
-        batch = np.asarray(activations, dtype=np.float64)
-        if batch.ndim != 2 or (self._mean is not None and batch.shape[1] != len(self._mean)):
-            raise ValueError(
-                f"activations of shape {batch.shape}; give [rows, {'d' if self._mean is None else len(self._mean)}]."
-            )
-        broken = np.flatnonzero(~np.isfinite(batch).all(1))
-        if len(broken):
-            raise ValueError(
-                f"row {self.n_rows + broken[0] + 1}: its activation is not finite ({len(broken)} such rows in this "
-                "batch); load the model in float32 or bfloat16, or remove the row."
-            )
-        if self._mean is None:
-            self._mean, self._scatter = np.zeros(batch.shape[1]), np.zeros((batch.shape[1],) * 2)
-        if len(batch):
-            n, mean = len(batch), batch.mean(0)
-            centred, shift = batch - mean, mean - self._mean
-            total = self.n_rows + n
-            self._scatter += centred.T @ centred + np.outer(shift, shift) * (self.n_rows * n / total)
+        """Add rows, `[n, d]` (any float type); an array larger than memory may be a `numpy.memmap`.
+
+        Raises `ValueError` naming the row (of all rows so far, from 1) for NaN or infinite activations.
+        """
+        for block in _blocks(activations, None if self._mean is None else len(self._mean), first_row=self.n_rows):
+            if self._mean is None:
+                self._mean, self._scatter = np.zeros(block.shape[1]), np.zeros((block.shape[1],) * 2)
+            n, total, mean = len(block), self.n_rows + len(block), block.mean(0)
+            shift = mean - self._mean
+            # One row more stands for the distance of the two means.
+            centred = np.vstack([block - mean, shift * np.sqrt(self.n_rows * n / total)])
+            self._scatter += centred.T @ centred
             self._mean = self._mean + shift * (n / total)
             self.n_rows = total
         return self
@@ -87,16 +87,16 @@ class SAFTFitter:
             raise ValueError(
                 f"n_directions={k}, but {self.n_rows} rows of size {len(self._mean)} have fewer; lower it."
             )
-        values, vectors = np.linalg.eigh(self._scatter)
-        values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
-        # What rounding leaves of rows that are all the same.
-        if values[0] <= 1e-12 * max(1.0, self.n_rows * float(self._mean @ self._mean)):
+        size, variance = len(self._mean), float(np.trace(self._scatter))
+        if variance <= RESOLUTION**2 * self.n_rows * float(self._mean @ self._mean):
             raise ValueError("all rows have the same activation, so nothing sets harmful ones apart; check the data.")
+        values, vectors = scipy.linalg.eigh(self._scatter, subset_by_index=(size - k, size - 1))
+        values = values[::-1].clip(min=0)
         return SAFTFilter(
             mean=self._mean,
-            directions=np.ascontiguousarray(vectors[:, :k].T),
-            singular_values=np.sqrt(values[:k]),
-            explained=float(values[:k].sum() / values.sum()),
+            directions=np.ascontiguousarray(vectors[:, ::-1].T),
+            singular_values=np.sqrt(values),
+            explained=min(float(values.sum()) / variance, 1.0),
             n_rows=self.n_rows,
         )
 
@@ -116,6 +116,7 @@ class SAFTFilter:
         threshold: τ; infinite until one is chosen, which drops nothing.
         threshold_from: how τ was chosen.
         used_labels: whether anything in this filter was chosen with labels.
+        layer, pooling: where the activations come from (see `activations.activations`); None where nobody said.
     """
 
     mean: np.ndarray
@@ -127,6 +128,8 @@ class SAFTFilter:
     threshold: float = np.inf
     threshold_from: str = "none"
     used_labels: bool = False
+    layer: int | None = None
+    pooling: str | None = None
 
     def __post_init__(self):
         if self.side not in ("both", "+", "-") or (self.side != "both" and len(self.directions) > 1):
@@ -139,20 +142,23 @@ class SAFTFilter:
 
         One-sided: the signed projection. Raises `ValueError` naming the row for activations that are not finite.
         """
-        z = np.asarray(activations, dtype=np.float64) - self.mean
-        if len(broken := np.flatnonzero(~np.isfinite(z).all(1))):
-            raise ValueError(f"row {broken[0] + 1}: its activation is not finite ({len(broken)} such rows).")
-        projections = z @ self.directions.T
-        if self.side != "both":
-            return projections[:, 0] * (1 if self.side == "+" else -1)
-        return projections**2 @ (self.singular_values / self.singular_values.sum())
+        parts = [np.empty(0)]
+        for block in _blocks(activations, len(self.mean)):
+            projections = (block - self.mean) @ self.directions.T
+            if self.side == "both":
+                parts.append(projections**2 @ (self.singular_values / self.singular_values.sum()))
+            else:
+                parts.append(projections[:, 0] * (1 if self.side == "+" else -1))
+        return np.concatenate(parts)
 
     def drops(self, scores: ArrayLike) -> np.ndarray:
-        """`[n]`, bool: the rows with a score above the threshold."""
-        return np.asarray(scores) > self.threshold
+        """`[n]`, bool: the rows with a score above the threshold. Raises `ValueError` for a score that is NaN."""
+        return _checked(scores) > self.threshold
 
     def at_threshold(self, threshold: float) -> "SAFTFilter":
-        """With a fixed τ."""
+        """With a fixed τ; infinite ones drop nothing or everything. Raises `ValueError` for NaN."""
+        if np.isnan(threshold):
+            raise ValueError("threshold=nan: give a number.")
         return replace(self, threshold=float(threshold), threshold_from="fixed")
 
     def at_contamination(self, scores: ArrayLike, contamination: float) -> "SAFTFilter":
@@ -171,12 +177,12 @@ class SAFTFilter:
 
         Raises `ValueError` unless both kinds occur.
         """
-        harmful = _both_kinds(harmful)
-        precision, recall, thresholds = precision_recall_curve(harmful, np.asarray(scores))
+        harmful, scores = _both_kinds(harmful), _checked(scores)
+        precision, recall, thresholds = precision_recall_curve(harmful, scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         # The curve's thresholds are scores that are still dropped; ours is the largest one kept.
         lowest_dropped = thresholds[np.argmax(f1[:-1])]
-        below = np.asarray(scores)[np.asarray(scores) < lowest_dropped]
+        below = scores[scores < lowest_dropped]
         threshold = float(below.max()) if len(below) else -np.inf
         how = f"best F1 on {len(harmful)} labelled rows"
         return replace(self, threshold=threshold, threshold_from=how, used_labels=True)
@@ -186,8 +192,11 @@ class SAFTFilter:
         of the dropped ones; −1 drops nothing, 1 everything. (The paper does not define its rate; this one is ours.)
         """
         if not -1 <= rate <= 1:
-            raise ValueError(f"rate={rate}: give one between -1 (drop nothing) and 1 (drop everything).")
-        dropped = float(self.drops(scores).mean())
+            raise ValueError(f"steering by {rate}: give a rate between -1 (drop nothing) and 1 (drop everything).")
+        if rate == 0:
+            return self
+        scores = _checked(scores)
+        dropped = float(self.drops(scores).mean()) if len(scores) else 0.0
         share = dropped + rate * (1 - dropped if rate > 0 else dropped)
         how = f"{self.threshold_from}, steered by {rate:+g}"
         return replace(self, threshold=_quantile(scores, share), threshold_from=how)
@@ -211,9 +220,13 @@ class SAFTFilter:
     def save(self, folder: Path) -> Path:
         """`saft_filter.safetensors` and `saft_filter.json` in `folder`, for `load`."""
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        save_file(arrays, folder / "saft_filter.safetensors")
-        write_json(folder / "saft_filter.json", {k: v for k, v in asdict(self).items() if k not in _ARRAYS})
+        temporary = folder / f".saft_filter.{os.getpid()}"
+        temporary.write_bytes(save({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}))
+        os.replace(temporary, folder / "saft_filter.safetensors")
+        rest = {name: value for name, value in asdict(self).items() if name not in _ARRAYS}
+        if np.isinf(self.threshold):  # JSON has no word for it
+            rest["threshold"] = str(self.threshold)
+        write_json(folder / "saft_filter.json", rest)
         return folder
 
     @classmethod
@@ -222,17 +235,40 @@ class SAFTFilter:
         try:
             arrays = load_file(folder / "saft_filter.safetensors")
             rest = json.loads((folder / "saft_filter.json").read_text())
+            rest["threshold"] = float(rest["threshold"])
             return cls(**arrays, **{f.name: rest[f.name] for f in fields(cls) if f.name not in _ARRAYS})
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder}: no filter that SAFTFilter.save wrote ({str(error)!r:.100}).") from error
 
 
 _ARRAYS = ("mean", "directions", "singular_values")
 
 
+def _blocks(activations: ArrayLike, size: int | None, first_row: int = 0) -> Iterator[np.ndarray]:
+    """Float64 blocks of `[n, d]`, checked, so that memory does not grow with n; `size` is the d expected."""
+    activations = activations if isinstance(activations, np.ndarray) else np.asarray(activations)
+    if activations.ndim != 2 or size not in (None, activations.shape[1]):
+        raise ValueError(f"activations of shape {activations.shape}; give [rows, {size or 'd'}].")
+    for start in range(0, len(activations), BLOCK):
+        block = np.asarray(activations[start : start + BLOCK], dtype=np.float64)
+        if len(broken := np.flatnonzero(~np.isfinite(block).all(1))):
+            raise ValueError(
+                f"row {first_row + start + broken[0] + 1}: its activation is not finite; load the model in float32 or "
+                "bfloat16, or remove the row."
+            )
+        yield block
+
+
+def _checked(scores: ArrayLike) -> np.ndarray:
+    scores = np.asarray(scores, dtype=np.float64)
+    if len(broken := np.flatnonzero(np.isnan(scores))):
+        raise ValueError(f"row {broken[0] + 1}: its score is nan; give a number for every row.")
+    return scores
+
+
 def _quantile(scores: ArrayLike, share: float) -> float:
     """The τ above which `round(share · n)` of the scores lie."""
-    descending = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
+    descending = np.sort(_checked(scores))[::-1]
     if len(descending) == 0:
         raise ValueError("no scores: there is nothing to filter.")
     dropped = round(share * len(descending))

@@ -23,15 +23,23 @@ def model_parser(prog: str, description: str, *, needs_model: bool = True) -> ar
 
 
 def load_model(args: argparse.Namespace):
-    """Model and tokenizer of `args.model`, `args.model_revision` and `args.dtype`; on the GPU where there is one."""
+    """Model and tokenizer of `args.model`, `args.model_revision` and `args.dtype`; on the GPU where there is one.
+
+    In 4 bits (NF4) where there is an `args.load_in_4bit` that says so.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     tokenizer = load_tokenizer(args.model, args.model_revision)
+    quantization = None
+    if getattr(args, "load_in_4bit", False):
+        compute = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     model = AutoModelForCausalLM.from_pretrained(
         args.model,
         revision=args.model_revision or "main",
         dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
+        quantization_config=quantization,
         device_map="auto" if torch.cuda.is_available() else None,
     )
     return model, tokenizer

@@ -1,0 +1,420 @@
+"""From rows to kept and dropped: SAFT on a model and a data set, its report, and the files it writes."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from numpy.typing import ArrayLike
+from scipy import stats
+from sklearn.metrics import precision_score, recall_score, roc_auc_score
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import data
+from .activations import POOLINGS, activations, n_layers
+from .provenance import content_hash
+from .saft import BLOCK, SAFTFilter, SAFTFitter
+from .tables import markdown
+
+SELECTION_ROWS = 2000  # rows that settings are compared on, in all layers; the chosen one is fitted on all rows
+DIRECTIONS = (1, 2, 4, 8)
+LENGTH_CORRELATION, LEAST_EXPLAINED = 0.5, 0.05
+USUAL_CONTAMINATION = (0.01, 0.5)
+
+
+def find_harmful(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    contamination: float | None = None,
+    threshold: float | None = None,
+    validation: Dataset | None = None,
+    layer: int | None = None,
+    pooling: str = "last",
+    n_directions: int = 4,
+    steer: float = 0.0,
+    max_length: int | None = None,
+    batch_size: int = 16,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> tuple[SAFTFilter, np.ndarray]:
+    """The filter of `rows`, threshold included, and the score of each row, `[n]`: what it drops is thought harmful.
+
+    Exactly one of `contamination`, `threshold` and `validation` says how τ is chosen; only `validation` uses labels.
+    Rows with the same text get the same score, so that they end on the same side.
+
+    Args:
+        rows: `prompt` and `completion` (see `data.to_training_rows`); a `label` is not looked at.
+        contamination: share of harmful rows expected, in [0, 1]; the highest scores are dropped.
+        threshold: τ itself.
+        validation: rows with `label` too (False: harmful); τ has the best F1 on them. With `layer=None` the layer,
+            pooling, k and the side of v₁ are those of the highest AUROC on them, `pooling` and `n_directions` are not
+            used, and the directions to compare come from at most 2,000 of the rows.
+        layer: from 1; by default the middle one, `(n_layers + 1) // 2`: 2 of 3, 16 of 32.
+        steer: moves τ, see `SAFTFilter.steer`.
+        max_length: tokens read of a row; by default the model's context.
+        folder: where activations are kept, so that a run that was cut off goes on and another threshold costs nothing.
+            Files are named by the model's weights, the rows and what is read of them. By default a temporary folder:
+            activations are on disk in any case, so that memory does not grow with the rows.
+
+    Raises `ValueError` for settings that contradict each other or the rows, and naming the row for activations that
+    are not finite.
+    """
+    check_settings(
+        len(rows), contamination=contamination, threshold=threshold, validation=validation, layer=layer,
+        pooling=pooling, n_directions=n_directions, steer=steer,
+    )  # fmt: skip
+    first_of = _first_occurrence(rows)
+    if not first_of.any():
+        raise ValueError(
+            f"all {len(rows)} rows have the same text, so nothing sets harmful ones apart; check the data."
+        )
+    with _kept_in(folder) as folder:
+        identity = _identity(model, tokenizer) if folder is not None else ""
+
+        def read(part: Dataset, layers: list[int], poolings: tuple[str, ...]) -> np.ndarray:
+            text = data.fingerprint(part.select_columns(["prompt", "completion"]))
+            named = content_hash([identity, text, layers, poolings, max_length])
+            return activations(
+                model,
+                tokenizer,
+                part,
+                layers=layers,
+                poolings=poolings,
+                max_length=max_length,
+                batch_size=batch_size,
+                file=folder / f"activations-{named}.f32",
+                progress=progress,
+            )
+
+        side = "both"
+        if validation is not None:
+            harmful = ~np.array(validation["label"][:], dtype=bool)
+            if layer is None:
+                layers = list(range(1, n_layers(model) + 1))
+                sample = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SELECTION_ROWS)).astype(int))
+                layer, pooling, n_directions, side = _best_setting(
+                    read(rows.select(sample), layers, POOLINGS),
+                    read(validation, layers, POOLINGS),
+                    harmful,
+                    settings=[(layer, pooling) for layer in layers for pooling in POOLINGS],
+                    row_numbers=sample,
+                )
+        layer = layer or (n_layers(model) + 1) // 2
+        embedded = read(rows, [layer], (pooling,))
+        fitter = SAFTFitter(n_directions)
+        for block in _blocks(embedded):
+            fitter.update(block)
+        found = replace(fitter.filter, layer=layer, pooling=pooling)
+        if validation is not None:
+            labelled = _finite(read(validation, [layer], (pooling,))[:, 0], "validation row")
+            if side != "both":
+                found = found.one_sided(labelled, harmful)
+            found = found.at_best_f1(found.scores(labelled), harmful)
+        scores = np.concatenate([found.scores(block) for block in _blocks(embedded)])[first_of]
+    if contamination is not None:
+        found = found.at_contamination(scores, contamination)
+    elif threshold is not None:
+        found = found.at_threshold(threshold)
+    return found.steer(scores, steer), scores
+
+
+def check_settings(
+    n_rows: int,
+    *,
+    contamination: float | None,
+    threshold: float | None,
+    validation: Dataset | None,
+    layer: int | None,
+    pooling: str,
+    n_directions: int,
+    steer: float,
+) -> None:
+    """Refuse, in one line, what `find_harmful` could not do; before a model is loaded."""
+    given = [name for name, v in (("contamination", contamination), ("threshold", threshold)) if v is not None]
+    given += ["validation"] * (validation is not None)
+    if len(given) != 1:
+        raise ValueError(f"give one of contamination, threshold and validation, not {' and '.join(given) or 'none'}.")
+    if contamination is not None and not 0 <= contamination <= 1:
+        raise ValueError(f"contamination={contamination}: the share of harmful rows lies between 0 and 1.")
+    if threshold is not None and np.isnan(threshold):
+        raise ValueError("threshold=nan: give a number.")
+    if validation is not None and len(set(validation["label"][:])) < 2:
+        raise ValueError("validation: all labels are the same; harmful (false) and benign (true) rows are needed.")
+    if layer is not None and layer < 1:
+        raise ValueError(f"layer {layer}: layers count from 1.")
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}.")
+    if n_rows < 2:
+        raise ValueError(f"SAFT compares rows with each other and got {n_rows}; give at least two.")
+    if not 1 <= n_directions < n_rows:
+        raise ValueError(f"n_directions={n_directions}: {n_rows} rows have 1 to {n_rows - 1}.")
+    if not -1 <= steer <= 1:
+        raise ValueError(f"steering by {steer}: give a rate between -1 (drop nothing) and 1 (drop everything).")
+
+
+def report(
+    found: SAFTFilter,
+    scores: np.ndarray,
+    rows: Dataset,
+    lengths: np.ndarray,
+    *,
+    source: str,
+    model: str,
+    max_length: int | None,
+    contamination: float | None = None,
+    selected: bool = False,
+    harmful: ArrayLike | None = None,
+) -> str:
+    """A page in Markdown, without any text of the rows: what was kept and dropped, how, and what speaks against it.
+
+    Args:
+        lengths: tokens of each row, uncut (`activations.token_lengths`).
+        source, model: their names.
+        max_length: tokens that were read at most; None where there was no limit.
+        contamination: the share that was asked for, if one was.
+        selected: whether layer, pooling and k were chosen on labelled rows.
+        harmful: what each row is known to be, for an evaluation; it had no part in the filter.
+    """
+    dropped = found.drops(scores)
+    cut = 0 if max_length is None else int((lengths > max_length).sum())
+    _, repeats = data.deduplicate(rows.select_columns(["prompt", "completion"]).add_column("label", [None] * len(rows)))
+    settings = f"layer {found.layer}, {found.pooling} token{'s' if found.pooling == 'mean' else ''}"
+    used = "threshold, layer, pooling, directions" if selected else "threshold"
+    facts = {
+        "rows": f"{len(rows):,}",
+        "kept": f"{(~dropped).sum():,}",
+        "dropped": f"{dropped.sum():,} ({dropped.mean():.1%})",
+        "threshold": f"{found.threshold:.6g}, from {found.threshold_from}",
+        "activations": f"{settings}, {len(found.directions)} direction{'s' * (len(found.directions) > 1)}"
+        + ("" if found.side == "both" else ", one side"),
+        "chosen with labels": used if found.used_labels else "nothing",
+        "variance explained": f"{found.explained:.1%} by all directions, {_first_explains(found):.1%} by the first",
+        "singular values": ", ".join(f"{value:.4g}" for value in found.singular_values),
+        f"rows cut at {max_length} tokens" if max_length else "rows cut": f"{cut:,}",
+        "rows that repeat another": f"{repeats:,}",
+    }
+    quantiles = pd.DataFrame(
+        {name: [f"{np.quantile(scores[part], q):.4g}" if part.any() else "" for q in _QUANTILES]
+         for name, part in (("all", dropped | True), ("kept", ~dropped), ("dropped", dropped))},
+    )  # fmt: skip
+    quantiles.insert(0, "score", [f"{q:.0%}" for q in _QUANTILES])
+    lines = [f"# SAFT: {source}", "", f"Model: {model}", "", *(f"- {name}: {value}" for name, value in facts.items())]
+    lines += ["", "## Warnings", ""]
+    said = warnings(found, scores, lengths, contamination=contamination)
+    if cut:
+        said.append(f"{cut:,} rows are longer than {max_length} tokens: what follows was not read.")
+    lines += [f"- {warning}" for warning in said or ["none"]]
+    lines += ["", "## Scores", "", markdown(quantiles)]
+    if harmful is not None:
+        lines += ["", "## Against the rows' own labels", "", "They had no part in the filter.", ""]
+        lines += [f"- {name}: {value}" for name, value in _evaluation(found, scores, harmful).items()]
+    lines += [
+        "",
+        "A high score is no proof of harm: look at the dropped rows before you train on them or without them.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def warnings(
+    found: SAFTFilter, scores: np.ndarray, lengths: np.ndarray, *, contamination: float | None = None
+) -> list[str]:
+    """What speaks against believing the scores, a sentence each."""
+    said, dropped = [], found.drops(scores)
+    if (first := _first_explains(found)) < LEAST_EXPLAINED:
+        said.append(f"the first direction explains only {first:.1%} of the variance: no direction stands out.")
+    correlation = length_correlation(scores, lengths)
+    if correlation > LENGTH_CORRELATION:
+        said.append(f"scores go with the length of the rows (Spearman {correlation:.2f}): the direction may be length.")
+    low, high = USUAL_CONTAMINATION
+    if contamination is not None and not low <= contamination <= high:
+        said.append(f"a contamination of {contamination:g} is outside {low} to {high}, where SAFT has been tested.")
+    if dropped.all() or not dropped.any():
+        said.append(f"{'every' if dropped.all() else 'no'} row is dropped.")
+    elif contamination is not None and not found.threshold_from.count("steered"):
+        expected = round(contamination * len(scores))
+        if dropped.sum() != expected:
+            said.append(f"{dropped.sum()} rows are dropped instead of {expected}: scores at the border are equal.")
+    return said
+
+
+def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> float:
+    """Spearman's correlation of scores with length, or with the distance from the middle length, the larger one.
+
+    A squared projection is high at both ends: where the direction is length, both the short and the long score high.
+    """
+    if len(scores) < 3 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
+        return 0.0
+    ranks = stats.rankdata(lengths)
+    found = [abs(stats.spearmanr(scores, ranks)[0])]
+    from_middle = abs(ranks - ranks.mean())
+    if np.ptp(from_middle) > 0:
+        found.append(stats.spearmanr(scores, from_middle)[0])
+    return float(max(found))
+
+
+def histogram(
+    scores: np.ndarray, threshold: float, harmful: ArrayLike | None = None, *, bins: int = 40
+) -> pd.DataFrame:
+    """Rows per bin of the score, for `plotting.plot_scores`: low, high, kept, dropped; with labels, harmful too.
+
+    τ is an edge, so each bin is on one side. Bins are equal on a logarithmic scale where all scores are positive.
+    """
+    low, high = float(scores.min()), float(scores.max())
+    inside = [threshold] if low < threshold < high else []
+    if low > 0 and high > low:
+        # What is far below all else would take most of the axis.
+        low = max(low, float(np.quantile(scores, 0.01)) / 10)
+        edges = np.geomspace(low, high, bins + 1)
+    else:
+        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    edges = np.unique([*edges, *[t for t in inside if t > edges[0]]])
+    # Bins include their upper edge, as a score at τ is kept.
+    place = np.clip(np.searchsorted(edges, scores, side="left") - 1, 0, len(edges) - 2)
+    dropped = scores > threshold
+
+    def count(part: np.ndarray) -> np.ndarray:
+        return np.bincount(place[part], minlength=len(edges) - 1)
+
+    table = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "kept": count(~dropped), "dropped": count(dropped)})
+    return table if harmful is None else table.assign(harmful=count(np.asarray(harmful, bool)))
+
+
+def save_rows(rows: Dataset, path: Path) -> Path:
+    """Write rows whole or not at all, in the format of the suffix; without one a `save_to_disk` folder.
+
+    An older file or folder of that name is replaced. Formats: .json, .jsonl, .csv and .parquet.
+    """
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    if path.suffix == ".parquet":
+        pq.write_table(rows.with_format("arrow")[:], temporary)
+    elif path.suffix == ".csv":
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows.column_names)
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix in (".json", ".jsonl"):
+        begin, between, end = ("[\n", ",\n", "\n]\n") if path.suffix == ".json" else ("", "\n", "\n")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(begin)
+            for i, row in enumerate(rows):
+                file.write(between * (i > 0) + json.dumps(row, ensure_ascii=False))
+            file.write(end * (len(rows) > 0 or path.suffix == ".json"))
+    else:
+        rows.save_to_disk(temporary, num_shards=None if len(rows) else 1)
+        shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+    return path
+
+
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def _best_setting(
+    embedded: np.ndarray,
+    labelled: np.ndarray,
+    harmful: np.ndarray,
+    *,
+    settings: list[tuple[int, str]],
+    row_numbers: np.ndarray,
+) -> tuple[int, str, int, str]:
+    """(layer, pooling, k, side) of the highest AUROC on labelled rows; directions are those of the unlabelled ones."""
+    best, chosen = -1.0, None
+    most = min(DIRECTIONS[-1], len(embedded) - 1, embedded.shape[2])
+    for column, (layer, pooling) in enumerate(settings):
+        widest = SAFTFitter(most).update(_finite(embedded[:, column], "row", row_numbers)).filter
+        z = _finite(labelled[:, column], "validation row")
+        for k in (k for k in DIRECTIONS if k <= most):
+            tried = replace(widest, directions=widest.directions[:k], singular_values=widest.singular_values[:k])
+            for found in (tried, tried.one_sided(z, harmful)) if k == 1 else (tried,):
+                auroc = roc_auc_score(harmful, found.scores(z))
+                if auroc > best:
+                    best, chosen = auroc, (layer, pooling, k, found.side)
+    return chosen
+
+
+def _blocks(embedded: np.ndarray) -> Iterator[np.ndarray]:
+    """`[n, d]` blocks of a file of activations in one setting, each mapped by itself: its memory is given back."""
+    for start in range(0, len(embedded), BLOCK):
+        shape = (min(BLOCK, len(embedded) - start), *embedded.shape[1:])
+        yield np.memmap(embedded.filename, np.float32, "r", offset=start * embedded[0].nbytes, shape=shape)[:, 0]
+
+
+def _finite(activations: np.ndarray, what: str, numbers: np.ndarray | None = None) -> np.ndarray:
+    activations = np.array(activations)
+    if len(broken := np.flatnonzero(~np.isfinite(activations).all(1))):
+        number = broken[0] if numbers is None else numbers[broken[0]]
+        raise ValueError(
+            f"{what} {number + 1}: its activation is not finite; load the model in float32 or bfloat16, or remove the "
+            "row."
+        )
+    return activations
+
+
+def _first_occurrence(rows: Dataset) -> np.ndarray:
+    """`[n]`: for each row the place of the first one with the same text."""
+    seen: dict[str, int] = {}
+    pairs = zip(rows["prompt"][:], rows["completion"][:], strict=True)
+    return np.array([seen.setdefault(json.dumps(pair, sort_keys=True), i) for i, pair in enumerate(pairs)], dtype=int)
+
+
+@contextmanager
+def _kept_in(folder: Path | None) -> Iterator[Path]:
+    """The folder, locked: two processes must not write one file; or a temporary one."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        yield folder
+
+
+def _identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all weights and of the tokenizer: an adapter or further training makes another model."""
+    digest = hashlib.sha256()
+
+    def add(*values: Any) -> None:
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+
+    add(model.config.to_json_string(use_diff=False), sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        add(name, tensor.dtype, tensor.shape)
+        if not tensor.is_meta:  # offloaded to disk: the configuration names the model
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _first_explains(found: SAFTFilter) -> float:
+    squared = found.singular_values**2
+    return float(found.explained * squared[0] / squared.sum())
+
+
+def _evaluation(found: SAFTFilter, scores: np.ndarray, harmful: ArrayLike) -> dict[str, str]:
+    harmful, dropped = np.asarray(harmful, dtype=bool), found.drops(scores)
+    known = {"harmful rows": f"{harmful.sum():,} of {len(harmful):,}"}
+    if harmful.all() or not harmful.any():
+        return known
+    return known | {
+        "AUROC": f"{roc_auc_score(harmful, scores):.3f}",
+        "precision (dropped rows that are harmful)": f"{precision_score(harmful, dropped, zero_division=0):.3f}",
+        "recall (harmful rows that are dropped)": f"{recall_score(harmful, dropped):.3f}",
+        "benign rows dropped": f"{(dropped & ~harmful).sum():,}",
+        "harmful rows kept": f"{(~dropped & harmful).sum():,}",
+    }
