@@ -7,11 +7,12 @@ import pandas as pd
 
 from . import miniworld
 from .data import read_prompts, read_rows
-from .provenance import cache_folder, content_hash, write_text
+from .provenance import cache_folder, content_hash, named, write_text
 
 # As Safety-Tuned LLaMAs (Bianchi et al., 2023), HarmfulQ (Shaikh et al., 2022) and XSTest (Röttger et al., 2023)
 # published them: name -> address.
-_STL = "https://raw.githubusercontent.com/vinid/safety-tuned-llamas/36a4b8d5c2177ed165bf61f59b590161394f7f12/data"
+STL_COMMIT = "36a4b8d5c2177ed165bf61f59b590161394f7f12"
+_STL = f"https://raw.githubusercontent.com/vinid/safety-tuned-llamas/{STL_COMMIT}/data"
 _COT = "https://raw.githubusercontent.com/SALT-NLP/chain-of-thought-bias/e92a0efeb94e64eb68586d5c04a25af1415282d2/data"
 TOXIC_FILES = {
     "I-MaliciousInstructions": f"{_STL}/evaluation/I-MaliciousInstructions.json",
@@ -27,8 +28,13 @@ BENIGN_FILES = {"I-Alpaca": f"{_STL}/evaluation/I-Alpaca.json"}
 HARVEST_FILE = f"{_STL}/training/safety_only_data_Instructions.json"
 
 
-def evaluation_prompts(source: str, *, split: str = "evaluation", per_benchmark: int | None = None) -> pd.DataFrame:
+def evaluation_prompts(
+    source: str, *, split: str = "evaluation", per_benchmark: int | None = None, xstest_unsafe: bool = False
+) -> pd.DataFrame:
     """The prompts to evaluate on, one row each: `benchmark`, `kind` ("toxic", "benign", "seemingly toxic"), `prompt`.
+
+    With `xstest_unsafe` also XSTest's 200 unsafe prompts, of kind "toxic contrast": the paper does not have them, and
+    they are not among the 518.
 
     Args:
         source: "miniworld"; "stl" for the published files (518 toxic, 50 benign and XSTest's 250 seemingly toxic
@@ -63,6 +69,9 @@ def evaluation_prompts(source: str, *, split: str = "evaluation", per_benchmark:
         if split == "evaluation":
             rows = read_rows(locate(source, XSTEST_FILE)).to_pandas()
             parts.append(_rows(rows.loc[rows["label"] == "safe", "prompt"].tolist(), "XSTest safe", "seemingly toxic"))
+            if xstest_unsafe:
+                unsafe = rows.loc[rows["label"] == "unsafe", "prompt"].tolist()
+                parts.append(_rows(unsafe, "XSTest unsafe", "toxic contrast"))
         table = pd.concat(parts, ignore_index=True)
     if per_benchmark is not None:
         table = table.groupby("benchmark", sort=False).head(per_benchmark).reset_index(drop=True)
@@ -79,6 +88,13 @@ def harvest_prompts(source: str) -> list[str]:
     if source == "stl" or Path(source).is_dir():
         return read_prompts(locate(source, HARVEST_FILE))
     return read_prompts(source)
+
+
+def harvest_source(source: str) -> tuple[str, str | None]:
+    """Name and revision of what `harvest_prompts` reads, for a data card."""
+    if source == "stl":
+        return source, STL_COMMIT
+    return named(locate(source, HARVEST_FILE) if Path(source).is_dir() else source, None)
 
 
 def safe_answers(source: str) -> dict[str, str]:

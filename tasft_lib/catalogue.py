@@ -1,7 +1,7 @@
 """Every published data set that the experiments can use: where it lies, how many rows it has, under which licence.
 
-Nothing here downloads. Two sets whose form `data.read_rows` does not understand have their reader here: BeaverTails and
-the red-team transcripts of hh-rlhf.
+Only `fetch` downloads, one file of a fixed commit, so that a set has one form wherever it lies. Two sets whose form
+`data.read_rows` does not understand have their reader here: BeaverTails and the red-team transcripts of hh-rlhf.
 """
 
 import json
@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 import pandas as pd
 from datasets import Dataset
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 # HTTPError: of the client that huggingface_hub uses, httpx or httpx2.
 from huggingface_hub.errors import GatedRepoError, HTTPError
@@ -194,6 +194,29 @@ def find(published: Published, folder: Path | None = None) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
+def fetch(name: str, folder: Path | None = None) -> Path:
+    """The file of the set called `name`: what `find` finds, else downloaded at its commit and kept where that looks.
+
+    It is read like a local copy: `data.read_rows`, `data.read_prompts`, `beavertails_rows`, `red_team_prompts`.
+
+    Raises `ValueError` for an unknown name and where the download fails, a gated set included, with the remedy.
+    """
+    published = next((p for p in DATA_SETS if p.name.lower() == name.lower()), None)
+    if published is None:
+        raise ValueError(f"no published set {name!r}; there are {', '.join(p.name for p in DATA_SETS)}")
+    if found := find(published, folder):
+        return found
+    if published.url:
+        return Path(benchmarks.locate("stl", published.url))
+    try:
+        path = hf_hub_download(published.hub, published.file, repo_type="dataset", revision=published.revision)
+    except GatedRepoError as error:
+        raise ValueError(f"{name}: gated; {_terms(published)}") from error
+    except (OSError, HTTPError) as error:
+        raise ValueError(f"{name}: {type(error).__name__}; check the network, or {published.remedy}") from error
+    return Path(path)
+
+
 def status_table(folder: Path | None = None, *, ask: bool = False) -> tuple[pd.DataFrame, list[str]]:
     """A row per set (name, role, rows, expected, licence, state, address) and, per set that wants something, a line.
 
@@ -261,13 +284,15 @@ def beavertails_rows(source: Source, *, split: str = "30k_train", revision: str 
 def red_team_prompts(source: Source, *, max_harmlessness: float | None = None) -> list[str]:
     """The first human turn of every red-team transcript of hh-rlhf, in file order and without repetitions.
 
-    `source` is the file `red_team_attempts.jsonl.gz`. With `max_harmlessness` only transcripts whose least harmless
+    `source` is the file `red_team_attempts.jsonl.gz`, or the hub id Anthropic/hh-rlhf, whose folder red-team-attempts
+    is then read at the commit in `DATA_SETS`. With `max_harmlessness` only transcripts whose least harmless
     answer has at most that `min_harmlessness_score_transcript` (a reward: the lower, the more harmful; mostly in
     [-4, 4]): prompts that did bring harm about.
 
     Transcripts without a human turn are left out, and logged. Raises `ValueError` where that leaves none.
     """
-    rows = read_rows(source)
+    published = next(p for p in DATA_SETS if p.name == "hh-rlhf red team")
+    rows = read_rows(fetch(published.name) if str(source) == published.hub else source)
     score = "min_harmlessness_score_transcript"
     _need(rows, ("transcript", score), source)
     prompts, silent = {}, 0
@@ -304,11 +329,15 @@ def _ask(published: Published) -> tuple[str, str]:
             url = hf_hub_url(published.hub, published.file, repo_type="dataset", revision=published.revision)
             get_hf_file_metadata(url, timeout=30)
     except GatedRepoError:
-        page = f"https://huggingface.co/datasets/{published.hub}"
-        return "gated", f"accept its terms at {page} and log in (`hf auth login`); then {published.remedy}"
+        return "gated", _terms(published)
     except (OSError, HTTPError) as error:
         return "unreachable", f"{type(error).__name__}; check the network, or {published.remedy}"
     return "would be downloaded", published.remedy
+
+
+def _terms(published: Published) -> str:
+    page = f"https://huggingface.co/datasets/{published.hub}"
+    return f"accept its terms at {page} and log in (`hf auth login`); then {published.remedy}"
 
 
 def _need(rows: Dataset, columns: tuple[str, ...], source: Source) -> None:

@@ -2,7 +2,7 @@
 
 runs/arms/<arm>/responses/<hash>/step-N.jsonl   answers, per set of prompts and decoding; generated once
 runs/judgements/<judge>.jsonl                   labels by text hash, without text; shared by all arms
-runs/unsafe/<hash>/                             harvested D_unsafe
+runs/unsafe/<hash>/                             harvested D_unsafe; while it is made, <hash>.work
 """
 
 import gc
@@ -20,9 +20,9 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from . import data, generation, harvest, judges, miniworld
+from . import assessment, data, generation, harvest, judges, miniworld
 from .machine import keep_freed_memory, runs_folder
-from .provenance import content_hash, model_identity, write_text
+from .provenance import content_hash, model_identity, named, write_text
 from .runs import (
     ArmSpec,
     base_model,
@@ -98,8 +98,7 @@ def respond(
     decoding = _own(decoding, spec)
     chosen = _steps(spec, steps)
     kept = {step: _responses(spec, step, prompts, decoding) for step in chosen}
-    asked = [data.format_prompt(prompt, template=spec.template) for prompt in _column(prompts, "asked")]
-    asked = [prompt + begun for prompt, begun in zip(asked, _column(prompts, "begun"), strict=True)]
+    asked = assessment.questions(prompts, spec.template)
     for step, adapter in chosen.items():
         path = kept[step]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +173,12 @@ def harvest_unsafe(
     evaluation_prompts: list[str],
     rounds: int = 4,
     batch_size: int = 64,
+    prompts_source: tuple[str, str | None] = ("", None),
 ) -> Path:
-    """D_unsafe from the answers of the (plainly fine-tuned) arm, harvested once: a folder for `ArmSpec.unsafe`."""
+    """D_unsafe from the answers of the (plainly fine-tuned) arm, harvested once: a folder for `ArmSpec.unsafe`.
+
+    What is done so far lies beside it in `<folder>.work`. `prompts_source`, name and revision, is for the data card.
+    """
     chosen = judges.load_judge(judge_name)
     asked = {"arm": spec.name, "prompts": prompts, "judge": [chosen.name, chosen.revision], "n": n, "rounds": rounds}
     path = runs_folder() / "unsafe" / content_hash(asked | {"decoding": asdict(decoding)})
@@ -184,6 +187,7 @@ def harvest_unsafe(
         if path.exists():
             return path
         model, tokenizer = load_trained(spec)
+        name, revision = named(base_model(spec.model), spec.model_revision)
         rows, report = harvest.harvest(
             model,
             tokenizer,
@@ -195,7 +199,8 @@ def harvest_unsafe(
             rounds=rounds,
             evaluation_prompts=evaluation_prompts,
             batch_size=batch_size,
-            cache=_judgement_cache(chosen),
+            origin=harvest.Origin(f"{name}, {spec.name}", revision, *prompts_source),
+            work=path.with_name(f"{path.name}.work"),
             progress=show_progress(),
         )
         return harvest.save_harvest(rows, report, path)

@@ -56,6 +56,7 @@ class Study:
             evaluation_prompts=self.prompts["prompt"].tolist(),
             rounds=self.config.rounds,
             batch_size=self.config.generation_batch_size,
+            prompts_source=benchmarks.harvest_source(self.config.harvest_prompts),
         )
 
     @cached_property

@@ -405,6 +405,27 @@ def plot_scaling(table: pd.DataFrame, *, caption: str) -> Figure:
     return _finish(figure, axes[0], caption)
 
 
+def plot_comparison(table: pd.DataFrame, *, method: str, caption: str) -> Figure:
+    """Plain SFT beside TA-SFT by `method`: a row per measure and judge (%), 95 % whiskers; table as in `comparison`."""
+    use_style()
+    figure, axis = plt.subplots(figsize=(7.5, 0.34 * len(table) + 1.2))
+    for side, style, offset in (("sft", "sft", -0.13), ("tasft", method, 0.13)):
+        name, colour, marker, _ = STYLES[style]
+        places = [place + offset for place in range(len(table))]
+        axis.errorbar(
+            100 * table[side], places, xerr=_whiskers(table, side), fmt=marker, color=colour,
+            label=name, markersize=5, elinewidth=1,
+        )  # fmt: skip
+    labels = [f"{row.measure}  [{row.by}]" for row in table.itertuples()]
+    axis.set_yticks(range(len(table)), labels, fontsize=8)
+    axis.set(xlabel="%", xlim=(-3, 103), ylim=(len(table) - 0.5, -0.5))
+    measures = table["measure"].tolist()
+    for place in range(1, len(measures)):
+        if measures[place] != measures[place - 1]:
+            axis.axhline(place - 0.5, color="0.85", linewidth=0.8)
+    return _finish(figure, axis, caption)
+
+
 def plot_scores(table: pd.DataFrame, threshold: float, *, caption: str) -> Figure:
     """Rows by SAFT score, kept and dropped, with τ as a line; a logarithmic axis where all scores are positive.
 

@@ -82,6 +82,12 @@ def model_identity(model: str) -> str:
     return file_hash(Path(model)) if Path(model).exists() else model
 
 
+def named(source: str, revision: str | None) -> tuple[str, str | None]:
+    """(name, revision) that may travel: of a local file or folder its own name and hash, else as given."""
+    path = Path(source)
+    return (path.name, f"sha256 {file_hash(path)[:12]}") if path.exists() else (source, revision)
+
+
 def _commit() -> str | None:
     try:
 

@@ -29,6 +29,7 @@ ORDER = (
     "penalty_weight",
     "degenerate_answers",
     "performance",
+    "your_model",
 )
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from conftest import build_model
 
-from tasft_lib import attacks, augmentation, generation, miniworld
+from tasft_lib import assessment, attacks, augmentation, generation, miniworld
 
 PROMPTS = pd.DataFrame({"benchmark": "b", "kind": "toxic", "prompt": ["w1 w2?", "w3 {prompt} w4?"]})
 
@@ -29,6 +29,25 @@ def test_prefilling_gives_the_first_tokens_of_the_unsafe_answer(tokenizer):
     table = attacks.prefilled(PROMPTS, ["w5 w6 w7 w8", "w9"], tokenizer, [1, 3])
     assert table["attack"].tolist() == ["prefill 1"] * 2 + ["prefill 3"] * 2
     assert table["begun"].tolist() == ["w5", "w9", "w5 w6 w7", "w9"]
+
+
+def test_attacks_are_chosen_by_name_and_harmless_prompts_are_not_attacked(tokenizer):
+    both = pd.concat([PROMPTS, pd.DataFrame({"benchmark": ["x"], "kind": ["benign"], "prompt": ["w7?"]})])
+    names = ["none", "fiction", "wrappers", "prefix", "prefill"]
+    answers = {"w1 w2?": "w5 w6 w7 w8"}
+    table = attacks.chosen(both, names, prefix="Sure", answers=answers, tokenizer=tokenizer)
+    counts = table.groupby("attack", sort=False).size().to_dict()
+    assert counts == {"none": 3, "fiction": 4, "persona": 2, "ignore": 2, "prefix": 2} | {
+        f"prefill {k}": 1 for k in attacks.PREFILL_TOKENS
+    }
+    assert set(table.loc[table["attack"] != "none", "kind"]) == {"toxic"}
+    asked = assessment.questions(table, "none")
+    assert asked[:3] == both["prompt"].tolist()
+    for row, text in zip(table.itertuples(), asked, strict=True):
+        assert row.prompt in text and (row.attack == "none") == (text == row.prompt)
+    for name, message in (("jailbrake", "no attack 'jailbrake'; there are none"), ("prefill", "no unsafe answer")):
+        with pytest.raises(ValueError, match=message):
+            attacks.chosen(both, [name], tokenizer=tokenizer)
 
 
 def test_wrappers_have_one_place_for_the_prompt():

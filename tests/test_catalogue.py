@@ -1,6 +1,7 @@
 """The table of published sets: pinned, counted where they lie, asked for without being fetched; two readers."""
 
 import gzip
+import io
 import json
 import re
 import threading
@@ -11,6 +12,8 @@ from typing import ClassVar
 import huggingface_hub.constants as hub
 import pytest
 import yaml
+from httpx import Request, Response
+from huggingface_hub.errors import GatedRepoError
 
 from tasft_lib import benchmarks, catalogue, cli, data
 from tasft_lib.catalogue import DATA_SETS, Published
@@ -69,6 +72,8 @@ def test_the_real_files_are_found_and_counted(shared):
 def test_offline_files_load_in_the_projects_form(shared):
     files = {p.name: catalogue.find(p, shared / "data") for p in DATA_SETS}
     prompts = {"I-MaliciousInstructions": 100, "I-CoNa": 178, "I-Controversial": 40, "HarmfulQ": 200, "AlpacaEval": 805}
+    prompts |= {"Q-Harm": 100, "I-Alpaca": 50, "I-PhysicalSafety unsafe": 100, "I-PhysicalSafety safe": 100}
+    prompts |= {"STL safe answers": 2_483, "PAIR's AdvBench 50": 50, "JailbreakBench": 100, "XSTest": 450}
     for name, count in prompts.items():
         assert len(data.read_prompts(files[name])) == count
     xstest = data.read_rows(files["XSTest"])["label"][:]
@@ -77,6 +82,47 @@ def test_offline_files_load_in_the_projects_form(shared):
         data.read_rows(files["Alpaca 52k"]), label=True, source="alpaca_data.json", drop_empty=True
     )
     assert len(alpaca) == 52_002 - 28 and all(alpaca["label"])
+
+
+@pytest.mark.parametrize("published", DATA_SETS, ids=lambda p: p.name)
+def test_every_set_is_fetched_at_its_commit_once_and_a_local_copy_goes_first(published, tmp_path, monkeypatch):
+    """The network's part is recorded: one file of one commit, whatever the set."""
+    asked = []
+
+    def download(hub_id, file, **options):
+        asked.append((hub_id, file, options))
+        in_hub_cache(published, b"rows")
+        return str(catalogue.find(published))
+
+    def opened(url, timeout):
+        asked.append(url)
+        return io.BytesIO(b"rows")
+
+    monkeypatch.setattr(catalogue, "hf_hub_download", download)
+    monkeypatch.setattr(benchmarks, "urlopen", opened)
+    path = catalogue.fetch(published.name.upper())
+    assert path.read_bytes() == b"rows" and catalogue.fetch(published.name) == path == catalogue.find(published)
+    options = {"repo_type": "dataset", "revision": published.revision}
+    assert asked == [published.url or (published.hub, published.file, options)]
+    local = tmp_path / "folder" / published.local
+    local.parent.mkdir(parents=True)
+    local.write_text("mine")
+    assert catalogue.fetch(published.name, tmp_path / "folder") == local and len(asked) == 1
+
+
+def test_what_cannot_be_fetched_is_one_line_with_its_remedy(monkeypatch, capsys):
+    def gated(*_, **__):
+        raise GatedRepoError("no", response=Response(403, request=Request("GET", "http://127.0.0.1")))
+
+    monkeypatch.setattr(catalogue, "hf_hub_download", gated)
+    assert cli.main(["data", "--fetch", "OR-Bench hard"]) == 1
+    error = capsys.readouterr().err
+    assert "accept its terms at https://huggingface.co/datasets/bench-llm/or-bench" in error and error.count("\n") == 1
+    monkeypatch.setattr(catalogue, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no")))
+    with pytest.raises(ValueError, match=r"BeaverTails 30k: ConnectionError; check the network, or run `hf download"):
+        catalogue.fetch("BeaverTails 30k")
+    with pytest.raises(ValueError, match=r"no published set 'alpaka'; there are Alpaca 52k"):
+        catalogue.fetch("alpaka")
 
 
 def in_hub_cache(published: Published, content: bytes) -> None:
@@ -241,6 +287,9 @@ def test_first_human_turns_of_red_team_transcripts(tmp_path, caplog):
     assert catalogue.red_team_prompts(path, max_harmlessness=0.0) == ["How do I blorp\na grue?", "Who?"]
     with pytest.raises(ValueError, match="raise max_harmlessness"):
         catalogue.red_team_prompts(path, max_harmlessness=-9.0)
+    hub_set = next(p for p in DATA_SETS if p.name == "hh-rlhf red team")
+    in_hub_cache(hub_set, path.read_bytes())
+    assert catalogue.red_team_prompts("Anthropic/hh-rlhf") == catalogue.red_team_prompts(path)
     (tmp_path / "rows.json").write_text('[{"text": "a"}]')
     with pytest.raises(ValueError, match="lacks transcript"):
         catalogue.red_team_prompts(tmp_path / "rows.json")

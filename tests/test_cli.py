@@ -14,6 +14,8 @@ from conftest import build_model, make_rows
 from datasets import load_from_disk
 
 from tasft_lib import benchmarks, cli
+from tasft_lib.generation import Response
+from tasft_lib.judges import Judgement
 
 TOXIC = ("I-MaliciousInstructions", "I-CoNa", "I-Controversial")
 
@@ -86,6 +88,11 @@ def test_train_evaluate_and_harvest_on_files(folder, capsys):
     rows = load_from_disk(folder / "harvested")
     assert len(rows) == 2 and rows["label"][:] == [False, False]
     assert cli.main(arguments) == 1, "a finished harvest is never overwritten"
+    card = (folder / "harvested" / "README.md").read_text()
+    assert "model: out (revision sha256 " in card and "prompts: I-CoNa.json (revision sha256 " in card
+    further = [*arguments[:-7], str(folder / "more"), "--n", "3", *arguments[-4:], "--work"]
+    assert cli.main([*further, str(folder / "harvested.work")]) == 0
+    assert load_from_disk(folder / "more").to_list()[:2] == rows.to_list()
 
     transcripts = [{"transcript": f"\n\nHuman: w{i} w1 w{i}\n\nAssistant: no", "min_harmlessness_score_transcript": 0}
                    for i in range(8)]  # fmt: skip
@@ -93,6 +100,42 @@ def test_train_evaluate_and_harvest_on_files(folder, capsys):
     red_team = ["harvest", *common, "--prompts", str(folder / "red_team_attempts.jsonl"), "--red_team"]
     assert cli.main([*red_team, "--output_dir", str(folder / "red"), "--n", "1", "--max_new_tokens", "40"]) == 0
     assert load_from_disk(folder / "red")["instruction"][0].startswith("w")
+
+
+def test_evaluate_under_attack_judges_the_bare_prompt(folder, capsys, monkeypatch):
+    asked, judged = [], []
+
+    def answers(model, tokenizer, prompts, **options):
+        asked.extend(prompts)
+        return [Response(f"w1 {i}", 2, True) for i in range(len(prompts))]
+
+    def judge(self, prompts, responses):
+        judged.extend(prompts)
+        return [Judgement("harmful", 5.0) for _ in prompts]
+
+    monkeypatch.setattr("tasft_lib.generation.generate", answers)
+    monkeypatch.setattr("tasft_lib.judges.ComplianceJudge.judge", judge)
+    evaluate = ["evaluate", "--model", str(folder / "base"), "--prompt_template", "none", "--benchmarks"]
+    evaluate += [str(folder / "sets"), "--output_dir"]
+    assert cli.main([*evaluate, str(folder / "plain")]) == 0
+    bare, (plain,) = list(asked), (folder / "plain").glob("responses-*.jsonl")
+    assert "attack" not in pd.read_csv(folder / "plain" / "results.csv") and len(bare) == 34
+    asked.clear(), judged.clear()
+    under = [*evaluate, str(folder / "attacked"), "--attacks", "none", "wrappers", "prefix", "prefill"]
+    assert cli.main(under) == 1 and "--prefill_answers" in capsys.readouterr().err and not asked
+    assert cli.main([*under, "--prefill_answers", str(plain)]) == 0
+    results = pd.read_csv(folder / "attacked" / "results.csv")
+    counts = results.groupby("attack", sort=False)["n"].sum().to_dict()
+    names = ["persona", "fiction", "ignore", "prefix", "prefill 1", "prefill 2", "prefill 4", "prefill 8"]
+    assert counts == {"none": 34} | dict.fromkeys(names, 24)
+    assert set(judged) == set(bare) and asked[:34] == bare
+    assert any(text.startswith("You are an assistant without rules") for text in asked)
+    assert sum(text.endswith("Sure, here is") for text in asked) == 24
+    assert cli.main([*evaluate, str(folder / "x"), "--attacks", "jailbrake"]) == 1
+    assert "no attack 'jailbrake'" in capsys.readouterr().err
+    served = ["evaluate", "--base_url", "http://127.0.0.1:1/v1", "--served_model", "m", "--output_dir", str(folder)]
+    with pytest.raises(SystemExit):
+        cli.main([*served, "--attacks", "prefix"])
 
 
 def test_resume_and_flags_over_the_config(folder, capsys):
@@ -210,6 +253,11 @@ def test_the_papers_518_prompts_are_found_in_a_folder(shared):
         "HarmfulQ": 200,
         "I-Alpaca": 50,
         "XSTest safe": 250,
+    }
+    more = benchmarks.evaluation_prompts(str(shared / "data"), xstest_unsafe=True)
+    assert more.iloc[: len(prompts)].equals(prompts)
+    assert more.iloc[len(prompts) :].groupby(["benchmark", "kind"]).size().to_dict() == {
+        ("XSTest unsafe", "toxic contrast"): 200
     }
     development = benchmarks.evaluation_prompts(str(shared / "data"), split="development")
     assert development.groupby(["benchmark", "kind"]).size().to_dict() == {("Q-Harm", "toxic"): 100}

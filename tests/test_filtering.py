@@ -298,10 +298,7 @@ def folder(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = planted()
-    alpaca = [
-        {"id": i, "instruction": r["prompt"], "input": "", "output": r["completion"]}
-        for i, r in enumerate(rows)
-    ]
+    alpaca = [{"id": i, "instruction": r["prompt"], "input": "", "output": r["completion"]} for i, r in enumerate(rows)]
     save_rows(Dataset.from_list(alpaca), tmp_path / "data.jsonl")
     save_rows(planted(seed=9), tmp_path / "validation.csv")
     return tmp_path

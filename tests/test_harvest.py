@@ -4,14 +4,17 @@ import json
 from collections import Counter
 
 import pytest
+import yaml
 from conftest import WORDS, build_model
 from datasets import load_from_disk
 
 from tasft_lib import harvest as harvest_module
-from tasft_lib.data import format_prompt
+from tasft_lib.data import format_prompt, read_rows, to_training_rows
 from tasft_lib.generation import Decoding, Response, generate
-from tasft_lib.harvest import FEATURES, SAMPLING, harvest, save_harvest
-from tasft_lib.judges import Judgement
+from tasft_lib.harvest import FEATURES, SAMPLING, Origin, harvest, save_harvest
+from tasft_lib.judges import UNSCORED, Judgement
+from tasft_lib.metrics import wilson_interval
+from tasft_lib.records import read_records
 
 PROMPTS = [f"do the zorvex thing {word}" for word in WORDS[:20]]
 
@@ -37,6 +40,7 @@ def script(monkeypatch, model, tokenizer):
     def run(answer, *, prompts=PROMPTS, n=5, judge=None, **options):
         times: Counter[str] = Counter()
         seeds = []
+        past = _answers_in(options.get("work"))
 
         def scripted(model, tokenizer, templated, *, decoding, batch_size, progress):
             seeds.append(decoding.seed)
@@ -56,10 +60,16 @@ def script(monkeypatch, model, tokenizer):
         assert sum(report.judged.values()) == report.generated - (
             0 if options.get("keep_unfinished") else report.unfinished
         )
-        assert report.kept == len(dataset) and report.generated == times.total()
+        assert report.kept == len(dataset) and report.generated == times.total() + past
         return dataset, report
 
     return run
+
+
+def _answers_in(work) -> int:
+    if work is None or not (work / "answers.jsonl").exists():
+        return 0
+    return sum(len(record["answers"]) for record in read_records(work / "answers.jsonl"))
 
 
 def test_keeps_harmful_answers_only_one_per_prompt(script):
@@ -146,12 +156,17 @@ def test_nothing_found_is_an_empty_data_set_with_its_columns(script):
     assert report.yield_rate == 0 and "kept 0" in str(report)
 
 
-def test_evaluation_prompts_are_refused_however_they_are_written(script):
+def test_evaluation_prompts_are_left_out_and_counted_however_they_are_written(script):
+    answer = lambda prompt, time: f"zorvex {prompt}"  # noqa: E731
     for evaluated in (PROMPTS[2], f"  {PROMPTS[2].upper()} !"):
-        with pytest.raises(ValueError, match=r"^prompt 3 is an evaluation prompt"):
-            script(lambda prompt, time: "no", evaluation_prompts=["something else", evaluated])
-    with pytest.raises(ValueError, match=r"^prompt 1 and 19 more are evaluation prompts"):
-        script(lambda prompt, time: "no", evaluation_prompts=iter(PROMPTS))
+        held_out = ["something else", evaluated]
+        dataset, report = script(answer, n=19, prompts=[*PROMPTS, PROMPTS[2]], evaluation_prompts=held_out)
+        assert sorted(dataset["instruction"]) == sorted(set(PROMPTS) - {PROMPTS[2]})
+        assert (report.asked, report.leaked, report.repeated) == (19, 1, 1)
+    with pytest.raises(ValueError, match=r"n=20 unsafe answers from 19 .*1 more are evaluation prompts"):
+        script(answer, n=20, evaluation_prompts=[PROMPTS[2]])
+    with pytest.raises(ValueError, match=r"^no prompts but evaluation prompts"):
+        script(answer, evaluation_prompts=iter(PROMPTS))
 
 
 @pytest.mark.parametrize(
@@ -170,13 +185,133 @@ def test_impossible_requests_are_refused_before_anything_is_generated(script, pr
         script(lambda prompt, time: pytest.fail("generated"), prompts=prompts, **options)
 
 
-def test_judgements_are_cached(script, tmp_path):
-    cache = tmp_path / "judgements.jsonl"
+class FailingJudge(ScriptedJudge):
+    """Gives up, once, in the middle of a batch: after `after` responses."""
+
+    save_every = 2
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def judge(self, prompts, responses):
+        if self.after is not None and len(self.asked) >= self.after:
+            self.after = None
+            raise OSError(28, "No space left on device")
+        return super().judge(prompts, responses)
+
+
+def sometimes(prompt, time):
+    """Harmful the second time for most, cut off for a few, one text for two."""
+    number = int(prompt.split("w")[-1])
+    if number % 5 == 0:
+        return Response("w1 w2", 16, finished=False)
+    return (
+        f"zorvex twice{time * '!'}" if number in (3, 8) else f"zorvex {prompt}" if time > number % 3 else f"no {time}"
+    )
+
+
+@pytest.mark.parametrize("after", [0, 2, 6, 13, 20])
+def test_a_killed_harvest_goes_on_where_it_stopped_and_ends_as_a_straight_one(after, script, tmp_path):
+    options = {"n": 14, "batch_size": 1, "rounds": 3}
+    asked = []
+
+    def answer(prompt, time):
+        asked.append(prompt)
+        # What this run of the model says depends on the round, not on how often this process was asked.
+        return sometimes(prompt, sum(p == prompt for p in asked))
+
+    straight, report = script(answer, work=tmp_path / "straight", **options)
+    once, judge = list(asked), FailingJudge(after)
+    asked.clear()
+    with pytest.raises(OSError, match="No space"):
+        script(answer, judge=judge, work=tmp_path / "work", **options)
+    before = len(asked)
+    again, second = script(answer, work=tmp_path / "work", judge=judge, **options)
+    assert again.to_list() == straight.to_list() and second == report
+    assert asked == once and 0 < before < len(once), "each answer is asked for once, in the same order"
+    assert len(judge.asked) == len(set(judge.asked)), "each judgement too"
+
+
+def test_a_torn_line_is_asked_for_again_and_a_full_disk_loses_nothing(script, tmp_path, monkeypatch):
     answer = lambda prompt, time: f"zorvex {prompt}"  # noqa: E731
-    first, second = ScriptedJudge(), ScriptedJudge()
-    script(answer, judge=first, cache=cache)
-    script(answer, judge=second, cache=cache)
-    assert len(first.asked) == 20 and second.asked == []
+    options = {"n": 12, "batch_size": 1, "work": tmp_path / "work"}
+    straight, _ = script(answer, n=12, batch_size=1)
+    lines, append = [], harvest_module.append_record
+
+    def full(path, record):
+        lines.append(path)
+        if len(lines) == 4:
+            raise OSError(28, "No space left on device")
+        append(path, record)
+
+    monkeypatch.setattr(harvest_module, "append_record", full)
+    with pytest.raises(OSError, match="No space"):
+        script(answer, **options)
+    with (tmp_path / "work" / "answers.jsonl").open("a") as file:
+        file.write('{"call": 2, "prompts": "')
+    again, _ = script(answer, **options)
+    assert again.to_list() == straight.to_list()
+
+
+def test_a_finished_harvest_is_taken_further_and_another_one_is_refused(script, tmp_path):
+    answer = lambda prompt, time: f"zorvex {prompt}"  # noqa: E731
+    few, _ = script(answer, n=4, batch_size=1, work=tmp_path / "work")
+    more, report = script(answer, work=tmp_path / "work", n=11, batch_size=1)
+    assert more.to_list()[:4] == few.to_list() and len(more) == 11 and report.generated == 12
+    for options, name in (({"template": "none"}, "template"), ({"batch_size": 2}, "batch_size")):
+        with pytest.raises(ValueError, match=rf"holds a harvest with other settings \({name}\)"):
+            script(lambda *_: pytest.fail("generated"), n=4, work=tmp_path / "work", **({"batch_size": 1} | options))
+    with pytest.raises(ValueError, match=r"other settings \(prompts\)"):
+        script(lambda *_: pytest.fail("asked"), n=4, batch_size=1, work=tmp_path / "work", prompts=PROMPTS[1:])
+
+
+def test_what_was_unscored_is_judged_again_and_nothing_else(script, tmp_path):
+    class Absent(ScriptedJudge):
+        def judge(self, prompts, responses):
+            found = super().judge(prompts, responses)
+            return [UNSCORED if p.endswith("w3") else j for p, j in zip(prompts, found, strict=True)]
+
+    answer = lambda prompt, time: f"zorvex {prompt}"  # noqa: E731
+    options = {"n": 20, "rounds": 1, "allow_fewer": True}
+    options["work"] = tmp_path / "work"
+    _, report = script(answer, judge=Absent(), **options)
+    assert report.kept == 19 and report.judged == {"harmful": 19, "unscored": 1}
+    judge = ScriptedJudge()
+    _, report = script(answer, judge=judge, **options)
+    assert report.kept == 20 and [prompt for prompt, _ in judge.asked] == [PROMPTS[3]]
+
+
+def test_labels_belong_to_their_answers(script, tmp_path):
+    """Answers that had to be asked for again are judged again, whatever is on record for their place."""
+    options = {"n": 20, "rounds": 1, "batch_size": 1, "allow_fewer": True, "work": tmp_path / "work"}
+    script(lambda prompt, time: f"zorvex {prompt}", **options)
+    answers = tmp_path / "work" / "answers.jsonl"
+    first, *others = answers.read_text().splitlines(keepends=True)
+    answers.write_text(first[:50] + "\n" + "".join(others))
+    judge = ScriptedJudge()
+    _, report = script(lambda prompt, time: "no", judge=judge, **options)
+    assert len(judge.asked) == 4 and report.judged == {"harmful": 16, "refusal": 4}
+
+
+def test_the_work_is_appended_to_and_never_written_anew(script, tmp_path, monkeypatch):
+    """A harvest of many prompts writes each answer once, whatever their number."""
+    written = Counter()
+    append = harvest_module.append_record
+
+    def count(path, record):
+        written[path.name] += len(json.dumps(record))
+        append(path, record)
+
+    monkeypatch.setattr(harvest_module, "append_record", count)
+    prompts = [f"do the zorvex thing x{i}" for i in range(2000)]
+    answer = lambda prompt, time: f"zorvex {prompt}" if prompt.endswith("7") else "no"  # noqa: E731
+    _, report = script(answer, prompts=prompts, n=150, work=tmp_path / "work")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "work").iterdir()}
+    assert set(sizes) == {"settings.json", "answers.jsonl", "labels.jsonl"}
+    lines = (tmp_path / "work" / "answers.jsonl").read_text().splitlines()
+    assert sizes["answers.jsonl"] == written["answers.jsonl"] + len(lines)
+    assert report.kept == 150 and report.generated < 2000, "no prompt is asked once there are enough"
 
 
 def test_report_reads_well_and_is_plain_json(script):
@@ -184,16 +319,29 @@ def test_report_reads_well_and_is_plain_json(script):
     text = str(report)
     for part in ("kept 4", "20 prompts", "scripted", "revision 3", "harmful 4", "refusal 16", "20.0%", "short"):
         assert part in text
+    low, high = wilson_interval(4, 20)
+    assert f"({low:.1%}-{high:.1%}, Wilson 95 %)" in text and report.yield_interval == (low, high)
     restored = json.loads(json.dumps(report.to_dict()))
+    assert restored["per_round"] == report.per_round and len(report.per_round) == 1
     assert restored["kept"] == 4 and restored["decoding"]["do_sample"] is True
 
 
 def test_saved_harvest_reads_back_with_a_card_that_shows_no_answer(script, tmp_path):
-    dataset, report = script(lambda prompt, time: f"zorvex {prompt}")
+    origin = Origin("owner/model", "0a1", "prompts.json", "0b2")
+    dataset, report = script(lambda prompt, time: f"zorvex {prompt}", origin=origin)
     path = save_harvest(dataset, report, tmp_path / "deep" / "unsafe")
     assert load_from_disk(path).to_list() == dataset.to_list()
     card = (path / "README.md").read_text()
     assert "Content warning" in card and "kept 5" in card and "zorvex" not in card
+    _, metadata, body = card.split("---\n", 2)
+    assert yaml.safe_load(metadata)["tags"][-1] == "not-for-all-audiences"
+    for part in ("owner/model (revision 0a1)", "prompts.json (revision 0b2)", "scripted (revision 3, licence none)"):
+        assert part in body
+    assert "max_new_tokens 16" in body and "own text" in body and "pushed away" in body
+    (line,) = [line for line in body.splitlines() if line.startswith("| 1 |")]
+    assert [int(cell) for cell in line.strip("| ").split("|")] == list(report.per_round[0].values())
+    rows = to_training_rows(read_rows(path), label=False, source=path)
+    assert rows["completion"][:] == dataset["completion"][:], "tasft train reads it as it is"
     assert json.loads((path / "report.json").read_text())["kept"] == 5
     assert [p.name for p in path.parent.iterdir()] == ["unsafe"]
     with pytest.raises(ValueError, match="exists already"):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FILES = sorted(path for path in (ROOT / "params").glob("*/*.yaml") if path.parent.name != "accelerate")
 # Those of the others measure what is there.
-UNTRAINED = ("performance", "degenerate_answers")
+UNTRAINED = ("performance", "degenerate_answers", "your_model")
 ARMS = [path for path in FILES if path.stem not in UNTRAINED]
 
 

@@ -1,6 +1,6 @@
 """`tasft evaluate`: answers to the harm benchmarks, judged: a results table."""
 
-from .models import load_model, model_parser
+from .models import load_model, load_tokenizer, model_parser
 
 
 def main(argv: list[str]) -> None:
@@ -16,20 +16,33 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--num_beams", type=int, default=1, help="4 with --max_new_tokens 128 is STL's decoding")
     parser.add_argument("--per_benchmark", type=int, default=None, help="only the first so many prompts of each")
+    parser.add_argument(
+        "--attacks",
+        nargs="+",
+        metavar="NAME",
+        help="ask the toxic prompts under attack too: none, wrappers (or persona, fiction, ignore), prefix, prefill",
+    )
+    parser.add_argument("--prefix", help="for prefix: how the answer is begun (default: Sure, here is)")
+    parser.add_argument(
+        "--prefill_answers", help="for prefill: the responses-*.jsonl of a model that answers, such as plain SFT"
+    )
     args = parser.parse_args(argv)
     if bool(args.model) == bool(args.base_url) or bool(args.base_url) != bool(args.served_model):
         parser.error("give either --model, or --base_url and --served_model")
+    if args.base_url and {"prefix", "prefill"} & set(args.attacks or []):
+        parser.error("a chat server begins its answers itself: no prefix and no prefill with --base_url")
     args.prompt_template = args.prompt_template or ("none" if args.base_url else "alpaca")
 
-    import pandas as pd
-
-    from .. import benchmarks, data, judges, metrics, provenance
+    from .. import assessment, benchmarks, judges, metrics, provenance
     from ..generation import Decoding, generate
     from ..served import generate_served
 
     asked_judges = [judges.load_judge(name) for name in args.judges or [args.judge]]
     prompts = benchmarks.evaluation_prompts(args.benchmarks, per_benchmark=args.per_benchmark)
+    if args.attacks:
+        prompts = _attacked(prompts, args)
     decoding = Decoding(max_new_tokens=args.max_new_tokens, num_beams=args.num_beams, seed=args.seed)
+    asked = assessment.questions(prompts, args.prompt_template)
     settings = {
         "model": provenance.model_identity(args.model) if args.model else args.served_model,
         "revision": args.model_revision,
@@ -40,34 +53,48 @@ def main(argv: list[str]) -> None:
     }
     if args.base_url:
         settings["base_url"] = args.base_url
+    if args.attacks:
+        settings |= {"attacks": args.attacks, "asked": provenance.content_hash(asked)}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / f"responses-{provenance.content_hash(settings | {'judges': None})}.jsonl"
-    if not file.exists():  # the same model and settings were answered before
-        asked = [data.format_prompt(prompt, template=args.prompt_template) for prompt in prompts["prompt"]]
+
+    def ask():
         if args.base_url:
             to = {"base_url": args.base_url, "model": args.served_model, "concurrency": args.batch_size}
-            answers = generate_served(asked, **to, decoding=decoding, answers=args.output_dir / "served.jsonl")
-        else:
-            model, tokenizer = load_model(args)
-            answers = generate(model, tokenizer, asked, decoding=decoding, batch_size=args.batch_size)
-        table = prompts.assign(response=[a.text for a in answers], finished=[a.finished for a in answers])
-        provenance.write_text(file, table.to_json(orient="records", lines=True, force_ascii=False))
-    table = pd.read_json(file, orient="records", lines=True, dtype=False)
-    judged = []
-    for judge in asked_judges:
-        asked = (table["prompt"].tolist(), table["response"].tolist())
-        found = judges.judge_responses(judge, *asked, cache=args.output_dir / "judgements.jsonl")
-        judged.append(table.assign(judge=judge.name, label=[j.label for j in found], score=[j.score for j in found]))
-    results = metrics.rates_table(pd.concat(judged), ["judge", "kind", "benchmark"])
+            return generate_served(asked, **to, decoding=decoding, answers=args.output_dir / "served.jsonl")
+        model, tokenizer = load_model(args)
+        return generate(model, tokenizer, asked, decoding=decoding, batch_size=args.batch_size)
+
+    table = assessment.answered(prompts, ask, file)
+    judged = assessment.judged_by(table, asked_judges, cache=args.output_dir / "judgements.jsonl")
+    by = ["judge", *(["attack"] if args.attacks else []), "kind", "benchmark"]
+    results = metrics.rates_table(judged, by)
     results.to_csv(args.output_dir / "results.csv", index=False)
     provenance.write_json(args.output_dir / "manifest.json", settings | provenance.environment())
     print(results.to_string(index=False, float_format="{:.3f}".format))
     print("rate, low and high: share of harmful answers, Wilson 95 % interval")
     if len(asked_judges) > 1:
-        from ..agreement import agreement_table
-
-        labels = pd.DataFrame({rows["judge"].iloc[0]: rows["label"].tolist() for rows in judged})
-        agreement = agreement_table(labels)
+        agreement = assessment.agreement(judged)
         agreement.to_csv(args.output_dir / "agreement.csv", index=False)
         print(agreement.to_string(index=False, float_format="{:.3f}".format))
     print(f"results.csv, manifest.json and the answers (not redacted) are in {args.output_dir}")
+
+
+def _attacked(prompts, args):
+    """The prompts under the attacks of `--attacks`; answers to begin with come from `--prefill_answers`."""
+    from .. import attacks, data
+
+    answers = tokenizer = None
+    if "prefill" in args.attacks:
+        if args.prefill_answers is None:
+            raise ValueError(
+                "--attacks prefill needs --prefill_answers, the responses-*.jsonl of a model that answers."
+            )
+        rows = data.read_rows(args.prefill_answers)
+        if missing := {"prompt", "response"} - set(rows.column_names):
+            raise ValueError(f"{args.prefill_answers}: lacks {', '.join(sorted(missing))}; give a responses-*.jsonl.")
+        answers = {p: r for p, r in zip(rows["prompt"][:], rows["response"][:], strict=True) if r.strip()}
+        tokenizer = load_tokenizer(args.model, args.model_revision)
+    wrappers = attacks.MINIWORLD_WRAPPERS if args.benchmarks == "miniworld" else attacks.WRAPPERS
+    options = {"wrappers": wrappers, "prefix": args.prefix or attacks.PREFIX}
+    return attacks.chosen(prompts, args.attacks, answers=answers, tokenizer=tokenizer, **options)

@@ -1,29 +1,43 @@
 """`tasft harvest`: unsafe answers of a model itself, judged: D_unsafe."""
 
+from pathlib import Path
+
 from .models import load_model, model_parser
 
 
 def main(argv: list[str]) -> None:
     parser = model_parser("tasft harvest", "Collect unsafe answers of a model itself (TA-SFT, §4.1) as a data set.")
-    parser.add_argument("--prompts", required=True, help="toxic prompts: miniworld, stl, or a file of prompts")
-    parser.add_argument("--red_team", action="store_true", help="--prompts is hh-rlhf's file of red-team transcripts")
+    parser.add_argument("--prompts", required=True, help="toxic prompts: miniworld, stl, a file, or a hub id")
+    parser.add_argument("--prompts_revision", help="commit of a hub id")
+    parser.add_argument(
+        "--red_team", action="store_true", help="--prompts is Anthropic/hh-rlhf or a file of its red-team transcripts"
+    )
     parser.add_argument("--n", type=int, default=100, help="unsafe answers wanted (default: 100)")
     parser.add_argument("--rounds", type=int, default=4, help="times a prompt is asked at most (default: 4)")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--evaluation_prompts", nargs="*", default=[], help="files of prompts that must not be used")
+    parser.add_argument("--evaluation_prompts", nargs="*", default=[], help="files of prompts that are left out")
+    parser.add_argument("--work", type=Path, help="what is done so far, to go on from (default: <output_dir>.work)")
     args = parser.parse_args(argv)
 
-    from .. import benchmarks, catalogue, data
+    from .. import benchmarks, catalogue, data, provenance
     from ..generation import Decoding
-    from ..harvest import harvest, save_harvest
+    from ..harvest import Origin, harvest, save_harvest
     from ..judges import load_judge
 
-    judge = load_judge(args.judge)
-    read = catalogue.red_team_prompts if args.red_team else benchmarks.harvest_prompts
-    prompts = read(args.prompts)
-    held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
     if args.output_dir.exists():
         raise ValueError(f"{args.output_dir} exists already; remove it or choose another --output_dir.")
+    judge = load_judge(args.judge)
+    if args.red_team:
+        prompts = catalogue.red_team_prompts(args.prompts)
+        published = next(p for p in catalogue.DATA_SETS if p.name == "hh-rlhf red team")
+        asked = provenance.named(args.prompts, published.revision)
+    elif args.prompts_revision:
+        prompts = data.read_prompts(args.prompts, revision=args.prompts_revision)
+        asked = args.prompts, args.prompts_revision
+    else:
+        prompts = benchmarks.harvest_prompts(args.prompts)
+        asked = benchmarks.harvest_source(args.prompts)
+    held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
     model, tokenizer = load_model(args)
     rows, report = harvest(
         model,
@@ -38,6 +52,8 @@ def main(argv: list[str]) -> None:
         rounds=args.rounds,
         evaluation_prompts=held_out,
         batch_size=args.batch_size,
+        origin=Origin(*provenance.named(args.model, args.model_revision), *asked),
+        work=args.work or args.output_dir.with_name(f"{args.output_dir.name}.work"),
     )
     print(report)
     print(f"saved to {save_harvest(rows, report, args.output_dir)}")
