@@ -1,6 +1,7 @@
 """What the commands that load a model share: flags, model, tokenizer."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -28,13 +29,36 @@ def load_model(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(args.model, args.model_revision)
+    revision = args.model_revision
+    if os.path.isdir(args.model) and os.path.isfile(os.path.join(args.model, "adapter_config.json")):
+        _, revision = adapter_base(args.model, args.model_revision)
     model = AutoModelForCausalLM.from_pretrained(
         args.model,
-        revision=args.model_revision or "main",
+        revision=revision or "main",
         dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
         device_map="auto" if torch.cuda.is_available() else None,
     )
     return model, tokenizer
+
+
+def adapter_base(
+    adapter: str | Path, revision: str | None = None, *, base: str | None = None
+) -> tuple[str, str | None]:
+    """The base of an adapter in a folder and the base's commit; `base` and `revision` win where they are given.
+
+    Raises `ValueError` where the base is neither a folder nor a hub id with a commit.
+    """
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    base = base or config.get("base_model_name_or_path") or ""
+    if os.path.isdir(base):
+        return base, None
+    revision = revision or config.get("revision")
+    if not base or revision in (None, "main"):
+        raise ValueError(
+            f"{adapter}: its base {base!r} is no folder here, and adapter_config.json names no commit of a hub id; "
+            "give the base's commit as --model_revision."
+        )
+    return base, revision
 
 
 def load_tokenizer(model: str, revision: str | None):
