@@ -1,4 +1,4 @@
-"""The card of a model trained here: how it was trained and what was measured, from files; never a text, never a guess."""
+"""The card of a model: how it was trained and what was measured, from files; never a text, never a guess."""
 
 import json
 import re
@@ -89,9 +89,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(
-            f"{folder / RECORD}: malformed JSON; remove it, and the card says that it is missing"
-        ) from error
+        raise ValueError(f"{folder / RECORD}: malformed JSON; remove it, and the card says so") from error
 
 
 def write_card(
@@ -285,9 +283,9 @@ def _limits(harm: pd.DataFrame | None) -> str:
     lines = [
         "A low harmful rate is not safety. It is a rate on these prompts, with this decoding, by this judge; other "
         "prompts, languages, longer talks and sampling can give another.",
-        "Prefilling: TA-SFT teaches another beginning of an answer. In the mini-world of tasft, two tokens of an unsafe "
-        "answer written for the model undid every such penalty. Take it that this holds here too, as no test in this "
-        "card says otherwise.",
+        "Prefilling: TA-SFT teaches another beginning of an answer. In the mini-world of tasft, two tokens of an "
+        "unsafe answer written for the model undid every such penalty. Take it that this holds here too, as no test in "
+        "this card says otherwise.",
         "Jailbreaks, further fine-tuning and quantisation can bring unsafe answers back; none of them was tested for "
         "this card.",
     ]
@@ -298,8 +296,8 @@ def _limits(harm: pd.DataFrame | None) -> str:
     else:
         lines.append("Over-refusal was not measured: how many harmless prompts this model refuses is not known.")
     lines += [
-        "Judges err. Their verdicts were not checked by people, and a judge may miss harm or see it where there is none; "
-        "degenerate answers are found by string matches, which word salad passes.",
+        "Judges err. Their verdicts were not checked by people, and a judge may miss harm or see it where there is "
+        "none; degenerate answers are found by string matches, which word salad passes.",
         "Whatever bias, error or gap the base model and the data have is still there.",
     ]
     return "\n".join(f"- {line}" for line in lines)

@@ -54,9 +54,9 @@ def merge_adapter(
     tokens = _tokens(whole.config.get_text_config().vocab_size)
     with torch.inference_mode():
         side_by_side = model(input_ids=tokens).logits.float()
+    _own_weights(whole)
     merged = model.merge_and_unload(safe_merge=True)
-    if hasattr(merged.generation_config, "validate"):
-        _let_be_saved(merged)
+    _let_be_saved(merged)
     _untie(merged)
     with _new_folder(output) as folder:
         merged.save_pretrained(folder)
@@ -127,6 +127,13 @@ def _let_be_saved(model: PreTrainedModel) -> None:
     config = model.generation_config
     if not config.do_sample and any(getattr(config, name, None) is not None for name in ("temperature", "top_p")):
         config.do_sample = True
+
+
+def _own_weights(model: PreTrainedModel) -> None:
+    """Where head or embedding has an adapter of its own, a weight of its own to merge it into."""
+    for layer in (model.get_output_embeddings(), model.get_input_embeddings()):
+        if hasattr(layer, "base_layer"):
+            layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.detach().clone())
 
 
 def _untie(model: PreTrainedModel) -> None:

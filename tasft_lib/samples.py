@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .generation import Decoding, check_prompts, generate
+from .generation import GREEDY, Decoding, check_prompts, generate
 from .judges import is_degenerate, is_refusal, redact
 from .provenance import write_text
 from .records import append_record, read_records
@@ -40,7 +40,7 @@ class SampleCallback(TrainerCallback):
         asked: list[str],
         *,
         steps: int | None = None,
-        decoding: Decoding = Decoding(max_new_tokens=128),
+        decoding: Decoding = GREEDY,
     ):
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(

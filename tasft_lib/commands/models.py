@@ -29,15 +29,21 @@ def load_model(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(args.model, args.model_revision)
-    revision = args.model_revision
-    if os.path.isdir(args.model) and os.path.isfile(os.path.join(args.model, "adapter_config.json")):
-        _, revision = adapter_base(args.model, args.model_revision)
+    is_adapter = os.path.isfile(os.path.join(args.model, "adapter_config.json"))
+    source, revision = args.model, args.model_revision
+    if is_adapter:
+        source, revision = adapter_base(args.model, args.model_revision)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model,
+        source,
         revision=revision or "main",
         dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
         device_map="auto" if torch.cuda.is_available() else None,
     )
+    if is_adapter:
+        # transformers' own loading of adapters loses DoRA's magnitudes (5.23).
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, args.model)
     return model, tokenizer
 
 
