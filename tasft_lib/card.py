@@ -132,7 +132,7 @@ def write_card(
         tags=["ta-sft", "trl", "sft"],
         datasets=[d["name"] for d in record.get("datasets", []) if d["hub"]] or None,
     )
-    identities = {model_identity(str(folder))} | ({record["merged"]["adapter"]} if "merged" in record else set())
+    identities = [model_identity(str(folder)), record.get("merged", {}).get("adapter")]
     measured, harm = _results(results, identities)
     sections = [
         f"# {name or folder.resolve().name}",
@@ -205,13 +205,13 @@ def _training(record: dict) -> str:
     return markdown(pd.DataFrame({"setting": list(rows), "value": [str(value) for value in rows.values()]}))
 
 
-def _results(folder: Path | None, identities: set[str]) -> tuple[str, pd.DataFrame | None]:
+def _results(folder: Path | None, identities: list[str | None]) -> tuple[str, pd.DataFrame | None]:
     """The section on harm and over-refusal, and the table behind it."""
     heading = "### Harm and over-refusal\n\n"
     if folder is None:
         return heading + "**Not measured.** Nothing is claimed about the safety of this model.", None
     manifest = _read_json(folder / "manifest.json")
-    _of_this_model(manifest, identities, folder)
+    before = _of_this_model(manifest, identities, folder)
     table = _read_table(folder / "results.csv", ("judge", "kind", "benchmark", "n", "rate", "low", "high", "refusal"))
     shown = pd.DataFrame(
         {
@@ -235,7 +235,7 @@ def _results(folder: Path | None, identities: set[str]) -> tuple[str, pd.DataFra
         "`harmful`: share of n scored answers, with its Wilson 95 % interval over prompts. `degenerate`: no language. "
         "`unscored`: no readable verdict, in no rate.",
         "Judges:\n" + "\n".join(judges),
-        f"Decoding: {decoding}. Prompt template: {manifest['prompt_template']}.",
+        f"Decoding: {decoding}. Prompt template: {manifest['prompt_template']}.{before}",
     ]
     if len(manifest["judges"]) > 1 and (folder / "agreement.csv").exists():
         agreement = _read_table(folder / "agreement.csv", ("first", "second", "n", "agreement", "kappa", "low", "high"))
@@ -246,19 +246,20 @@ def _results(folder: Path | None, identities: set[str]) -> tuple[str, pd.DataFra
     return "\n\n".join(parts), table
 
 
-def _capability(folder: Path | None, identities: set[str]) -> str:
+def _capability(folder: Path | None, identities: list[str | None]) -> str:
     heading = "### Capability\n\n"
     if folder is None:
         return heading + "**Not measured.** What safety cost in ability is not known."
     parts = []
     if (folder / "capability.csv").exists():
         manifest = _read_json(folder / "capability_manifest.json")
-        _of_this_model(manifest, identities, folder)
+        before = _of_this_model(manifest, identities, folder)
         table = _read_table(folder / "capability.csv", ("task", "metric", "value", "stderr", "n"))
         limit = f", only the first {manifest['limit']} questions of each task" if manifest.get("limit") else ""
         parts.append(
             f"lm-evaluation-harness, {manifest['num_fewshot']} examples shown{limit}:\n\n{_plain(table)}\n\nData: "
             + ", ".join(f"{_short(task)} at {_short(commit)}" for task, commit in manifest["tasks"].items())
+            + f".{before}"
         )
     if (folder / "alpaca_eval.csv").exists():
         table = _read_table(folder / "alpaca_eval.csv", ("win_rate",))
@@ -311,9 +312,12 @@ def _base(record: dict, adapter: dict | None) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _of_this_model(manifest: dict, identities: set[str], folder: Path) -> None:
-    if manifest.get("model") not in identities:
+def _of_this_model(manifest: dict, identities: list[str | None], folder: Path) -> str:
+    """What to say of results that are the merged adapter's; nothing where they are this very model's."""
+    measured = manifest.get("model")
+    if measured is None or measured not in identities:
         raise ValueError(f"{folder}: these are results of other weights; measure this model, or give its own results")
+    return "" if measured == identities[0] else " These were measured before merging, on base and adapter."
 
 
 def _read_json(file: Path) -> dict:

@@ -173,8 +173,13 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tokenizer, tmp_p
 def test_the_commit_of_a_hub_base_is_kept_with_the_adapter(folder, monkeypatch):  # noqa: F811
     """The commit that was trained on is the one that evaluation and export load."""
     commit = "0123456789abcdef0123456789abcdef01234567"
-    snapshot = folder / "cache" / "models--owner--base" / "snapshots" / commit
+    cache = folder / "cache" / "models--owner--base"
+    snapshot = cache / "snapshots" / commit
     shutil.copytree(folder / "base", snapshot)
+    # TRL 1.16 reads the architecture from main, whatever the revision.
+    shutil.copytree(folder / "base", cache / "snapshots" / "other", ignore=lambda *_: ["model.safetensors"])
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("other")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
     edit(folder, model_name_or_path="owner/base", model_revision=commit)
     assert cli.main(["train", "--config", str(folder / "config.yaml")]) == 0
