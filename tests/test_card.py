@@ -34,7 +34,7 @@ def trained(tokenizer, tmp_path_factory):
     train = [
         *("train", "--model_name_or_path", str(folder / "base"), "--dataset_name", str(folder / "rows.jsonl")),
         *("--output_dir", str(folder / "safer"), "--prompt_template", "none", "--penalty_weight", "0.25"),
-        *("--max_steps", "3", "--use_peft", "true", "--lora_target_modules", "q_proj", "--report_to", "none"),
+        *("--max_steps", "3", "--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj", "--report_to", "none"),
         *("--gradient_checkpointing", "false", "--learning_rate", "1e-3", "--save_steps", "2"),
     ]
     assert cli.main(train) == 0
@@ -108,7 +108,7 @@ def test_one_judge_has_no_agreement_even_where_an_old_file_lies(folder):
 
 def test_capability_and_alpaca_eval_are_taken_where_they_are(folder):
     identity = provenance.model_identity(str(folder / "safer"))
-    scores = {"task": ["boolq"], "metric": ["acc"], "value": [0.6125], "stderr": [0.01], "n": [200]}
+    scores = {"task": ["boolq"], "metric": ["acc"], "value": [0.625], "stderr": [0.01], "n": [200]}
     manifest = {"model": identity, "tasks": {"boolq": "c0ffee"}, "num_fewshot": 0, "limit": 200}
     place = folder / "capability"
     place.mkdir()
@@ -116,7 +116,7 @@ def test_capability_and_alpaca_eval_are_taken_where_they_are(folder):
     pd.DataFrame(scores).to_csv(place / "capability.csv", index=False)
     (place / "capability_manifest.json").write_text(json.dumps(manifest))
     text = with_results(folder, "--capability", str(place))
-    assert "| boolq | acc | 0.613 | 0.01 | 200 |" in text and "only the first 200 questions" in text
+    assert "| boolq | acc | 0.625 | 0.01 | 200 |" in text and "only the first 200 questions" in text
     assert "boolq at c0ffee" in text and "AlpacaEval" not in text
     board = {"model": ["safer"], "win_rate": [41.25], "stderr": [1.7], "n": [805], "unscored": [0]}
     pd.DataFrame(board).to_csv(place / "alpaca_eval.csv", index=False)
