@@ -13,6 +13,8 @@ COMMANDS = {
     "capability": "lm-evaluation-harness on a model or adapter: what safety cost",
     "alpaca_eval": "AlpacaEval's win rate of a model, by a judge of your choice; its cost is told first",
     "attack": "PAIR: an attacker model tries to get harmful answers out of a target",
+    "card": "a model card with what was measured; --push_to_hub uploads the model with it",
+    "export": "an adapter merged into its base: a folder for vLLM, llama.cpp or transformers",
     "reproduce": "the notebooks of a profile, by papermill: figures, tables and a report (--dry-run: the arms)",
     "report": "the report of a profile again, from its tables: a verdict per claim of the paper",
     "bench": "time, memory and gradient error beside TRL's plain SFT and dense TA-SFT",

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+NO_WEIGHTS = ("README.md", "tasft.json", "checkpoint-*", "runs", "_*", "training_args.bin", "*.jsonl")
 PACKAGES = ("tasft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
@@ -65,10 +67,12 @@ def content_hash(value: Any) -> str:
 
 
 @cache
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, or of all files in a folder with their names."""
+def file_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a file, or of all files in a folder with their names; `leave_out` names patterns at its top level."""
     digest = hashlib.sha256()
     for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
+        if path.is_dir() and any(fnmatch(file.relative_to(path).parts[0], pattern) for pattern in leave_out):
+            continue
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
@@ -78,8 +82,11 @@ def file_hash(path: Path) -> str:
 
 @cache
 def model_identity(model: str) -> str:
-    """The hub id, or the content of a local folder: the same weights have one name wherever they lie."""
-    return file_hash(Path(model)) if Path(model).exists() else model
+    """The hub id, or the content of a local folder: the same weights have one name wherever they lie.
+
+    A card, the record of training, checkpoints and logs beside the weights do not change it.
+    """
+    return file_hash(Path(model), NO_WEIGHTS) if Path(model).exists() else model
 
 
 def named(source: str, revision: str | None) -> tuple[str, str | None]:

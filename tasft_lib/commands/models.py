@@ -1,6 +1,7 @@
 """What the commands that load a model share: flags, model, tokenizer."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -35,14 +36,43 @@ def load_model(args: argparse.Namespace):
     if getattr(args, "load_in_4bit", False):
         compute = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    is_adapter = os.path.isfile(os.path.join(args.model, "adapter_config.json"))
+    source, revision = args.model, args.model_revision
+    if is_adapter:
+        source, revision = adapter_base(args.model, args.model_revision)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model,
-        revision=args.model_revision or "main",
+        source,
+        revision=revision or "main",
         dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
         quantization_config=quantization,
         device_map="auto" if torch.cuda.is_available() else None,
     )
+    if is_adapter:
+        # transformers' own loading of adapters loses DoRA's magnitudes (5.23).
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, args.model)
     return model, tokenizer
+
+
+def adapter_base(
+    adapter: str | Path, revision: str | None = None, *, base: str | None = None
+) -> tuple[str, str | None]:
+    """The base of an adapter in a folder and the base's commit; `base` and `revision` win where they are given.
+
+    Raises `ValueError` where the base is neither a folder nor a hub id with a commit.
+    """
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    base = base or config.get("base_model_name_or_path") or ""
+    if os.path.isdir(base):
+        return base, None
+    revision = revision or config.get("revision")
+    if not base or revision in (None, "main"):
+        raise ValueError(
+            f"{adapter}: its base {base!r} is no folder here, and adapter_config.json names no commit of a hub id; "
+            "give the base's commit as --model_revision."
+        )
+    return base, revision
 
 
 def load_tokenizer(model: str, revision: str | None):

@@ -1,11 +1,16 @@
 """`tasft train`: TRL's SFT with a penalty on the rows labelled unsafe."""
 
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .. import data
+from .. import data, provenance
+from ..card import RECORD, training_record
 from ..config import TASFTConfig
+from ..generation import Decoding
+from ..samples import SampleCallback
 from ..trainer import TASFTTrainer
 from .models import load_tokenizer
 
@@ -18,7 +23,7 @@ TrainingArguments works, in the YAML file or as a flag; `tasft train --help_all`
 
   --model_name_or_path, --model_revision, --dtype, --load_in_4bit, --use_peft, --lora_r, --lora_alpha,
   --lora_target_modules, --output_dir, --learning_rate, --num_train_epochs, --per_device_train_batch_size,
-  --gradient_accumulation_steps, --max_length, --resume_from_checkpoint, --report_to, --push_to_hub
+  --gradient_accumulation_steps, --max_length, --resume_from_checkpoint, --report_to, --push_to_hub (HF_TOKEN)
 """
 
 
@@ -44,6 +49,14 @@ class DataArguments(ScriptArguments):
         metadata={"help": "Files of evaluation prompts; a training row that asks one of them is refused."},
     )
     drop_empty: bool = field(default=False, metadata={"help": "Leave out rows with an empty answer."})
+    sample_prompts: str | None = field(
+        default=None,
+        metadata={"help": "File of prompts that the model answers along training, into <output_dir>/_samples.jsonl."},
+    )
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Answer them every so many steps (default: at every save and at the end)."}
+    )
+    sample_max_new_tokens: int = field(default=128, metadata={"help": "Tokens of such an answer at most."})
 
 
 def main(argv: list[str]) -> None:
@@ -60,6 +73,9 @@ def main(argv: list[str]) -> None:
     data_args, args, model_args = parser.parse_args_and_config(args=argv, fail_with_unknown_args=True)
     if data_args.dataset_name is None or model_args.model_name_or_path is None:
         raise ValueError("dataset_name and model_name_or_path are needed; give them in the --config file or as flags.")
+    if args.hub_token is not None:
+        # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads.
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
 
     rows = data.read_rows(
         data_args.dataset_name, split=data_args.dataset_train_split, revision=data_args.dataset_revision
@@ -91,30 +107,56 @@ def main(argv: list[str]) -> None:
         tokenizer=tokenizer,
         max_length=args.max_length,
     )
+    sample_prompts = data.read_prompts(data_args.sample_prompts) if data_args.sample_prompts else []
 
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (args.model_init_kwargs or {})
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        peft_config.revision = model_args.model_revision if not os.path.isdir(model_args.model_name_or_path) else None
     trainer = TASFTTrainer(
         model_args.model_name_or_path,
         args,
         train_dataset=mixed,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
     )
+    if sample_prompts:
+        asked = _asked(sample_prompts, trainer.processing_class, mixed, data_args.prompt_template)
+        decoding = Decoding(max_new_tokens=data_args.sample_max_new_tokens)
+        trainer.add_callback(
+            SampleCallback(trainer, sample_prompts, asked, steps=data_args.sample_steps, decoding=decoding)
+        )
     trainer.accelerator.print(
         f"{args.penalty}, λ = {trainer.penalty_weight:.4g}, reduction {args.penalty_reduction}: "
         f"{len(benign)} benign and {len(unsafe)} unsafe rows at hand, {len(mixed)} in the mix"
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        sources = {data_args.dataset_name: data_args.dataset_revision}
+        if data_args.unsafe_dataset_name is not None:
+            sources[data_args.unsafe_dataset_name] = data_args.unsafe_dataset_revision
+        record = training_record(trainer, model_args, mixed, sources, template=data_args.prompt_template)
+        provenance.write_json(Path(args.output_dir) / RECORD, record | provenance.environment())
     trainer.accelerator.print(f"saved to {args.output_dir}")
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data_args.dataset_name)
+        is_local = os.path.exists(data_args.dataset_name)
+        trainer.push_to_hub(dataset_name=None if is_local else data_args.dataset_name)
     trainer.end()
+
+
+def _asked(prompts: list[str], tokenizer, rows, template: str) -> list[str]:
+    """Bare prompts as the training rows have theirs: in the chat template, or in ours."""
+    if isinstance(rows[0]["prompt"], str):
+        return [data.format_prompt(prompt, template=template) for prompt in prompts]
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
 
 
 def _print_options(title: str, cls: type, parent: type) -> None:

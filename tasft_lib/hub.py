@@ -1,0 +1,72 @@
+"""Which files of a folder are a model, and their way to the hub. No text, checkpoint or optimizer state goes along."""
+
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+# A list of what is wanted: whatever else lies in the folder stays here, be it new.
+MODEL_FILES = (
+    "README.md",
+    "tasft.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files at the top of the folder that are weights, configuration, tokenizer or card.
+
+    Raises ValueError where there are no safetensors weights with a configuration.
+    """
+    found = sorted(p for p in folder.glob("*") if p.is_file() and any(fnmatch(p.name, name) for name in MODEL_FILES))
+    names = {path.name for path in found}
+    if not {"config.json", "adapter_config.json"} & names or not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{folder}: no model here (config.json or adapter_config.json, and *.safetensors); check it")
+    return found
+
+
+def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
+    """Upload the model in the folder in one commit; its address. The token is HF_TOKEN's or that of `hf auth login`.
+
+    The repository is made private where it does not exist. Raises ValueError, without what the hub wrote back, where it
+    is public and `public` was not said, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    files = model_files(folder)
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=not public, exist_ok=True)
+        if not public and not api.repo_info(repo_id).private:
+            raise ValueError(f"{repo_id} is public: say --public if it shall be, or make it private first.")
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=os.fspath(folder),
+            commit_message="Model and card, by tasft",
+            allow_patterns=[path.name for path in files],
+            ignore_patterns=["*/*"],
+        )
+    except HFValidationError:
+        raise ValueError(f"{repo_id!r} is no hub id; write owner/name.") from None
+    except OfflineModeIsEnabled:
+        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it.") from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no answer")
+        raise ValueError(
+            f"{repo_id}: the hub refused ({status}); log in with a token that may write (hf auth login, or HF_TOKEN)."
+        ) from None
+    return f"https://huggingface.co/{repo_id}"
