@@ -1,7 +1,8 @@
-"""Time, memory and gradient error of TA-SFT beside TRL's plain SFT and beside TA-SFT on full logits.
+"""Time, memory and gradient error of TA-SFT beside TRL's plain SFT and on full logits; the cost of SAFT's filter.
 
 Contenders run in alternation in one new process; each one's peak memory is taken in a new process of its own. `head`
-measures the loss head alone, `step` whole optimizer steps. Ratios are ours over theirs: below 1 is better.
+measures the loss head alone, `step` whole optimizer steps. Ratios are ours over theirs: below 1 is better. `saft`
+measures the filter against just the forward passes it needs.
 
 On a CPU it matters what the C library does with freed memory. By default glibc hands large blocks back to the system,
 and a program that takes and frees them all the time, as TRL's head does, pays for it; `keep_freed_memory` tells it not
@@ -23,8 +24,24 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from .contenders import CONTENDERS, DENSE, OURS, TRL, benchmark_rows, gradient_errors, head_contender, step_contender
+from .contenders import (
+    CONTENDERS,
+    DENSE,
+    FORWARD,
+    OURS,
+    SAFT,
+    TRL,
+    benchmark_rows,
+    fit_contender,
+    gradient_errors,
+    head_contender,
+    saft_contender,
+    step_contender,
+)
 from .machine import KEEP_FREED_MEMORY
+
+MAKERS = {"head": head_contender, "step": step_contender, "saft": saft_contender, "saft_fit": fit_contender}
+FIT_ROWS = (1_000, 10_000, 100_000)
 
 
 def head(
@@ -82,6 +99,53 @@ def step(
     return _measure("step", settings | dict(keep_freed_memory=keep_freed_memory, repeats=repeats))
 
 
+def saft(
+    *,
+    geometry: str = "small",
+    rows: int = 256,
+    batch_size: int = 16,
+    hidden: int = 512,
+    dtype: str = "float32",
+    device: str | None = None,
+    threads: int = 1,
+    keep_freed_memory: bool = False,
+    repeats: int = 5,
+) -> dict:
+    """SAFT on `rows` texts with the middle layer of a random Llama, against just the forward passes that it needs.
+
+    The filter is all of `filtering.find_harmful`: text to tokens, forward passes, files, fit, scores, threshold, and
+    the hash of the weights that names its files. The forward passes are the same batches, tokenised already, through a
+    model that ends at that layer.
+
+    Returns `time_ratio_vs_forward_passes`, its `spread` (lowest and highest ratio of a round), seconds, settings, and
+    `fit_peak_bytes`: what fit and scores need at their peak for 1,000, 10,000 and 100,000 activations of size `hidden`
+    in a file, on a CPU.
+    """
+    settings = dict(geometry=geometry, rows=rows, batch_size=batch_size, hidden=hidden, dtype=dtype)
+    settings |= dict(device=_device(device), threads=threads, keep_freed_memory=keep_freed_memory, repeats=repeats)
+
+    def fit_peak(n: int) -> int:
+        on_cpu = settings | {"device": "cpu"}
+        return _in_new_process({"measure": "memory", "kind": "saft_fit", "names": [str(n)], "settings": on_cpu})
+
+    peaks = {n: fit_peak(n) for n in tqdm(FIT_ROWS, desc="memory", unit="process")}
+    request = {"measure": "time", "kind": "saft", "names": [SAFT, FORWARD], "settings": settings}
+    timed = _in_new_process(request)
+    if timed is None:
+        raise RuntimeError("the model does not fit into GPU memory; give a smaller geometry or batch_size.")
+    seconds = timed["seconds"]
+    ratios = [ours / theirs for ours, theirs in zip(seconds[SAFT], seconds[FORWARD], strict=True)]
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "kind": "saft",
+        "time_ratio_vs_forward_passes": median[SAFT] / median[FORWARD],
+        "spread": {"time_ratio_vs_forward_passes": [min(ratios), max(ratios)]},
+        "seconds": median,
+        "fit_peak_bytes": peaks,
+        "settings": settings,
+    }
+
+
 def linear_fit(sizes: list[int], values: list[float]) -> dict:
     """Least-squares line through (size, value): its slope, intercept and R². A proportional quantity has R² near 1."""
     slope, intercept = statistics.linear_regression(sizes, values)
@@ -115,12 +179,13 @@ def _in_new_process(request: dict):
 
 def _answer(measure: str, kind: str, names: list[str], settings: dict):
     torch.set_num_threads(settings["threads"])
-    make = head_contender if kind == "head" else step_contender
     try:
-        contenders = {name: make(settings, name) for name in names}
+        contenders = {name: MAKERS[kind](settings, name) for name in names}
         if measure == "memory":
             return _peak_growth(contenders[names[0]], settings["device"])
         seconds = _alternate(contenders, settings["repeats"], settings["device"])
+        if kind == "saft":
+            return {"seconds": seconds}
         return {"seconds": seconds, "errors": gradient_errors(kind, settings)} | (
             _speed(contenders, seconds, settings) if kind == "step" else {}
         )

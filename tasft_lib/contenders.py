@@ -1,13 +1,15 @@
-"""What `bench` measures: the loss head and whole steps of TA-SFT, TRL's plain SFT, and TA-SFT on full logits.
+"""What `bench` measures: loss head and whole steps of TA-SFT, TRL's plain SFT, TA-SFT on full logits; SAFT's filter.
 
-A contender is a function that does its work once. `settings` are those of `bench.head` or `bench.step`.
+A contender is a function that does its work once. `settings` are those of `bench.head`, `bench.step` or `bench.saft`.
 """
 
 import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -17,6 +19,8 @@ from .fused_head import fused_head, inverse_row_norms
 from .losses import dense_head
 
 OURS, TRL, DENSE = CONTENDERS = ("fused_tasft", "trl_sft", "dense_tasft")
+TOKENS_PER_WORD = 3  # of the random words that SAFT is timed on
+SAFT, FORWARD = "saft_filter", "forward_passes"
 # Models by name for `step`: (vocabulary, hidden, intermediate, layers, heads, key/value heads).
 GEOMETRIES = {
     "tiny": (512, 64, 128, 2, 4, 4),
@@ -133,26 +137,19 @@ def benchmark_rows(settings: dict, n: int = 512) -> list[dict]:
     return rows
 
 
-def _trainer(settings: dict, name: str, dtype: str):
-    """A trainer of the contender on a random model, with LoRA matrices that are not at their zero start."""
-    from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
+def _llama(settings: dict, dtype: str, depth: int | None = None):
+    """A random Llama, the same one every time; `depth` is how many of its layers it has (default: all)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from .config import TASFTConfig
-    from .trainer import TASFTTrainer
-
-    disable_progress_bars()
     torch.manual_seed(0)
     vocab, hidden, intermediate, layers, heads, kv_heads = GEOMETRIES[settings["geometry"]]
     with torch.device(settings["device"]):
-        model = LlamaForCausalLM._from_config(
+        return LlamaForCausalLM._from_config(
             LlamaConfig(
                 vocab_size=vocab,
                 hidden_size=hidden,
                 intermediate_size=intermediate,
-                num_hidden_layers=layers,
+                num_hidden_layers=depth or layers,
                 num_attention_heads=heads,
                 num_key_value_heads=kv_heads,
                 max_position_embeddings=8192,
@@ -161,6 +158,20 @@ def _trainer(settings: dict, name: str, dtype: str):
             ),
             dtype=getattr(torch, dtype),
         )
+
+
+def _trainer(settings: dict, name: str, dtype: str):
+    """A trainer of the contender on a random model, with LoRA matrices that are not at their zero start."""
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from .config import TASFTConfig
+    from .trainer import TASFTTrainer
+
+    disable_progress_bars()
+    model = _llama(settings, dtype)
     with tempfile.TemporaryDirectory() as folder:
         if settings["load_in_4bit"]:
             model.save_pretrained(folder)
@@ -256,3 +267,83 @@ def gradient_errors(kind: str, settings: dict) -> dict[str, float]:
         }
     too_large = settings["geometry"] == "llama-3.1-8b" or settings["load_in_4bit"]
     return {} if too_large else _step_errors(settings)
+
+
+def _texts(n: int):
+    """(rows, tokenizer): random words, as many tokens as Alpaca's rows have, and a BPE learned from them."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("aeiklmnorst"), rng.integers(2, 9))) for _ in range(2000)]
+    alpaca = benchmark_rows({"geometry": "tiny", "sequence_length": None, "unsafe": 0}, n)
+    lengths = [(row["labels"].count(-100), len(row["input_ids"])) for row in alpaca]
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "<unk>", "<eos>"]
+    raw.train_from_iterator(words, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    rows = []
+    for prompt, whole in lengths:
+        drawn = rng.choice(words, whole // TOKENS_PER_WORD + 1)
+        parts = np.split(drawn, [prompt // TOKENS_PER_WORD])
+        rows.append({"prompt": " ".join(parts[0]) + " ", "completion": " ".join(parts[1])})
+    return Dataset.from_list(rows), tokenizer
+
+
+def saft_contender(settings: dict, name: str) -> Callable[[], object]:
+    """All of SAFT's filter on texts, or only the forward passes: the same batches, through no layer more."""
+    from .activations import activations
+    from .filtering import find_harmful
+
+    rows, tokenizer = _texts(settings["rows"])
+    model = _llama(settings, settings["dtype"]).eval()
+    options = dict(batch_size=settings["batch_size"], progress=False)
+    if name == SAFT:
+
+        def run():
+            with tempfile.TemporaryDirectory() as folder:
+                return find_harmful(model, tokenizer, rows, contamination=0.1, folder=Path(folder), **options)
+
+        return run
+    batches = []
+    decoder = model.get_decoder()
+    handle = decoder.register_forward_pre_hook(lambda *call: batches.append(call[2]), with_kwargs=True)
+    middle = (model.config.num_hidden_layers + 1) // 2
+    activations(model, tokenizer, rows, layers=[middle], **options)
+    handle.remove()
+    cut = _llama(settings, settings["dtype"], depth=middle).eval().get_decoder()
+    cut.load_state_dict(decoder.state_dict(), strict=False)  # random numbers differ between depths
+
+    @torch.inference_mode()
+    def run_forward():
+        for batch in batches:
+            cut(**batch)
+
+    return run_forward
+
+
+def fit_contender(settings: dict, name: str) -> Callable[[], object]:
+    """SAFT's fit and scores of as many activations as the name says, read from a file as `find_harmful` does."""
+    from .filtering import blocks
+    from .saft import BLOCK, SAFTFitter
+
+    rng = np.random.default_rng(0)
+    folder = tempfile.TemporaryDirectory()
+    path, n = Path(folder.name) / "activations", int(name)
+    with path.open("wb") as file:
+        for start in range(0, n, BLOCK):
+            rng.standard_normal((min(BLOCK, n - start), settings["hidden"]), dtype=np.float32).tofile(file)
+    embedded = np.memmap(path, np.float32, "r", shape=(n, 1, settings["hidden"]))
+
+    def run():
+        assert folder.name  # kept alive as long as this function
+        fitter = SAFTFitter(4)
+        for block in blocks(embedded):
+            fitter.update(block)
+        found = fitter.filter
+        scores = np.concatenate([found.scores(block) for block in blocks(embedded)])
+        return found.at_contamination(scores, 0.1).drops(scores)
+
+    return run

@@ -117,7 +117,7 @@ def find_harmful(
         layer = layer or (n_layers(model) + 1) // 2
         embedded = read(rows, [layer], (pooling,))
         fitter = SAFTFitter(n_directions)
-        for block in _blocks(embedded):
+        for block in blocks(embedded):
             fitter.update(block)
         found = replace(fitter.filter, layer=layer, pooling=pooling)
         if validation is not None:
@@ -125,7 +125,7 @@ def find_harmful(
             if side != "both":
                 found = found.one_sided(labelled, harmful)
             found = found.at_best_f1(found.scores(labelled), harmful)
-        scores = np.concatenate([found.scores(block) for block in _blocks(embedded)])[first_of]
+        scores = np.concatenate([found.scores(block) for block in blocks(embedded)])[first_of]
     if contamination is not None:
         found = found.at_contamination(scores, contamination)
     elif threshold is not None:
@@ -347,7 +347,7 @@ def _best_setting(
     return chosen
 
 
-def _blocks(embedded: np.ndarray) -> Iterator[np.ndarray]:
+def blocks(embedded: np.ndarray) -> Iterator[np.ndarray]:
     """`[n, d]` blocks of a file of activations in one setting, each mapped by itself: its memory is given back."""
     for start in range(0, len(embedded), BLOCK):
         shape = (min(BLOCK, len(embedded) - start), *embedded.shape[1:])

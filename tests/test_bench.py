@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tasft_lib import bench, cli, contenders
 
@@ -67,6 +68,46 @@ def test_gradient_error_is_within_the_promised_bounds(penalty, dtype):
     assert errors[contenders.OURS] <= (1e-5 if dtype == "float32" else 1e-2)
     if dtype == "bfloat16":  # both end in a bfloat16 gradient, whose rounding alone is 2⁻⁹
         assert errors[contenders.OURS] <= max(errors[contenders.TRL], 2**-9)
+
+
+def test_saft_as_json_and_as_text(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "FIT_ROWS", (1_000, 20_000))
+    command = "bench saft --geometry tiny --rows 20 --batch_size 8 --hidden 256 --repeats 1 --device cpu"
+    assert cli.main([*command.split(), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["time_ratio_vs_forward_passes"] > 0 and set(result["seconds"]) == {"saft_filter", "forward_passes"}
+    few, many = (result["fit_peak_bytes"][str(n)] for n in bench.FIT_ROWS)
+    # 20,000 activations are 20 MB, in float64 twice that.
+    assert many - few < 7 * 2**20
+    monkeypatch.setattr(bench, "FIT_ROWS", (1_000,))
+    assert cli.main(command.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("against the forward passes: time x") and lines[1].startswith("fit and scores of 1,000")
+
+
+def test_the_forward_passes_are_those_that_the_filter_makes(monkeypatch):
+    """Same batches, same layers, same states: what is left over is the filter's own work."""
+    settings = dict(geometry="tiny", rows=30, batch_size=7, device="cpu", dtype="float32")
+    seen = {}
+
+    def record(name, contender):
+        original = LlamaDecoderLayer.forward
+        seen[name] = []
+
+        def forward(self, states, *args, **kwargs):
+            seen[name].append((tuple(states.shape), states.double().abs().sum().item()))
+            return original(self, states, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaDecoderLayer, "forward", forward)
+            contender()
+
+    for name in (contenders.SAFT, contenders.FORWARD):
+        record(name, contenders.saft_contender(settings, name))
+    shapes, forward_shapes = ([shape for shape, _ in seen[name]] for name in seen)
+    assert shapes == forward_shapes and len(shapes) == 5, "five batches, one layer of two"
+    for (_, ours), (_, theirs) in zip(*seen.values(), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_a_line_is_fitted():

@@ -463,6 +463,7 @@ def test_what_is_wrong_is_said_in_one_line_before_a_model_is_loaded(change, mess
     arguments = arguments if isinstance(arguments, list) else command(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    capsys.readouterr()
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error and error.startswith("tasft filter: ")

@@ -6,12 +6,15 @@ import json
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        "tasft bench", description="Ours against TRL's plain SFT and against dense TA-SFT; ratios below 1 are better."
+        "tasft bench",
+        description="Ours against TRL's plain SFT and against dense TA-SFT; ratios below 1 are better. SAFT's filter "
+        "against just the forward passes it needs.",
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
+    tasft = argparse.ArgumentParser(add_help=False)
+    tasft.add_argument("--unsafe", type=float, default=0.05, help="share of unsafe tokens or rows (default: 0.05)")
+    tasft.add_argument("--penalty", default="emd", choices=("emd", "emd_exact", "nlcl"))
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--unsafe", type=float, default=0.05, help="share of unsafe tokens or rows (default: 0.05)")
-    shared.add_argument("--penalty", default="emd", choices=("emd", "emd_exact", "nlcl"))
     shared.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     shared.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     shared.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
@@ -20,24 +23,37 @@ def main(argv: list[str]) -> None:
     )
     shared.add_argument("--repeats", type=int, default=7, help="rounds, of which medians are taken (default: 7)")
     shared.add_argument("--json", action="store_true", help="print everything measured as JSON")
-    head = kinds.add_parser("head", parents=[shared], help="the loss head alone")
+    head = kinds.add_parser("head", parents=[tasft, shared], help="the loss head alone")
     head.add_argument("--vocab", type=int, default=32000)
     head.add_argument("--hidden", type=int, default=512)
     head.add_argument("--tokens", type=int, default=1536)
-    step = kinds.add_parser("step", parents=[shared], help="whole training steps of a random Llama with LoRA")
+    step = kinds.add_parser("step", parents=[tasft, shared], help="whole training steps of a random Llama with LoRA")
     step.add_argument("--geometry", default="small", choices=("tiny", "small", "llama-3.1-8b"))
     step.add_argument("--batch_size", type=int, default=8)
     step.add_argument("--sequence_length", type=int, help="tokens of every row (default: lengths as in Alpaca)")
     step.add_argument("--load_in_4bit", action="store_true")
     step.add_argument("--gradient_checkpointing", action="store_true")
+    saft = kinds.add_parser("saft", parents=[shared], help="SAFT's filter on texts, and the memory of its fit")
+    saft.add_argument("--geometry", default="small", choices=("tiny", "small", "llama-3.1-8b"))
+    saft.add_argument("--rows", type=int, default=256)
+    saft.add_argument("--batch_size", type=int, default=16)
+    saft.add_argument("--hidden", type=int, default=512, help="size of the activations whose fit is measured")
     args = vars(parser.parse_args(argv))
 
     from .. import bench
 
     as_json, kind = args.pop("json"), args.pop("kind")
-    result = {"head": bench.head, "step": bench.step}[kind](**args)
+    result = {"head": bench.head, "step": bench.step, "saft": bench.saft}[kind](**args)
     if as_json:
         print(json.dumps(result, indent=2))
+        return
+    if kind == "saft":
+        low, high = result["spread"]["time_ratio_vs_forward_passes"]
+        print(
+            f"against the forward passes: time x{result['time_ratio_vs_forward_passes']:.2f} ({low:.2f} to {high:.2f})"
+        )
+        for n, size in result["fit_peak_bytes"].items():
+            print(f"fit and scores of {n:,} activations of size {args['hidden']}: {size / 2**20:.1f} MB")
         return
     for against in ("trl_sft", "dense_tasft"):
         time, memory = (result[f"{what}_ratio_vs_{against}"] for what in ("time", "memory"))
