@@ -136,13 +136,13 @@ def find_harmful(
 def check_settings(
     n_rows: int,
     *,
-    contamination: float | None,
-    threshold: float | None,
-    validation: Dataset | None,
-    layer: int | None,
-    pooling: str,
-    n_directions: int,
-    steer: float,
+    contamination: float | None = None,
+    threshold: float | None = None,
+    validation: Dataset | None = None,
+    layer: int | None = None,
+    pooling: str = "last",
+    n_directions: int = 4,
+    steer: float = 0.0,
 ) -> None:
     """Refuse, in one line, what `find_harmful` could not do; before a model is loaded."""
     given = [name for name, v in (("contamination", contamination), ("threshold", threshold)) if v is not None]

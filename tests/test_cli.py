@@ -266,3 +266,50 @@ def test_the_papers_518_prompts_are_found_in_a_folder(shared):
     assert set(answers) == set(benchmarks.harvest_prompts(str(shared / "data"))) and all(answers.values())
     assert (prompts["kind"] == "toxic").sum() == 518
     assert len(benchmarks.harvest_prompts(str(shared / "data"))) == 2483
+
+
+def test_saft_gives_training_its_unsafe_rows(folder, capsys):
+    config = (folder / "config.yaml").read_text().replace(f"unsafe_dataset_name: {folder / 'unsafe.jsonl'}\n", "")
+    (folder / "saft.yaml").write_text(config)
+    train = ["train", "--config", str(folder / "saft.yaml"), "--saft_contamination", "0.2"]
+    rows = json.loads((folder / "alpaca.json").read_text())
+    assert cli.main(train) == 0
+    out = capsys.readouterr().out
+    (file,) = (folder / "out" / "_saft").glob("verdicts-*.json")
+    verdicts = json.loads(file.read_text())
+    assert len(verdicts) == len(rows) and sum(verdicts) == round(0.2 * len(rows))
+    assert f"{len(rows) - sum(verdicts)} benign and {sum(verdicts)} unsafe rows" in out
+    assert rows[0]["output"] not in (folder / "out" / "_saft" / "report.md").read_text()
+    record = json.loads((folder / "out" / "tasft.json").read_text())
+    assert record["unsafe_rows"] == sum(verdicts)
+
+    # The verdicts are those of `tasft filter` with the model to be tuned.
+    filtered = ["filter", str(folder / "alpaca.json"), "--model", str(folder / "base"), "--prompt_template", "none"]
+    assert cli.main([*filtered, "--contamination", "0.2", "--output_dir", str(folder / "filtered")]) == 0
+    dropped = json.loads((folder / "filtered" / "dropped.json").read_text())
+    same = [{k: v for k, v in row.items() if k in rows[0]} for row in dropped]
+    assert same == [row for row, verdict in zip(rows, verdicts, strict=True) if verdict]
+
+    # Found again, so a resumed run trains on the same rows.
+    file.write_text(json.dumps([i < 3 for i in range(len(rows))]))
+    assert cli.main(train) == 0
+    assert "and 3 unsafe rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--saft_contamination", "0.2", "--unsafe_dataset_name", "unsafe.jsonl"], "leave out unsafe_dataset_name"),
+        (["--saft_contamination", "1.2"], "contamination=1.2: the share of harmful rows lies between 0 and 1"),
+        (["--saft_contamination", "0.2", "--saft_validation", "mixed.jsonl"], "give one of contamination"),
+        (["--saft_contamination", "0.2", "--dataset_name", "mixed.jsonl"], "has rows labelled false already"),
+    ],
+)
+def test_saft_options_that_contradict(folder, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(folder)
+    config = (folder / "config.yaml").read_text().replace(f"unsafe_dataset_name: {folder / 'unsafe.jsonl'}\n", "")
+    (folder / "saft.yaml").write_text(config)
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(30)))
+    assert cli.main(["train", "--config", "saft.yaml", *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

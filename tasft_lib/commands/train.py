@@ -1,12 +1,17 @@
 """`tasft train`: TRL's SFT with a penalty on the rows labelled unsafe."""
 
+import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .. import data, provenance
+from .. import data, filtering, provenance
+from ..activations import token_lengths
 from ..card import RECORD, training_record
 from ..config import TASFTConfig
 from ..generation import Decoding
@@ -39,6 +44,14 @@ class DataArguments(ScriptArguments):
         metadata={"help": "Unsafe rows (file, save_to_disk folder, hub id); else `label` in dataset_name tells."},
     )
     unsafe_dataset_revision: str | None = field(default=None, metadata={"help": "Commit of that hub data set."})
+    saft_contamination: float | None = field(
+        default=None,
+        metadata={"help": "Share of the rows thought harmful: SAFT finds them, without labels; they are unsafe."},
+    )
+    saft_validation: str | None = field(
+        default=None,
+        metadata={"help": "Instead: rows with `label`, on which SAFT's layer, directions and threshold are set."},
+    )
     n_benign: int | None = field(default=None, metadata={"help": "Benign rows to draw by --seed (default: all)."})
     n_unsafe: int | None = field(default=None, metadata={"help": "Unsafe rows to draw by --seed (default: all)."})
     prompt_template: str = field(
@@ -77,10 +90,14 @@ def main(argv: list[str]) -> None:
         # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads.
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
 
+    by_saft = data_args.saft_contamination is not None or data_args.saft_validation is not None
+    if by_saft and data_args.unsafe_dataset_name is not None:
+        raise ValueError("SAFT finds the unsafe rows; leave out unsafe_dataset_name, or saft_contamination.")
+
     rows = data.read_rows(
         data_args.dataset_name, split=data_args.dataset_train_split, revision=data_args.dataset_revision
     )
-    has_label = "label" in rows.column_names or data_args.unsafe_dataset_name is None
+    has_label = "label" in rows.column_names or (data_args.unsafe_dataset_name is None and not by_saft)
     rows = data.to_training_rows(
         rows,
         label=None if has_label else True,
@@ -88,6 +105,9 @@ def main(argv: list[str]) -> None:
         source=data_args.dataset_name,
         drop_empty=data_args.drop_empty,
     )
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    if by_saft:
+        rows = _labelled_by_saft(rows, data_args, args, model_args, tokenizer)
     benign, unsafe = data.by_label(rows)
     if data_args.unsafe_dataset_name is not None:
         source = data_args.unsafe_dataset_name
@@ -97,9 +117,9 @@ def main(argv: list[str]) -> None:
             template=data_args.prompt_template,
             source=source,
         )
-    source = f"{data_args.dataset_name} with {data_args.unsafe_dataset_name or 'its own labels'}"
+    labels_from = data_args.unsafe_dataset_name or ("labels by SAFT" if by_saft else "its own labels")
+    source = f"{data_args.dataset_name} with {labels_from}"
     mixed = data.mix(benign, unsafe, n_benign=data_args.n_benign, n_unsafe=data_args.n_unsafe, seed=args.seed)
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     data.validate(
         mixed,
         source=source,
@@ -148,6 +168,55 @@ def main(argv: list[str]) -> None:
         is_local = os.path.exists(data_args.dataset_name)
         trainer.push_to_hub(dataset_name=None if is_local else data_args.dataset_name)
     trainer.end()
+
+
+def _labelled_by_saft(rows: Dataset, data_args, args, model_args, tokenizer) -> Dataset:
+    """`rows` with `label` False for those that SAFT finds harmful with the model to be tuned.
+
+    The first process finds them and leaves the verdicts and a report in `<output_dir>/_saft`, which is never pushed to
+    the hub; the others, and a run that is resumed, read them there.
+    """
+    if not all(rows["label"][:]):
+        raise ValueError(f"{data_args.dataset_name}: has rows labelled false already; remove them, or do without SAFT.")
+    validation = None
+    if data_args.saft_validation is not None:
+        source = data_args.saft_validation
+        validation = data.to_training_rows(
+            data.read_rows(source), label=None, template=data_args.prompt_template, source=source
+        )
+    options = {"contamination": data_args.saft_contamination, "validation": validation}
+    filtering.check_settings(len(rows), **options)
+    asked = [data.fingerprint(rows), validation and data.fingerprint(validation), data_args.saft_contamination]
+    folder = Path(args.output_dir) / "_saft"
+    file = folder / f"verdicts-{provenance.content_hash([*asked, model_args.model_name_or_path, args.max_length])}.json"
+    with PartialState().main_process_first():
+        if not file.exists():
+            model = AutoModelForCausalLM.from_pretrained(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision or "main",
+                dtype=model_args.dtype,
+                quantization_config=get_quantization_config(model_args),
+                device_map={"": args.device},
+            )
+            read = {"max_length": args.max_length, "folder": folder}
+            found, scores = filtering.find_harmful(model, tokenizer, rows, **options, **read)
+            report = filtering.report(
+                found,
+                scores,
+                rows,
+                token_lengths(tokenizer, rows),
+                source=Path(data_args.dataset_name).name,
+                model=Path(model_args.model_name_or_path).name,
+                max_length=args.max_length,
+                contamination=data_args.saft_contamination,
+                selected=validation is not None,
+            )
+            provenance.write_text(folder / "report.md", report)
+            provenance.write_json(file, found.drops(scores).tolist())
+            print(report)
+            del model
+    dropped = json.loads(file.read_text())
+    return rows.remove_columns("label").add_column("label", [not row for row in dropped])
 
 
 def _asked(prompts: list[str], tokenizer, rows, template: str) -> list[str]:
