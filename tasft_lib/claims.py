@@ -256,6 +256,53 @@ def _constant_pressure(read):
     return "; ".join(shown), "reproduced" if (lost < 0.05).all() else "not reproduced"
 
 
+def _saft_detects(read):
+    table = read("harmful_data_filter_detectors")
+    table = table[(table["n_safe"] == 0) & (table["contamination"] == table["contamination"].max())]
+    found = table.groupby("detector", sort=False)[["auroc", "auroc_low", "auroc_high"]].mean()
+    if "saft" not in found.index:
+        raise _NoSuchArm("no SAFT")
+    without = ["saft", "saft_1", "loss", "length"]
+    shown = [f"{name} {row.auroc:.2f} ({row.auroc_low:.2f}-{row.auroc_high:.2f})" for name, row in found.iterrows()]
+    evidence = f"AUROC at contamination {table['contamination'].max():g}: " + "; ".join(shown)
+    auroc = found["auroc"]
+    if auroc["saft"] < 0.9:
+        return evidence, "not reproduced"
+    best = auroc[[name for name in without if name in auroc]].idxmax()
+    return evidence, "reproduced" if best.startswith("saft") else f"partly: {best} alone does better"
+
+
+def _saft_arms(read, contamination=None) -> tuple[float, dict[str, pd.Series]]:
+    """(contamination, method -> row) of the arms whose filter drops as many rows as are harmful."""
+    table = read("harmful_data_filter_table")
+    table = table[(table["n_safe"] == 0) & ((table["share"] == table["contamination"]) | (table["method"] == "none"))]
+    contamination = table["contamination"].max() if contamination is None else contamination
+    arms = table[table["contamination"] == contamination].set_index("method")
+    if missing := {"none", "saft", "saft_emd", "oracle", "oracle_emd"} - set(arms.index):
+        raise _NoSuchArm(f"no {' and '.join(sorted(missing))} at contamination {contamination:g}")
+    return contamination, {method: row for method, row in arms.iterrows()}
+
+
+def _filtering_helps(read):
+    contamination, arms = _saft_arms(read)
+    names = ("none", "saft", "oracle")
+    evidence = f"contamination {contamination:g}: " + "; ".join(f"{tables.NAMES[m]} {_text(arms[m])}" for m in names)
+    if arms["saft"]["harm_high"] >= arms["none"]["harm_low"]:
+        return evidence, "not reproduced"
+    near = arms["saft"]["harm"] <= arms["oracle"]["harm"] + 0.03
+    return evidence, "reproduced" if near else "partly: far from the oracle filter"
+
+
+def _dropped_rows_are_worth_it(read):
+    contamination, arms = _saft_arms(read, 0.1)
+    names = ("saft", "saft_emd", "oracle_emd")
+    evidence = f"contamination {contamination:g}: " + "; ".join(f"{tables.NAMES[m]} {_text(arms[m])}" for m in names)
+    if arms["saft_emd"]["harm_high"] >= arms["saft"]["harm_low"]:
+        return evidence, "not so"
+    near = arms["saft_emd"]["harm"] <= arms["oracle_emd"]["harm"] + 0.03
+    return evidence, "holds" if near else "partly: safer than the filter alone, but far from what true labels give"
+
+
 CLAIMS = (
     Claim("F1: plain SFT answers toxic prompts harmfully", "Fig 2", _sft_is_harmful),
     Claim("F2: EMD and NLCL end at almost no harm", "0-3 of 518 at n = 1000 (Tables 2, 6)", _penalties_are_safe),
@@ -270,4 +317,7 @@ CLAIMS = (
     Claim("EMD withstands jailbreaks better than STL", "20-63 % against 60-73 % (last table)", _jailbreaks),
     Claim("Prop. 1: the bound lies below the EMD", "eq. 5", _bound),
     Claim("total pressure λ·p is one constant", "Table 4: 0.015-0.06 (EMD)", _constant_pressure),
+    Claim("SAFT: activations give harmful rows away, without labels", "SAFT, Fig 3", _saft_detects),
+    Claim("SAFT: tuned on the filtered set, a model is less harmful", "SAFT, Fig 2: up to 27.8 %", _filtering_helps),
+    Claim("ours: pushing away from what SAFT drops beats dropping it", "-", _dropped_rows_are_worth_it),
 )
