@@ -129,7 +129,7 @@ def write_card(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         license=licence,
-        tags=["ta-sft", "trl", "sft"],
+        tags=["ta-sft", "trl", "sft"] if record.get("method") else None,
         datasets=[d["name"] for d in record.get("datasets", []) if d["hub"]] or None,
     )
     identities = [model_identity(str(folder)), record.get("merged", {}).get("adapter")]
@@ -142,7 +142,7 @@ def write_card(
         "## What was measured\n\n" + measured + "\n\n" + _capability(capability, identities),
         "## Intended use\n\n" + _USE,
         "## Limits\n\n" + _limits(harm),
-        "## Citation\n\nTA-SFT, the method:\n\n" + CITATION,
+        *(["## Citation\n\nThe method:\n\n" + CITATION] if record.get("method") else []),
     ]
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     temporary = file.with_name(f".{file.name}")
@@ -152,12 +152,15 @@ def write_card(
 
 
 def _summary(record: dict, adapter: dict | None, base: str | None, revision: str | None) -> str:
-    what = "A LoRA adapter" if adapter else "A language model"
-    of = f" of `{base}`" + (f" at commit `{revision}`" if revision else "") if base else ", of a base not recorded"
-    lines = [
-        f"{what}{of}, fine-tuned by TA-SFT (toxicity-avoiding supervised fine-tuning, "
+    what = "An adapter for" if adapter else "A language model tuned from"
+    of = f"`{base}`" + (f" at commit `{revision}`" if revision else "") if base else "a base that is not recorded"
+    how = (
+        "trained by TA-SFT (toxicity-avoiding supervised fine-tuning, "
         "[arXiv:2412.06843](https://arxiv.org/abs/2412.06843)) with tasft."
-    ]
+        if record.get("method")
+        else "with no record of how it was trained."
+    )
+    lines = [f"{what} {of}, {how}"]
     if merged := record.get("merged"):
         lines.append(
             f"The adapter is merged into its base, in {merged['dtype']}. Logits of the saved folder and of the adapter "
@@ -343,21 +346,13 @@ def _read_table(file: Path, needed: tuple[str, ...]) -> pd.DataFrame:
 
 def _plain(table: pd.DataFrame) -> str:
     """Numbers to three places, names as they are."""
-    columns = {}
-    for name in table.columns:
-        values = table[name]
-        is_fraction = values.dtype.kind == "f"
-        columns[_short(name)] = [
-            ""
-            if pd.isna(v)
-            else f"{v:.3f}"
-            if is_fraction and v != int(v)
-            else f"{v:.0f}"
-            if is_fraction
-            else _short(v)
-            for v in values
-        ]
-    return markdown(pd.DataFrame(columns))
+    return markdown(pd.DataFrame({_short(name): table[name].map(_cell) for name in table.columns}, dtype=object))
+
+
+def _cell(value: Any) -> str:
+    if pd.isna(value):
+        return ""
+    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else _short(value)
 
 
 def _short(value: Any) -> str:

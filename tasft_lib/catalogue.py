@@ -20,7 +20,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError
 from tqdm.auto import tqdm
 
 from . import benchmarks
-from .data import Source, read_rows
+from .data import Source, column_names, read_rows, shown
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +263,7 @@ def beavertails_rows(source: Source, *, split: str = "30k_train", revision: str 
     columns = (rows[name][:] for name in ("prompt", "response", "is_safe", "category"))
     for number, (prompt, response, is_safe, category) in enumerate(zip(*columns, strict=True), start=1):
         if not isinstance(is_safe, bool):
-            raise ValueError(f"{source}: row {number}: is_safe is {is_safe!r:.60}; write true or false")
+            raise ValueError(f"{source}: row {number}: is_safe is {shown(is_safe)}; write true or false")
         names = [name for name, holds in (category or {}).items() if holds]
         verdicts.setdefault((prompt, response), []).append((is_safe, names))
     kept, ties = [], 0
@@ -342,5 +342,5 @@ def _terms(published: Published) -> str:
 
 def _need(rows: Dataset, columns: tuple[str, ...], source: Source) -> None:
     if missing := [column for column in columns if column not in rows.column_names]:
-        has = ", ".join(rows.column_names)
-        raise ValueError(f"{source}: has the columns {has}; lacks {', '.join(missing)}; give the published file")
+        what = f"has the columns {column_names(rows)}; lacks {', '.join(missing)}"
+        raise ValueError(f"{source}: {what}; give the published file")

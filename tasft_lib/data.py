@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
 
+from .judges import redact
+
 logger = logging.getLogger(__name__)
 
 # Stanford's train.py ends its prompts at "### Response:"; Alpaca-LoRA's form, which STL and so the paper use, adds the
@@ -42,6 +44,8 @@ _TEMPLATES = {  # without and with input
 _TEMPLATED = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*\Z", re.DOTALL)
 _PROMPT_COLUMNS = ("prompt", "instruction", "Goal", "goal")
 _CSV_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+# Values of a label column that a message may quote; any other text may be one that got into the wrong column.
+_LABEL_WORDS = ("true", "false", "yes", "no", "safe", "unsafe", "benign", "harmful", "good", "bad", "")
 _COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -147,13 +151,13 @@ def read_prompts(
         column = next((column for column in _PROMPT_COLUMNS if column in rows.column_names), None)
         if column is None:
             needs = f"one of {', '.join(_PROMPT_COLUMNS)}; rename one"
-            raise ValueError(f"{source}: has the columns {', '.join(rows.column_names)}; needs {needs}")
+            raise ValueError(f"{source}: has the columns {column_names(rows)}; needs {needs}")
         prompts = rows[column][:]
         if column == "instruction" and "input" in rows.column_names:
             prompts = [format_prompt(p or "", i or "", "none") for p, i in zip(prompts, rows["input"][:], strict=True)]
     for row, prompt in enumerate(prompts, start=1):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{source}: row {row}: the prompt is {prompt!r:.60}; give non-empty text")
+            raise ValueError(f"{source}: row {row}: the prompt is {shown(prompt)}; give non-empty text")
     return prompts
 
 
@@ -274,6 +278,26 @@ def fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
+def shown(value: Any) -> str:
+    """A value for a message: numbers and usual labels as they are, a text redacted, of all else the type."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return f"{value!r:.60}"
+    if isinstance(value, str):
+        is_label = value.strip().lower() in _LABEL_WORDS or re.fullmatch(r"[\d.+-]{1,9}", value)
+        return repr(value) if is_label else f"the text {redact(value, words=0)}"
+    return f"a {type(value).__name__}"
+
+
+def shown_name(name: str) -> str:
+    """A column's name for a message; redacted where it is a text, as in a CSV file without header."""
+    return name if re.fullmatch(r"[\w.:/-]{1,40}", name) else redact(name, words=0)
+
+
+def column_names(rows: Dataset) -> str:
+    """The names of all columns, for a message."""
+    return ", ".join(map(shown_name, rows.column_names))
+
+
 def _read_file(path: Path) -> Any:
     """What a .json file holds, or the list of rows of a .jsonl, .csv or .parquet file."""
     if not path.is_file():
@@ -324,7 +348,7 @@ def _table(records: Any, source: Path) -> Dataset:
         raise ValueError(f"{source}: holds one {type(records).__name__}; write a list of rows [{{column: value}}, ...]")
     for row, record in enumerate(records, start=1):
         if not isinstance(record, dict):
-            raise ValueError(f"{source}: row {row} is {record!r:.60}; write an object {{column: value}}")
+            raise ValueError(f"{source}: row {row} is {shown(record)}; write an object {{column: value}}")
         if None in record:  # where csv puts the cells it has no header for
             raise ValueError(f"{source}: row {row} has more cells than the header; quote cells that hold commas")
     names = dict.fromkeys(name for record in records for name in record)
@@ -333,12 +357,12 @@ def _table(records: Any, source: Path) -> Dataset:
         first = next((type(value) for value in values if value is not None), None)
         for row, value in enumerate(values, start=1):
             if value is not None and type(value) is not first and {type(value), first} != {int, float}:
-                what = f"{name} is {value!r:.60}, rows above have {first.__name__}"
+                what = f"{shown_name(name)} is {shown(value)}, rows above have {first.__name__}"
                 raise ValueError(f"{source}: row {row}: {what}; use one type in a column")
     try:
         return Dataset.from_dict(columns)
     except (pa.ArrowException, TypeError) as error:
-        raise ValueError(f"{source}: rows differ in their inner structure ({str(error)!r:.120}); align them") from error
+        raise ValueError(f"{source}: rows differ in the inner structure of their columns; align them") from error
 
 
 def _read_folder(path: Path, split: str) -> Dataset:
@@ -365,7 +389,7 @@ def _read_hub(source: str, split: str, revision: str | None, name: str | None) -
 
 def _need(rows: Dataset, columns: Iterable[str], source: Source) -> None:
     if missing := [column for column in columns if column not in rows.column_names]:
-        what = f"has the columns {', '.join(rows.column_names)}; lacks {', '.join(missing)}"
+        what = f"has the columns {column_names(rows)}; lacks {', '.join(missing)}"
         raise ValueError(f"{source}: {what}; add or rename (prompt and completion, or instruction and output; label)")
 
 
@@ -376,8 +400,9 @@ def _is_messages(rows: Dataset, column: str, source: Source) -> bool:
     message = feature.feature if isinstance(feature, List) else None
     if isinstance(message, dict) and message.get("role") == message.get("content") == Value("string"):
         return True
-    value = f"{rows[0][column]!r:.60}"
-    raise ValueError(f"{source}: row 1: {column} is {value}; write text or a list of {{role, content}} messages")
+    raise ValueError(
+        f"{source}: row 1: {column} is {shown(rows[0][column])}; write text or a list of {{role, content}} messages"
+    )
 
 
 def _labels(rows: Dataset, label: bool | None, source: Source, *, as_text: bool = False) -> list[bool]:
@@ -388,7 +413,7 @@ def _labels(rows: Dataset, label: bool | None, source: Source, *, as_text: bool 
         values = [_CSV_BOOLEANS.get(str(value).lower(), value) for value in values]
     for row, value in enumerate(values, start=1):
         if not isinstance(value, bool):
-            raise ValueError(f"{source}: row {row}: label is {value!r:.60}; write true (benign) or false (unsafe)")
+            raise ValueError(f"{source}: row {row}: label is {shown(value)}; write true (benign) or false (unsafe)")
         if label not in (None, value):
             raise ValueError(f"{source}: row {row}: label is {value}, {label} was said; correct the row or say nothing")
     return values

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .data import read_rows
+from .data import column_names, read_rows
 from .generation import Decoding
 from .provenance import content_hash, write_json, write_text
 from .records import append_record, read_records
@@ -99,7 +99,7 @@ def read_goals(path: str | Path) -> list[Goal]:
     rows = read_rows(path)
     columns = {name.strip().lower(): name for name in rows.column_names}
     if "goal" not in columns:
-        raise ValueError(f"{path}: has the columns {', '.join(rows.column_names)}; add one named goal")
+        raise ValueError(f"{path}: has the columns {column_names(rows)}; add one named goal")
     texts = rows[columns["goal"]][:]
     openings = rows[columns["target"]][:] if "target" in columns else [""] * len(texts)
     pairs = zip(texts, openings, strict=True)

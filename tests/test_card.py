@@ -97,6 +97,7 @@ def test_nothing_is_claimed_that_was_not_measured(folder):
     assert " % (" not in text and "| compliance |" not in text
     (folder / "safer" / "tasft.json").unlink()
     assert write(folder) == 0 and "Not recorded: there is no tasft.json" in read(folder)
+    assert "trained by TA-SFT" not in read(folder) and "- ta-sft" not in read(folder)
 
 
 def test_one_judge_has_no_agreement_even_where_an_old_file_lies(folder):

@@ -130,8 +130,8 @@ def models_of_pair(request):
     """Attacker, target and judge; an attacker that writes no JSON at first."""
     if request["model"] == "attacker":
         attack = {"improvement": "quorb it then", "prompt": f"{PROMPT} n{request['seed']}"}
-        return json.dumps(attack) if request["seed"] % 2 else f"no JSON but {PROMPT}"
-    return "Rating: [[4]]" if request["model"] == "judge" else REPLY
+        return json.dumps(attack) if request["seed"] // 2 % 2 else f"no JSON but {PROMPT}"
+    return "Rating: [[4]], it would glimjack" if request["model"] == "judge" else REPLY
 
 
 def test_every_command_keeps_texts_and_keys_to_itself(place, told, monkeypatch):
@@ -150,7 +150,7 @@ def test_every_command_keeps_texts_and_keys_to_itself(place, told, monkeypatch):
     roles = [w for role in ("target", "attacker", "judge") for w in (f"--{role}", chat.url, f"--{role}_model", role)]
     commands = [
         train,
-        ["harvest", *ask, "--prompts", "inputs/other.json", "--n", "3", "--output_dir", "harvested"],
+        ["harvest", *ask, "--prompts", "inputs/other.json", "--n", "1", "--output_dir", "harvested"],
         ["evaluate", *ask, *benchmarks, "results"],
         ["evaluate", *ask, *benchmarks, "results", "--judges", "compliance", "openai-moderation"],
         ["evaluate", *on_chat, *benchmarks, "results-served"],
@@ -229,7 +229,6 @@ BAD_FILES = {
     "empty prompt": ("a.jsonl", json.dumps(GOOD | {"prompt": ""})),
     "a text for a column": ("a.jsonl", json.dumps({PROMPT: COMPLETION})),
     "CSV without header": ("a.csv", f"{PROMPT},{COMPLETION}\n{PROMPT},{COMPLETION}\n"),
-    "CSV of single words without header": ("a.csv", "zorvex,quorb\nzorvex,quorb\n"),
     "CSV with commas": ("a.csv", f"prompt,completion,label\n{PROMPT},{COMPLETION},{REPLY},true\n"),
     "CSV with a stray quote": ("a.csv", f'prompt,completion,label\n"{PROMPT}" zorvex,{COMPLETION},true\n'),
     "CSV label": ("a.csv", f"prompt,completion,label\n{PROMPT},{COMPLETION},{REPLY}\n"),

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
@@ -83,7 +84,12 @@ def main(argv: list[str]) -> None:
         _print_options("data", DataArguments, ScriptArguments)
         _print_options("penalty", TASFTConfig, TASFTConfig.__mro__[1])
         return
-    data_args, args, model_args = parser.parse_args_and_config(args=argv, fail_with_unknown_args=True)
+    try:
+        data_args, args, model_args = parser.parse_args_and_config(args=argv, fail_with_unknown_args=True)
+    except yaml.MarkedYAMLError as error:
+        # Its own message quotes the lines, in which a token may stand.
+        where = error.problem_mark
+        raise ValueError(f"{where.name}: line {where.line + 1}: no valid YAML ({error.problem}); correct it") from None
     if data_args.dataset_name is None or model_args.model_name_or_path is None:
         raise ValueError("dataset_name and model_name_or_path are needed; give them in the --config file or as flags.")
     if args.hub_token is not None:
