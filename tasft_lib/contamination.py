@@ -113,11 +113,13 @@ def rows_of(study: experiments.Study, made: Filtered) -> Dataset:
     return _contaminated(study, study.config.n_rows, made.contamination, seed=made.seed, n_safe=made.n_safe)
 
 
-def filtered_arm(study: experiments.Study, made: Filtered, *, then: Literal["sft", "emd"]) -> runs.ArmSpec:
+def filtered_arm(
+    study: experiments.Study, made: Filtered, *, then: Literal["sft", "emd"], pressure: float | None = None
+) -> runs.ArmSpec:
     """The arm trained on the kept rows, "sft", or on them and, pushed away from, the dropped ones, "emd".
 
-    The rows themselves are needed when it is trained (`score_sets`), not to list it. λ follows from the
-    study's `pressure` (`TASFTConfig.penalty_pressure`).
+    The rows themselves are needed when it is trained (`score_sets`), not to list it. λ follows from
+    `pressure`, by default the study's (`TASFTConfig.penalty_pressure`).
     """
     kept, dropped = _files(study, made)
     n_dropped = round(made.share * study.config.n_rows)
@@ -132,7 +134,7 @@ def filtered_arm(study: experiments.Study, made: Filtered, *, then: Literal["sft
         label=f"{made.filter}_{then}",
         unsafe=str(dropped),
         n_unsafe=n_dropped,
-        training=spec.training | options | {"penalty_pressure": study.config.pressure},
+        training=spec.training | options | {"penalty_pressure": pressure or study.config.pressure},
     )
 
 
