@@ -18,6 +18,7 @@ from tasft_lib import TASFTConfig, TASFTTrainer, cli
 from tasft_lib.generation import Decoding, generate
 from tasft_lib.samples import FILE, SampleCallback
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["w7 w8 w9 w10 w11 w12", "w1", "w2 w3 w4"]
 
 
@@ -143,10 +144,10 @@ def test_sharded_models_are_refused(tokenizer, tmp_path, monkeypatch):
 
 def test_of_two_processes_one_answers(folder, prompts):  # noqa: F811
     edit(folder, per_device_train_batch_size="2", gradient_checkpointing="false")
-    root = Path(__file__).resolve().parents[1]
+
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
     command = [*launch, "-m", "tasft_lib.cli", "train", "--config", str(folder / "config.yaml"), "--use_cpu", "true"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     flags = [*prompts, "--sample_steps", "1", "--logging_steps", "1", "--ddp_backend", "gloo"]
     done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -202,3 +203,24 @@ def test_tensorboard_gets_the_metrics_of_the_penalty(folder, prompts, monkeypatc
     logged = {log["step"]: log for log in history(folder, 2) if "penalty" in log}
     for event in events.Scalars("train/penalty"):
         assert event.value == pytest.approx(logged[event.step]["penalty"], rel=1e-6)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_other_trackers_get_them_too(tracker, folder, prompts):  # noqa: F811
+    """In a process of its own: transformers looks for trackers once, and wandb starts a service."""
+    pytest.importorskip(tracker)
+    offline = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
+    command = [sys.executable, "-m", "tasft_lib.cli", "train", "--config", str(folder / "config.yaml")]
+    done = subprocess.run(
+        [*command, *prompts, "--sample_steps", "1", "--logging_steps", "1", "--report_to", tracker],
+        env=os.environ | offline | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = [*folder.glob("wandb/offline-run-*/*.wandb"), *folder.glob("trackio/*.db*")]
+    written = b"".join(path.read_bytes() for path in files)
+    for name in ("nll", "penalty", "unsafe_log_prob", "sample_refusal", "sample_degenerate"):
+        assert f"train/{name}".encode() in written
+    assert not any(record["response"].encode() in written for record in samples(folder))
