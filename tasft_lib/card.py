@@ -163,8 +163,9 @@ def _summary(record: dict, adapter: dict | None, base: str | None, revision: str
     lines = [f"{what} {of}, {how}"]
     if merged := record.get("merged"):
         lines.append(
-            f"The adapter is merged into its base, in {merged['dtype']}. Logits of the saved folder and of the adapter "
-            f"on its base differ by {merged['difference']:.1e} (relative, on {merged['tokens']} tokens)."
+            f"The adapter is merged into its base, in {merged['dtype']}. On {merged['tokens']} random tokens the logits of "
+            f"this model and of base and adapter side by side differ by {merged['difference']:.1e} of their spread, those "
+            f"of the base with and without adapter by {merged['effect']:.1e}."
         )
     if record.get("quantised"):
         lines.append(

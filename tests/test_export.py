@@ -170,6 +170,17 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tokenizer, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+def test_rounding_that_drowns_the_adapter_is_refused(tokenizer, tmp_path, capsys):
+    """An adapter of 1e-3 of the weights is lost in bfloat16, not in float32."""
+    base = save_base(tokenizer, tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0.02}))
+    told = refused(capsys, adapter, tmp_path / "m", "--dtype", "bfloat16")
+    assert "where the adapter makes" in told and "try --dtype float32" in told and not (tmp_path / "m").exists()
+    assert export(adapter, tmp_path / "m") == 0
+
+
 def test_the_commit_of_a_hub_base_is_kept_with_the_adapter(folder, monkeypatch):  # noqa: F811
     """The commit that was trained on is the one that evaluation and export load."""
     commit = "0123456789abcdef0123456789abcdef01234567"

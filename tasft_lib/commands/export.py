@@ -32,8 +32,12 @@ def main(argv: list[str]) -> None:
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if (args.model / "adapter_config.json").exists():
         base, revision = adapter_base(args.model, args.model_revision, base=args.base)
-        difference = export.merge_adapter(args.model, base, revision, args.output_dir, tokenizer=tokenizer, dtype=dtype)
-        print(f"merged; the logits differ from those of the adapter by {difference:.1e} of their spread")
+        options = {"tokenizer": tokenizer, "dtype": dtype}
+        difference, effect = export.merge_adapter(args.model, base, revision, args.output_dir, **options)
+        print(
+            f"merged: logits differ from those of base and adapter by {difference:.1e} of their spread; the adapter "
+            f"itself makes {effect:.1e}"
+        )
     else:
         export.copy_model(args.model, args.output_dir, tokenizer=tokenizer, dtype=dtype)
     print(f"saved to {args.output_dir}")
