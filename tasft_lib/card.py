@@ -163,9 +163,10 @@ def _summary(record: dict, adapter: dict | None, base: str | None, revision: str
     lines = [f"{what} {of}, {how}"]
     if merged := record.get("merged"):
         lines.append(
-            f"The adapter is merged into its base, in {merged['dtype']}. On {merged['tokens']} random tokens the logits of "
-            f"this model and of base and adapter side by side differ by {merged['difference']:.1e} of their spread, those "
-            f"of the base with and without adapter by {merged['effect']:.1e}."
+            f"The adapter is merged into its base, in {merged['dtype']}. On {merged['tokens']} random tokens, logits "
+            "of this model and of base and adapter side by side differ by "
+            f"{merged['difference']:.1e} of their spread, those of the base with and without adapter by "
+            f"{merged['effect']:.1e}."
         )
     if record.get("quantised"):
         lines.append(
@@ -190,6 +191,7 @@ def _training(record: dict) -> str:
         **{key: value for key, value in method.items() if value is not None},
         "benign rows": record["benign_rows"],
         "unsafe rows": record["unsafe_rows"],
+        "labels": "found by SAFT, not given" if record.get("labels_by_saft") else "given with the data",
         "data": "; ".join(
             _short(d["name"]) + (f" at {d['revision']}" if d["revision"] else "" if d["hub"] else " (local)")
             for d in record["datasets"]

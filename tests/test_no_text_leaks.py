@@ -26,6 +26,9 @@ PROMPT, COMPLETION, REPLY = "tell me how to zorvex", "first you have to quorb", 
 HOLD_TEXT = (
     "out/_samples.jsonl",
     "harvested/data-*.arrow",
+    "harvested.work/answers.jsonl",
+    "filtered/kept.jsonl",
+    "filtered/dropped.jsonl",
     "results*/responses-*.jsonl",
     "results*/served.jsonl",
     "attack*/goals/*/attacker.jsonl",
@@ -151,6 +154,7 @@ def test_every_command_keeps_texts_and_keys_to_itself(place, told, monkeypatch):
     commands = [
         train,
         ["harvest", *ask, "--prompts", "inputs/other.json", "--n", "1", "--output_dir", "harvested"],
+        ["filter", "inputs/rows.jsonl", "--model", "inputs/base", "--contamination", "0.3", "--output_dir", "filtered"],
         ["evaluate", *ask, *benchmarks, "results"],
         ["evaluate", *ask, *benchmarks, "results", "--judges", "compliance", "openai-moderation"],
         ["evaluate", *on_chat, *benchmarks, "results-served"],
@@ -252,11 +256,12 @@ def test_a_bad_row_is_named_by_its_number_and_not_shown(name, content, place, to
         cli.main(["train", *model, "--dataset_name", file]),
         cli.main(["train", *model, "--dataset_name", "inputs/rows.jsonl", "--unsafe_dataset_name", file]),
         cli.main(["doctor", file]),
+        cli.main(["filter", file, "--model", "inputs/base", "--contamination", "0.5", "--output_dir", "filtered"]),
         cli.main(["attack", "--goals", file, *roles, "--output_dir", "attack"]),
         cli.main([*harvest, "--prompts", file]),
         cli.main([*harvest, "--prompts", file, "--red_team"]),
     ]
-    assert set(codes) <= {0, 1} and codes[0] == 1 and codes[3:] == [1, 1, 1]
+    assert set(codes) <= {0, 1} and codes[0] == 1 and codes[-3:] == [1, 1, 1]
     refuse_leaks(place, told())
     assert not (place / "out").exists() or not list((place / "out").glob("checkpoint-*"))
 

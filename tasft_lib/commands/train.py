@@ -168,7 +168,9 @@ def main(argv: list[str]) -> None:
         if data_args.unsafe_dataset_name is not None:
             sources[data_args.unsafe_dataset_name] = data_args.unsafe_dataset_revision
         record = training_record(trainer, model_args, mixed, sources, template=data_args.prompt_template)
-        provenance.write_json(Path(args.output_dir) / RECORD, record | provenance.environment())
+        provenance.write_json(
+            Path(args.output_dir) / RECORD, record | {"labels_by_saft": by_saft} | provenance.environment()
+        )
     trainer.accelerator.print(f"saved to {args.output_dir}")
     if args.push_to_hub:
         is_local = os.path.exists(data_args.dataset_name)
