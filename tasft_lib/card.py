@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def write_card(
     folder: Path,
     *,
     results: Path | None = None,
-    capability: Path | None = None,
+    capability: Sequence[Path] = (),
     licence: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -106,7 +107,7 @@ def write_card(
     Args:
         folder: model or adapter; `tasft.json` in it says how it was trained.
         results: the `--output_dir` of `tasft evaluate` on this model.
-        capability: folder with capability.csv and its manifest, and alpaca_eval.csv if there is one.
+        capability: folders of `tasft capability` and `tasft alpaca_eval` on this model.
         licence: as the hub names it, such as "apache-2.0".
         name: title; by default the folder's name.
         overwrite: also a card that neither this nor TRL has written.
@@ -252,29 +253,31 @@ def _results(folder: Path | None, identities: list[str | None]) -> tuple[str, pd
     return "\n\n".join(parts), table
 
 
-def _capability(folder: Path | None, identities: list[str | None]) -> str:
+def _capability(folders: Sequence[Path], identities: list[str | None]) -> str:
     heading = "### Capability\n\n"
-    if folder is None:
+    if not folders:
         return heading + "**Not measured.** What safety cost in ability is not known."
     parts = []
-    if (folder / "capability.csv").exists():
-        manifest = _read_json(folder / "capability_manifest.json")
-        before = _of_this_model(manifest, identities, folder)
-        table = _read_table(folder / "capability.csv", ("task", "metric", "value", "stderr", "n"))
-        limit = f", only the first {manifest['limit']} questions of each task" if manifest.get("limit") else ""
-        parts.append(
-            f"lm-evaluation-harness, {manifest['num_fewshot']} examples shown{limit}:\n\n{_plain(table)}\n\nData: "
-            + ", ".join(f"{_short(task)} at {_short(commit)}" for task, commit in manifest["tasks"].items())
-            + f".{before}"
-        )
-    if (folder / "alpaca_eval.csv").exists():
-        table = _read_table(folder / "alpaca_eval.csv", ("win_rate",))
-        parts.append(
-            "AlpacaEval, win rate in percent (the file does not say which weights it was measured on):\n\n"
-            + _plain(table)
-        )
-    if not parts:
-        raise ValueError(f"{folder}: neither capability.csv nor alpaca_eval.csv here; give the folder that has one")
+    for folder in folders:
+        if not any((folder / f"{name}.csv").exists() for name in ("capability", "alpaca_eval")):
+            raise ValueError(f"{folder}: neither capability.csv nor alpaca_eval.csv here; give the folder that has one")
+        if (folder / "capability.csv").exists():
+            manifest = _read_json(folder / "capability_manifest.json")
+            before = _of_this_model(manifest, identities, folder)
+            table = _read_table(folder / "capability.csv", ("task", "metric", "value", "stderr", "n"))
+            limit = f", only the first {manifest['limit']} questions of each task" if manifest.get("limit") else ""
+            tasks = ", ".join(f"{_short(task)} at {_short(commit)}" for task, commit in manifest["tasks"].items())
+            shown = f"lm-evaluation-harness, {manifest['num_fewshot']} examples shown{limit}:\n\n{_plain(table)}"
+            parts.append(f"{shown}\n\nData: {tasks}.{before}")
+        if (folder / "alpaca_eval.csv").exists():
+            manifest = _read_json(folder / "alpaca_eval_manifest.json")
+            before = _of_this_model(manifest, identities, folder)
+            table = _read_table(folder / "alpaca_eval.csv", ("win_rate", "n"))
+            parts.append(
+                f"AlpacaEval, win rate and stderr in percent on {manifest['instructions']} instructions, by annotator "
+                f"`{_short(manifest['annotator'])}`; win rates of other annotators do not compare.{before}\n\n"
+                + _plain(table)
+            )
     return heading + "\n\n".join(parts)
 
 

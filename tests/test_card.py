@@ -119,9 +119,16 @@ def test_capability_and_alpaca_eval_are_taken_where_they_are(folder):
     text = with_results(folder, "--capability", str(place))
     assert "| boolq | acc | 0.625 | 0.01 | 200 |" in text and "only the first 200 questions" in text
     assert "boolq at c0ffee" in text and "AlpacaEval" not in text
-    board = {"model": ["safer"], "win_rate": [41.25], "stderr": [1.7], "n": [805], "unscored": [0]}
-    pd.DataFrame(board).to_csv(place / "alpaca_eval.csv", index=False)
-    assert "| safer | 41.25 | 1.7 | 805 | 0 |" in with_results(folder, "--capability", str(place))
+    board = {"name": ["safer"], "win_rate": [41.25], "stderr": [1.7], "n": [805], "annotator": ["some_judge"]}
+    other = folder / "alpaca"
+    other.mkdir()
+    pd.DataFrame(board).to_csv(other / "alpaca_eval.csv", index=False)
+    manifest = {"model": identity, "annotator": "some_judge", "instructions": 805}
+    (other / "alpaca_eval_manifest.json").write_text(json.dumps(manifest))
+    text = with_results(folder, "--capability", str(place), str(other))
+    assert "| boolq |" in text and "| safer | 41.25 | 1.7 | 805 | some_judge |" in text
+    (other / "alpaca_eval_manifest.json").write_text(json.dumps(manifest | {"model": "another"}))
+    assert write(folder, "--capability", str(other)) == 1, "win rates of another model"
 
 
 def test_results_of_other_weights_are_refused(folder, capsys):

@@ -11,7 +11,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of a model or adapter")
     parser.add_argument("--results", type=Path, help="the --output_dir of tasft evaluate on this model")
-    parser.add_argument("--capability", type=Path, help="folder of capability.csv, and of alpaca_eval.csv if any")
+    parser.add_argument(
+        "--capability", type=Path, nargs="+", default=[], help="--output_dir of tasft capability, of tasft alpaca_eval"
+    )
     parser.add_argument("--license", help="of the model, as the hub names it: apache-2.0, llama3.1, ...")
     parser.add_argument("--overwrite", action="store_true", help="replace a card that you have written yourself")
     parser.add_argument("--push_to_hub", metavar="ID", help="upload weights, tokenizer and card, and nothing else")
