@@ -12,9 +12,9 @@ from tasft_lib import parameters
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FILES = sorted(path for path in (ROOT / "params").glob("*/*.yaml") if path.parent.name != "accelerate")
-# Those of the others measure what is there.
-UNTRAINED = ("performance", "degenerate_answers", "your_model")
-ARMS = [path for path in FILES if path.stem not in UNTRAINED]
+# They train nothing, or on rows of their own.
+APART = ("performance", "degenerate_answers", "your_model", "harmful_data_filter")
+ARMS = [path for path in FILES if path.stem not in APART]
 
 
 def namespace(injected: str = "") -> dict:
