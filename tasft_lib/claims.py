@@ -258,13 +258,14 @@ def _constant_pressure(read):
 
 def _saft_detects(read):
     table = read("harmful_data_filter_detectors")
-    table = table[(table["n_safe"] == 0) & (table["contamination"] == table["contamination"].max())]
+    dose = min(0.3, table["contamination"].max())  # that of the paper's Fig 4 and 5
+    table = table[(table["n_safe"] == 0) & (table["contamination"] == dose)]
     found = table.groupby("detector", sort=False)[["auroc", "auroc_low", "auroc_high"]].mean()
     if "saft" not in found.index:
         raise _NoSuchArm("no SAFT")
     without = ["saft", "saft_1", "loss", "length"]
     shown = [f"{name} {row.auroc:.2f} ({row.auroc_low:.2f}-{row.auroc_high:.2f})" for name, row in found.iterrows()]
-    evidence = f"AUROC at contamination {table['contamination'].max():g}: " + "; ".join(shown)
+    evidence = f"AUROC at contamination {dose:g}: " + "; ".join(shown)
     auroc = found["auroc"]
     if auroc["saft"] < 0.9:
         return evidence, "not reproduced"
