@@ -8,6 +8,7 @@ import pandas as pd
 
 from . import tables
 from .machine import project_root
+from .plotting import detector_name
 
 # Profiles whose numbers can speak about a claim; the others test formats and mechanics.
 TELLING = ("mini", "small", "paper")
@@ -264,13 +265,16 @@ def _saft_detects(read):
     if "saft" not in found.index:
         raise _NoSuchArm("no SAFT")
     without = ["saft", "saft_1", "loss", "length"]
-    shown = [f"{name} {row.auroc:.2f} ({row.auroc_low:.2f}-{row.auroc_high:.2f})" for name, row in found.iterrows()]
+    shown = [
+        f"{detector_name(name)} {row.auroc:.2f} ({row.auroc_low:.2f}-{row.auroc_high:.2f})"
+        for name, row in found.iterrows()
+    ]
     evidence = f"AUROC at contamination {dose:g}: " + "; ".join(shown)
     auroc = found["auroc"]
     if auroc["saft"] < 0.9:
         return evidence, "not reproduced"
     best = auroc[[name for name in without if name in auroc]].idxmax()
-    return evidence, "reproduced" if best.startswith("saft") else f"partly: {best} alone does better"
+    return evidence, "reproduced" if best.startswith("saft") else f"partly: {detector_name(best)} alone does better"
 
 
 def _saft_arms(read, contamination=None) -> tuple[float, dict[str, pd.Series]]:

@@ -176,7 +176,7 @@ def plot_over(
                 axis.plot(places, 100 * rows[f"{measure}_{end}"], "_", color=colour, markersize=5)
         ticks = sorted(table[column].unique())
         axis.set(title=MEASURE_NAMES[measure], xlabel=label, xscale="log" if log else "linear", ylim=(-3, 103))
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=60 if len(ticks) > 4 else 0)
         axis.minorticks_off()
     return _finish(figure, axes[0][0], caption, columns=5)
 
