@@ -322,5 +322,7 @@ def _files(study: experiments.Study, made: Filtered) -> tuple[Path, Path]:
     config = study.config
     source = [config.contamination_source, config.contamination_revision, config.n_rows, config.template]
     model = [config.model, config.model_revision, config.benchmark_prompts]
-    folder = runs_folder() / "filtered" / provenance.content_hash([*source, *model, vars(made)])
+    made_of = f"{made.contamination:g}-{made.filter}-{made.share:.4g}-{made.n_safe}"  # for people, and for `planning`
+    name = f"{made_of}-{provenance.content_hash([*source, *model, vars(made)])}"
+    folder = runs_folder() / "filtered" / name
     return folder / "kept.jsonl", folder / "dropped.jsonl"

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from .machine import runs_folder
 from .reproduce import Job, jobs_of
 from .runs import MINIWORLDS, ArmSpec
 
@@ -58,6 +59,8 @@ def _row(spec: ArmSpec, config) -> dict:
     steps = -(-n_rows // batch) * training["num_train_epochs"]
     tokens = n_rows * training["num_train_epochs"] * TOKENS_PER_ROW[spec.template]
     settings = [f"{name.removeprefix('penalty_')} {training[name]}" for name in training if name.startswith("penalty_")]
+    if Path(spec.benign).is_relative_to(runs_folder()):  # made by a filter
+        settings.append(f"rows {Path(spec.benign).parent.name}")
     row = {
         "arm": spec.label or spec.method,
         "n_unsafe": spec.n_unsafe or spec.n_extra or 0,
