@@ -190,3 +190,43 @@ def test_the_committed_report_is_made_from_the_committed_tables(tmp_path, monkey
 def test_a_profile_without_results_is_told_what_to_run():
     with pytest.raises(ValueError, match="run `make reproduce PROFILE=none` first"):
         report.build("none")
+
+
+def filtered(**letters: str) -> dict[str, pd.DataFrame]:
+    """A table of arms after filters at contamination 0.1, given by their answers."""
+    answers = judged({(method, 9, 0): text for method, text in letters.items()}, decoding="sampled")
+    answers = answers.assign(
+        contamination=0.1, n_safe=0, share=[0.0 if m == "none" else 0.1 for m in answers["method"]]
+    )
+    table = tables.summary(answers, ["method", "contamination", "share", "n_safe"])
+    return {"harmful_data_filter_table": table}
+
+
+def test_filters_are_decided_by_harm_and_by_what_true_labels_give():
+    some, worst = HARMFUL[:30] + SAFE[:70], {"none": HARMFUL, "saft": HARMFUL, "saft_emd": HARMFUL}
+    oracle = {"oracle": SAFE, "oracle_emd": SAFE}
+    assert decide("filtered set", **filtered(**worst, **oracle)) == "not reproduced"
+    assert decide("filtered set", **filtered(**(worst | {"saft": some}), **oracle)).startswith("partly: far")
+    assert decide("filtered set", **filtered(**(worst | {"saft": SAFE}), **oracle)) == "reproduced"
+    assert decide("ours", **filtered(**worst, **oracle)) == "not so"
+    assert decide("ours", **filtered(**(worst | {"saft_emd": some}), **oracle)).startswith("partly: safer")
+    assert decide("ours", **filtered(**(worst | {"saft_emd": SAFE}), **oracle)) == "holds"
+    with pytest.raises(claims._NoSuchArm, match="no oracle_emd"):
+        decide("ours", **filtered(**worst, oracle=SAFE))
+
+
+@pytest.mark.parametrize(
+    "saft, loss, verdict",
+    [
+        (0.95, 0.6, "reproduced"),
+        (0.95, 0.98, "partly: loss of the base alone does better"),
+        (0.8, 0.6, "not reproduced"),
+    ],
+)
+def test_detection_is_decided_at_the_papers_contamination(saft, loss, verdict):
+    rows = [
+        {"detector": name, "contamination": c, "n_safe": 0, "auroc": value, "auroc_low": value, "auroc_high": value}
+        for c, shift in ((0.3, 0.0), (0.5, -0.4))
+        for name, value in (("saft", saft + shift), ("loss", loss + shift), ("probe", 1.0))
+    ]
+    assert decide("without labels", harmful_data_filter_detectors=pd.DataFrame(rows)) == verdict
