@@ -87,3 +87,33 @@ def test_every_notebook_is_listed():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         assert f"(notebooks/{path.name})" in README
         assert nbformat.read(path, as_version=4).cells[0].source.startswith("# ")
+
+
+def test_what_is_said_of_saft_is_in_its_tables():
+    folder = ROOT / "figures" / "mini"
+    said = README.split("### Harmful rows among the benign ones")[1].split("###")[0]
+    detected = pd.read_csv(folder / "harmful_data_filter_detection.csv").set_index(["detector", "contamination"])
+    aurocs = [detected.loc[key, "auroc"] for key in (("saft", 0.3), ("saft", 0.1), ("loss", 0.1), ("length", 0.1))]
+    assert re.findall(r"0\.\d\d", said.split("**Detection.**")[1])[:4] == [f"{value:.2f}" for value in aurocs]
+    for name, text in (("saft", "(precision {:.2f})"), ("labelled", "40 labelled rows drops {:.2f}")):
+        assert text.format(detected.loc[(name, 0.1), "precision"]) in said
+    arms = pd.read_csv(folder / "harmful_data_filter_table.csv")
+    arms = arms[(arms["contamination"] == 0.1)].set_index(["method", "n_safe"])
+    percent = {key: 100 * value for key, value in arms["harm"].items()}
+    assert (
+        "{:.0f} % harmful answers without a filter, {:.0f} % with SAFT, {:.0f} % with true labels".format(
+            *(percent[name, 0] for name in ("none", "saft", "oracle"))
+        )
+        in said
+    )
+    saft = arms.loc[("saft_emd", 0)]
+    low, high, noise = (100 * saft[name] for name in ("harm_min", "harm_max", "degenerate"))
+    text = f"{percent['saft_emd', 0]:.0f} % (seeds {low:.0f}-{high:.0f}; {noise:.0f} % degenerate) with SAFT"
+    assert text in said
+    assert f"{percent['labelled_emd', 0]:.1f} % (seeds 0-8) with 40 labels, {percent['oracle_emd', 0]:.1f} %" in said
+    assert (
+        "{:.0f} % harmful without a filter, {:.0f} % with it, {:.0f} % pushed away".format(
+            *(percent[name, 100] for name in ("none", "saft", "saft_emd"))
+        )
+        in said
+    )
