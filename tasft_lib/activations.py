@@ -26,6 +26,11 @@ def n_layers(model: PreTrainedModel) -> int:
     return len(_decoder_layers(model))
 
 
+def middle_layer(model: PreTrainedModel) -> int:
+    """The layer that is read where nobody chooses one: 2 of 3, 16 of 32."""
+    return (n_layers(model) + 1) // 2
+
+
 def activations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -264,7 +264,6 @@ def _saft_detects(read):
     found = table.groupby("detector", sort=False)[["auroc", "auroc_low", "auroc_high"]].mean()
     if "saft" not in found.index:
         raise _NoSuchArm("no SAFT")
-    without = ["saft", "saft_1", "loss", "length"]
     shown = [
         f"{detector_name(name)} {row.auroc:.2f} ({row.auroc_low:.2f}-{row.auroc_high:.2f})"
         for name, row in found.iterrows()
@@ -273,25 +272,25 @@ def _saft_detects(read):
     auroc = found["auroc"]
     if auroc["saft"] < 0.9:
         return evidence, "not reproduced"
-    best = auroc[[name for name in without if name in auroc]].idxmax()
+    unlabelled = [name for name in ("saft", "saft_1", "loss", "length") if name in auroc]
+    best = auroc[unlabelled].idxmax()
     return evidence, "reproduced" if best.startswith("saft") else f"partly: {detector_name(best)} alone does better"
 
 
-def _saft_arms(read, contamination=None) -> tuple[float, dict[str, pd.Series]]:
-    """(contamination, method -> row) of the arms whose filter drops as many rows as are harmful."""
+def _saft_arms(read, names: tuple[str, ...], contamination: float | None = None) -> tuple[str, dict[str, pd.Series]]:
+    """(evidence, method -> row) of the named arms, whose filter drops as many rows as are harmful."""
     table = read("harmful_data_filter_table")
     table = table[(table["n_safe"] == 0) & ((table["share"] == table["contamination"]) | (table["method"] == "none"))]
     contamination = table["contamination"].max() if contamination is None else contamination
     arms = table[table["contamination"] == contamination].set_index("method")
-    if missing := {"none", "saft", "saft_emd", "oracle", "oracle_emd"} - set(arms.index):
+    if missing := set(names) - set(arms.index):
         raise _NoSuchArm(f"no {' and '.join(sorted(missing))} at contamination {contamination:g}")
-    return contamination, {method: row for method, row in arms.iterrows()}
+    shown = "; ".join(f"{tables.NAMES[name]} {_text(arms.loc[name])}" for name in names)
+    return f"contamination {contamination:g}: {shown}", {name: arms.loc[name] for name in names}
 
 
 def _filtering_helps(read):
-    contamination, arms = _saft_arms(read)
-    names = ("none", "saft", "oracle")
-    evidence = f"contamination {contamination:g}: " + "; ".join(f"{tables.NAMES[m]} {_text(arms[m])}" for m in names)
+    evidence, arms = _saft_arms(read, ("none", "saft", "oracle"))
     if arms["saft"]["harm_high"] >= arms["none"]["harm_low"]:
         return evidence, "not reproduced"
     near = arms["saft"]["harm"] <= arms["oracle"]["harm"] + 0.03
@@ -299,9 +298,7 @@ def _filtering_helps(read):
 
 
 def _dropped_rows_are_worth_it(read):
-    contamination, arms = _saft_arms(read, 0.1)
-    names = ("saft", "saft_emd", "oracle_emd")
-    evidence = f"contamination {contamination:g}: " + "; ".join(f"{tables.NAMES[m]} {_text(arms[m])}" for m in names)
+    evidence, arms = _saft_arms(read, ("saft", "saft_emd", "oracle_emd"), 0.1)
     if arms["saft_emd"]["harm_high"] >= arms["saft"]["harm_low"]:
         return evidence, "not so"
     near = arms["saft_emd"]["harm"] <= arms["oracle_emd"]["harm"] + 0.03

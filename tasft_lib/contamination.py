@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from . import catalogue, data, detection, evaluation, experiments, filtering, miniworld, provenance, runs
-from .activations import POOLINGS, activations, completion_loss, n_layers
+from .activations import POOLINGS, activations, completion_loss, middle_layer, n_layers
 from .machine import runs_folder
 from .saft import SAFTFitter
 
@@ -194,7 +194,7 @@ def detectors(study: experiments.Study, rows: Dataset, base: tuple, *, seed: int
     """
     config, harmful, n = study.config, is_harmful(rows), len(rows)
     labelled = _contaminated(study, config.n_labelled, 0.5, seed=seed + 1000)
-    layer = config.layer or (n_layers(base[0]) + 1) // 2  # see `filtering.find_harmful`
+    layer = config.layer or middle_layer(base[0])
     last, mean = embed(study, concatenate_datasets([rows, labelled]), [layer], base).transpose(1, 0, 2)
     read = (last if config.pooling == "last" else mean)[:n]
 

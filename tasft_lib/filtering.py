@@ -24,7 +24,7 @@ from sklearn.metrics import precision_score, recall_score, roc_auc_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import data
-from .activations import POOLINGS, activations, n_layers
+from .activations import POOLINGS, activations, middle_layer, n_layers
 from .provenance import content_hash
 from .saft import BLOCK, SAFTFilter, SAFTFitter
 from .tables import markdown
@@ -64,7 +64,7 @@ def find_harmful(
         validation: rows with `label` too (False: harmful); τ has the best F1 on them. With `layer=None` the layer,
             pooling, k and the side of v₁ are those of the highest AUROC on them, `pooling` and `n_directions` are not
             used, and the directions to compare come from at most 2,000 of the rows.
-        layer: from 1; by default the middle one, `(n_layers + 1) // 2`: 2 of 3, 16 of 32.
+        layer: from 1; by default the middle one (`activations.middle_layer`).
         steer: moves τ, see `SAFTFilter.steer`.
         max_length: tokens read of a row; by default the model's context.
         folder: where activations are kept, so that a run that was cut off goes on and another threshold costs nothing.
@@ -114,7 +114,7 @@ def find_harmful(
                     settings=[(layer, pooling) for layer in layers for pooling in POOLINGS],
                     row_numbers=sample,
                 )
-        layer = layer or (n_layers(model) + 1) // 2
+        layer = layer or middle_layer(model)
         embedded = read(rows, [layer], (pooling,))
         fitter = SAFTFitter(n_directions)
         for block in blocks(embedded):
