@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,7 @@ from .tables import markdown
 
 SELECTION_ROWS = 2000  # rows that settings are compared on, in all layers; the chosen one is fitted on all rows
 DIRECTIONS = (1, 2, 4, 8)
+DEFAULT_POOLING, DEFAULT_DIRECTIONS = "last", 4  # where nothing and nobody chooses
 LENGTH_CORRELATION, LEAST_EXPLAINED = 0.5, 0.05
 USUAL_CONTAMINATION = (0.01, 0.5)
 
@@ -44,8 +46,8 @@ def find_harmful(
     threshold: float | None = None,
     validation: Dataset | None = None,
     layer: int | None = None,
-    pooling: str = "last",
-    n_directions: int = 4,
+    pooling: str | None = None,
+    n_directions: int | None = None,
     steer: float = 0.0,
     max_length: int | None = None,
     batch_size: int = 16,
@@ -54,17 +56,21 @@ def find_harmful(
 ) -> tuple[SAFTFilter, np.ndarray]:
     """The filter of `rows`, threshold included, and the score of each row, `[n]`: what it drops is thought harmful.
 
-    Exactly one of `contamination`, `threshold` and `validation` says how τ is chosen; only `validation` uses labels.
+    `contamination` or `threshold` says how τ is chosen, or else `validation` does; only `validation` uses labels.
     Rows with the same text get the same score, so that they end on the same side.
 
     Args:
         rows: `prompt` and `completion` (see `data.to_training_rows`); a `label` is not looked at.
         contamination: share of harmful rows expected, in [0, 1]; the highest scores are dropped.
         threshold: τ itself.
-        validation: rows with `label` too (False: harmful); τ has the best F1 on them. With `layer=None` the layer,
-            pooling, k and the side of v₁ are those of the highest AUROC on them, `pooling` and `n_directions` are not
-            used, and the directions to compare come from at most 2,000 of the rows.
+        validation: rows with `label` too (False: harmful). Of `layer`, `pooling` and `n_directions` those that are not
+            given are the ones of the highest AUROC on them, and with no `n_directions` the direction between their
+            centroids competes with the singular vectors (each row judged by the centroids of the others). For that
+            2,000 of the rows are read in all layers at most. Without `contamination` and `threshold`, τ has the best
+            F1 on them. If all of them are harmful, the rows stand for the benign ones.
         layer: from 1; by default the middle one (`activations.middle_layer`).
+        pooling: by default of the last token.
+        n_directions: k singular vectors; by default 4.
         steer: moves τ, see `SAFTFilter.steer`.
         max_length: tokens read of a row; by default the model's context.
         folder: where activations are kept, so that a run that was cut off goes on and another threshold costs nothing.
@@ -101,30 +107,41 @@ def find_harmful(
                 progress=progress,
             )
 
-        side = "both"
+        setting = _Setting(
+            layer or middle_layer(model), pooling or DEFAULT_POOLING, n_directions or DEFAULT_DIRECTIONS, "both sides"
+        )
         if validation is not None:
             harmful = ~np.array(validation["label"][:], dtype=bool)
-            if layer is None:
-                layers = list(range(1, n_layers(model) + 1))
+            given = {"layer": layer, "pooling": pooling, "directions": n_directions}
+            if chosen := tuple(name for name, value in given.items() if value is None):
+                layers = [layer] if layer else list(range(1, n_layers(model) + 1))
+                poolings = (pooling,) if pooling else POOLINGS
                 sample = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SELECTION_ROWS)).astype(int))
-                layer, pooling, n_directions, side = _best_setting(
-                    read(rows.select(sample), layers, POOLINGS),
-                    read(validation, layers, POOLINGS),
+                setting = _best_setting(
+                    read(rows.select(sample), layers, poolings),
+                    read(validation, layers, poolings),
                     harmful,
-                    settings=[(layer, pooling) for layer in layers for pooling in POOLINGS],
+                    settings=list(product(layers, poolings)),
+                    n_directions=n_directions,
                     row_numbers=sample,
                 )
-        layer = layer or middle_layer(model)
-        embedded = read(rows, [layer], (pooling,))
-        fitter = SAFTFitter(n_directions)
+        embedded = read(rows, [setting.layer], (setting.pooling,))
+        fitter = SAFTFitter(setting.n_directions)
         for block in blocks(embedded):
             fitter.update(block)
-        found = replace(fitter.filter, layer=layer, pooling=pooling)
-        if validation is not None:
-            labelled = _finite(read(validation, [layer], (pooling,))[:, 0], "validation row")
-            if side != "both":
-                found = found.one_sided(labelled, harmful)
-            found = found.at_best_f1(found.scores(labelled), harmful)
+        if validation is None:
+            found = fitter.filter
+        else:
+            labelled = _finite(read(validation, [setting.layer], (setting.pooling,))[:, 0], "validation row")
+            if setting.by == "centroids":
+                found = fitter.toward(labelled, harmful)
+            else:
+                found = fitter.filter if setting.by == "both sides" else fitter.filter.one_sided(labelled, harmful)
+            found = replace(found, chosen_with_labels=tuple(dict.fromkeys([*chosen, *found.chosen_with_labels])))
+            if contamination is None and threshold is None:
+                by_others = fitter.left_out(labelled, harmful) if setting.by == "centroids" else found.scores(labelled)
+                found = found.at_best_f1(by_others, harmful)
+        found = replace(found, layer=setting.layer, pooling=setting.pooling)
         scores = np.concatenate([found.scores(block) for block in blocks(embedded)])[first_of]
     if contamination is not None:
         found = found.at_contamination(scores, contamination)
@@ -140,27 +157,32 @@ def check_settings(
     threshold: float | None = None,
     validation: Dataset | None = None,
     layer: int | None = None,
-    pooling: str = "last",
-    n_directions: int = 4,
+    pooling: str | None = None,
+    n_directions: int | None = None,
     steer: float = 0.0,
 ) -> None:
     """Refuse, in one line, what `find_harmful` could not do; before a model is loaded."""
-    given = [name for name, v in (("contamination", contamination), ("threshold", threshold)) if v is not None]
-    given += ["validation"] * (validation is not None)
-    if len(given) != 1:
-        raise ValueError(f"give one of contamination, threshold and validation, not {' and '.join(given) or 'none'}.")
+    if contamination is not None and threshold is not None:
+        raise ValueError("contamination and threshold both say how many rows are dropped; give one of them.")
+    if contamination is None and threshold is None and validation is None:
+        raise ValueError("give contamination, threshold or validation.")
     if contamination is not None and not 0 <= contamination <= 1:
         raise ValueError(f"contamination={contamination}: the share of harmful rows lies between 0 and 1.")
     if threshold is not None and np.isnan(threshold):
         raise ValueError("threshold=nan: give a number.")
-    if validation is not None and len(set(validation["label"][:])) < 2:
-        raise ValueError("validation: all labels are the same; harmful (false) and benign (true) rows are needed.")
+    if validation is not None:
+        labels = set(validation["label"][:])
+        if False not in labels:
+            raise ValueError("validation: no row is harmful (label false).")
+        if True not in labels and contamination is None and threshold is None:
+            raise ValueError("validation: all rows are harmful (label false); say by contamination how many to drop.")
     if layer is not None and layer < 1:
         raise ValueError(f"layer {layer}: layers count from 1.")
-    if pooling not in POOLINGS:
+    if pooling not in (None, *POOLINGS):
         raise ValueError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}.")
     if n_rows < 2:
         raise ValueError(f"SAFT compares rows with each other and got {n_rows}; give at least two.")
+    n_directions = DEFAULT_DIRECTIONS if n_directions is None else n_directions
     if not 1 <= n_directions < n_rows:
         raise ValueError(f"n_directions={n_directions}: {n_rows} rows have 1 to {n_rows - 1}.")
     if not -1 <= steer <= 1:
@@ -177,7 +199,6 @@ def report(
     model: str,
     max_length: int | None,
     contamination: float | None = None,
-    selected: bool = False,
     harmful: ArrayLike | None = None,
 ) -> str:
     """A page in Markdown, without any text of the rows: what was kept and dropped, how, and what speaks against it.
@@ -187,22 +208,21 @@ def report(
         source, model: their names.
         max_length: tokens that were read at most; None where there was no limit.
         contamination: the share that was asked for, if one was.
-        selected: whether layer, pooling and k were chosen on labelled rows.
         harmful: what each row is known to be, for an evaluation; it had no part in the filter.
     """
     dropped = found.drops(scores)
     cut = 0 if max_length is None else int((lengths > max_length).sum())
     _, repeats = data.deduplicate(rows.select_columns(["prompt", "completion"]).add_column("label", [None] * len(rows)))
-    settings = f"layer {found.layer}, {found.pooling} token{'s' if found.pooling == 'mean' else ''}"
-    used = "threshold, layer, pooling, directions" if selected else "threshold"
+    k = len(found.directions)
+    directions = f"{k} direction{'s' * (k > 1)} from {found.directions_from}{', one side' * (found.side != 'both')}"
     facts = {
         "rows": f"{len(rows):,}",
         "kept": f"{(~dropped).sum():,}",
         "dropped": f"{dropped.sum():,} ({dropped.mean():.1%})",
         "threshold": f"{found.threshold:.6g}, from {found.threshold_from}",
-        "activations": f"{settings}, {len(found.directions)} direction{'s' * (len(found.directions) > 1)}"
-        + ("" if found.side == "both" else ", one side"),
-        "chosen with labels": used if found.used_labels else "nothing",
+        "activations": f"layer {found.layer}, {found.pooling} token{'s' * (found.pooling == 'mean')}",
+        "scored by": directions,
+        "chosen with labels": ", ".join(found.chosen_with_labels) or "nothing",
         "variance explained": f"{found.explained:.1%} by all directions, {_first_explains(found):.1%} by the first",
         "singular values": ", ".join(f"{value:.4g}" for value in found.singular_values),
         f"rows cut at {max_length} tokens" if max_length else "rows cut": f"{cut:,}",
@@ -235,7 +255,8 @@ def warnings(
 ) -> list[str]:
     """What speaks against believing the scores, a sentence each."""
     said, dropped = [], found.drops(scores)
-    if (first := _first_explains(found)) < LEAST_EXPLAINED:
+    by_variance = found.directions_from == SAFTFilter.directions_from
+    if by_variance and (first := _first_explains(found)) < LEAST_EXPLAINED:
         said.append(f"the first direction explains only {first:.1%} of the variance: no direction stands out.")
     correlation = length_correlation(scores, lengths)
     if correlation > LENGTH_CORRELATION:
@@ -324,27 +345,56 @@ def save_rows(rows: Dataset, path: Path) -> Path:
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
+class _Setting(NamedTuple):
+    """Where activations are read, and which directions score them: k singular vectors, or the labelled centroids'."""
+
+    layer: int
+    pooling: str
+    n_directions: int
+    by: Literal["both sides", "one side", "centroids"]
+
+
 def _best_setting(
     embedded: np.ndarray,
     labelled: np.ndarray,
     harmful: np.ndarray,
     *,
     settings: list[tuple[int, str]],
+    n_directions: int | None,
     row_numbers: np.ndarray,
-) -> tuple[int, str, int, str]:
-    """(layer, pooling, k, side) of the highest AUROC on labelled rows; directions are those of the unlabelled ones."""
-    best, chosen = -1.0, None
-    most = min(DIRECTIONS[-1], len(embedded) - 1, embedded.shape[2])
+) -> _Setting:
+    """The one of the highest AUROC on labelled rows; of equal ones that with the largest distance of the two kinds.
+
+    Singular vectors are those of the unlabelled rows, which also stand for benign ones where all labels are harmful.
+    """
+    best, chosen = (-1.0, 0.0), None
+    most = n_directions or min(DIRECTIONS[-1], len(embedded) - 1, embedded.shape[2])
     for column, (layer, pooling) in enumerate(settings):
-        widest = SAFTFitter(most).update(_finite(embedded[:, column], "row", row_numbers)).filter
+        rows = _finite(embedded[:, column], "row", row_numbers)
         z = _finite(labelled[:, column], "validation row")
-        for k in (k for k in DIRECTIONS if k <= most):
-            tried = replace(widest, directions=widest.directions[:k], singular_values=widest.singular_values[:k])
-            for found in (tried, tried.one_sided(z, harmful)) if k == 1 else (tried,):
-                auroc = roc_auc_score(harmful, found.scores(z))
-                if auroc > best:
-                    best, chosen = auroc, (layer, pooling, k, found.side)
+        fitter = SAFTFitter(most).update(rows)
+        widest = fitter.filter
+        tried = []
+        for k in [n_directions] if n_directions else [k for k in DIRECTIONS if k <= most]:
+            found = replace(widest, directions=widest.directions[:k], singular_values=widest.singular_values[:k])
+            tried.append((k, "both sides", found, found.scores(z)))
+            if k == 1 and n_directions is None:
+                found = found.one_sided(z, harmful)
+                tried.append((1, "one side", found, found.scores(z)))
+        if n_directions is None and 1 not in (harmful.sum(), (~harmful).sum()):
+            tried.append((1, "centroids", fitter.toward(z, harmful), fitter.left_out(z, harmful)))
+        for k, by, found, scores in tried:
+            apart = _apart(scores[harmful], found.scores(rows) if harmful.all() else scores[~harmful])
+            if apart > best:
+                best, chosen = apart, _Setting(layer, pooling, k, by)
     return chosen
+
+
+def _apart(harmful: np.ndarray, benign: np.ndarray) -> tuple[float, float]:
+    """(AUROC, distance of the means in standard deviations) of the scores of both kinds."""
+    auroc = roc_auc_score([True] * len(harmful) + [False] * len(benign), np.concatenate([harmful, benign]))
+    spread = np.sqrt((harmful.var() + benign.var()) / 2)
+    return float(auroc), float((harmful.mean() - benign.mean()) / max(spread, np.finfo(float).tiny))
 
 
 def blocks(embedded: np.ndarray) -> Iterator[np.ndarray]:

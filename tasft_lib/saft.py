@@ -1,7 +1,7 @@
 """SAFT (Choi, Du and Li, arXiv:2410.10014): harmful rows of a fine-tuning set, found by a model's own activations.
 
 Of all rows' activations z (centred), v₁ is the first right singular vector; a row's score is ⟨z, v₁⟩², and rows with a
-score above τ are dropped. Nothing here needs labels unless a function is given them, and the filter says when it was.
+score above τ are dropped. Nothing here needs labels unless a function is given them; a filter says what for.
 """
 
 import json
@@ -44,7 +44,8 @@ class SAFTFitter:
     fitter = SAFTFitter()
     for batch in batches:  # [n, d]
         fitter.update(batch)
-    found = fitter.filter.at_contamination(scores, 0.1)
+    found = fitter.filter
+    found = found.at_contamination(found.scores(activations), 0.1)
     ```
     """
 
@@ -80,16 +81,10 @@ class SAFTFitter:
         Raises `ValueError` with fewer than two rows, with no variance at all (every row the same) and for more
         directions than there can be.
         """
-        k = self.n_directions
-        if self.n_rows < 2:
-            raise ValueError(f"SAFT compares rows with each other and got {self.n_rows}; give at least two.")
-        if k > min(self.n_rows - 1, len(self._mean)):
-            raise ValueError(
-                f"n_directions={k}, but {self.n_rows} rows of size {len(self._mean)} have fewer; lower it."
-            )
-        size, variance = len(self._mean), float(np.trace(self._scatter))
-        if variance <= RESOLUTION**2 * self.n_rows * float(self._mean @ self._mean):
-            raise ValueError("all rows have the same activation, so nothing sets harmful ones apart; check the data.")
+        variance = self._variance()
+        k, size = self.n_directions, len(self._mean)
+        if k > min(self.n_rows - 1, size):
+            raise ValueError(f"n_directions={k}, but {self.n_rows} rows of size {size} have fewer; lower it.")
         values, vectors = scipy.linalg.eigh(self._scatter, subset_by_index=(size - k, size - 1))
         values = values[::-1].clip(min=0)
         return SAFTFilter(
@@ -100,6 +95,72 @@ class SAFTFitter:
             n_rows=self.n_rows,
         )
 
+    def toward(self, labelled: ArrayLike, harmful: ArrayLike) -> "SAFTFilter":
+        """The filter that scores by the projection on the line from the benign to the harmful labelled rows' centroid.
+
+        Ours, for where the largest variance is not harm: of all directions a few labels say which one is. The
+        projection orders rows by squared distance to the one centroid minus that to the other. Where all labelled rows
+        are harmful the centroid of the unlabelled ones stands for the benign: it lies on the same line, as far as the
+        labelled rows are like the harmful ones among them.
+
+        Args:
+            labelled: activations, `[m, d]`.
+            harmful: `[m]`, whether each is harmful; one is at least.
+
+        Raises `ValueError` with fewer than two unlabelled rows, for activations that are not finite or all the same,
+        without a harmful row and where the centroids coincide.
+        """
+        variance = self._variance()
+        labelled, harmful, away = self._towards_harm(labelled, harmful)
+        if (length := np.linalg.norm(away)) <= RESOLUTION * np.linalg.norm(self._mean):
+            raise ValueError("harmful and benign rows have the same centroid; give more labelled rows, or other ones.")
+        direction = away / length
+        along = float(direction @ self._scatter @ direction)
+        return SAFTFilter(
+            mean=self._mean,
+            directions=direction[None],
+            singular_values=np.sqrt([along]),
+            explained=min(along / variance, 1.0),
+            n_rows=self.n_rows,
+            side="+",
+            directions_from=f"centroids of {len(harmful)} labelled rows",
+            chosen_with_labels=("directions",),
+        )
+
+    def left_out(self, labelled: ArrayLike, harmful: ArrayLike) -> np.ndarray:
+        """`[m]`: the score that `toward` gives each labelled row when that row has no part in its centroid.
+
+        Scores of rows that made the direction flatter it. Raises `ValueError` for fewer than two rows of a kind.
+        """
+        labelled, harmful, away = self._towards_harm(labelled, harmful)
+        counts = np.where(harmful, harmful.sum(), (~harmful).sum())
+        if counts.min() < 2:
+            raise ValueError("one labelled row of a kind: without it there is no centroid; give two at least.")
+        own = np.where(harmful[:, None], labelled[harmful].mean(0), 0.0)
+        if not harmful.all():
+            own[~harmful] = labelled[~harmful].mean(0)
+        # The centroid of n rows without row i lies (centroid - row) / (n - 1) from it.
+        away = away + np.where(harmful, 1, -1)[:, None] * (own - labelled) / (counts - 1)[:, None]
+        return ((labelled - self._mean) * away).sum(1) / np.linalg.norm(away, axis=1)
+
+    def _towards_harm(self, labelled: ArrayLike, harmful: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Labelled activations and labels, checked, and the harmful ones' centroid minus the benign ones', `[d]`."""
+        labelled = np.concatenate(list(_blocks(labelled, len(self._mean))))
+        harmful = np.asarray(harmful, dtype=bool)
+        if not harmful.any():
+            raise ValueError(f"none of {len(harmful)} labelled rows is harmful, so there is no direction towards harm.")
+        benign = self._mean if harmful.all() else labelled[~harmful].mean(0)
+        return labelled, harmful, labelled[harmful].mean(0) - benign
+
+    def _variance(self) -> float:
+        """Sum of squares around the mean; raises where there is nothing to compare."""
+        if self.n_rows < 2:
+            raise ValueError(f"SAFT compares rows with each other and got {self.n_rows}; give at least two.")
+        variance = float(np.trace(self._scatter))
+        if variance <= RESOLUTION**2 * self.n_rows * float(self._mean @ self._mean):
+            raise ValueError("all rows have the same activation, so nothing sets harmful ones apart; check the data.")
+        return variance
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SAFTFilter:
@@ -107,15 +168,17 @@ class SAFTFilter:
 
     Attributes:
         mean: `[d]`, subtracted from activations.
-        directions: `[k, d]`, right singular vectors of the centred activations.
-        singular_values: `[k]`.
+        directions: `[k, d]`, unit vectors: right singular vectors of the centred activations, or see `directions_from`.
+        singular_values: `[k]`, the length of all rows' projections on each direction.
         explained: share of the variance along the directions, in (0, 1].
         n_rows: rows it was fitted on.
         side: "both" for the paper's squared projection; "+" or "-" for the projection on one side alone, which needs
             labels to be chosen (the sign of a singular vector is arbitrary) and exists for k = 1.
+        directions_from: "singular vectors", or the labelled rows of `SAFTFitter.toward`.
         threshold: τ; infinite until one is chosen, which drops nothing.
         threshold_from: how τ was chosen.
-        used_labels: whether anything in this filter was chosen with labels.
+        chosen_with_labels: what of this filter was chosen with labels: any of layer, pooling, directions, side and
+            threshold.
         layer, pooling: where the activations come from (see `activations.activations`); None where nobody said.
     """
 
@@ -125,9 +188,10 @@ class SAFTFilter:
     explained: float
     n_rows: int
     side: Side = "both"
+    directions_from: str = "singular vectors"
     threshold: float = np.inf
     threshold_from: str = "none"
-    used_labels: bool = False
+    chosen_with_labels: tuple[str, ...] = ()
     layer: int | None = None
     pooling: str | None = None
 
@@ -180,12 +244,15 @@ class SAFTFilter:
         harmful, scores = _both_kinds(harmful), _checked(scores)
         precision, recall, thresholds = precision_recall_curve(harmful, scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        # The curve's thresholds are scores that are still dropped; ours is the largest one kept.
+        # The curve's thresholds are scores that are still dropped; ours is halfway to the largest one kept.
         lowest_dropped = thresholds[np.argmax(f1[:-1])]
         below = scores[scores < lowest_dropped]
-        threshold = float(below.max()) if len(below) else -np.inf
+        highest_kept = float(below.max()) if len(below) else -np.inf
+        halfway = (highest_kept + lowest_dropped) / 2
+        threshold = float(halfway) if halfway < lowest_dropped else highest_kept
         how = f"best F1 on {len(harmful)} labelled rows"
-        return replace(self, threshold=threshold, threshold_from=how, used_labels=True)
+        chosen = (*self.chosen_with_labels, "threshold")
+        return replace(self, threshold=threshold, threshold_from=how, chosen_with_labels=chosen)
 
     def steer(self, scores: ArrayLike, rate: float) -> "SAFTFilter":
         """τ moved (SAFT, Fig 5): a rate above 0 drops that share of the rows kept so far too, below 0 keeps that share
@@ -202,11 +269,17 @@ class SAFTFilter:
         return replace(self, threshold=_quantile(scores, share), threshold_from=how)
 
     def one_sided(self, scores_of: ArrayLike, harmful: ArrayLike) -> "SAFTFilter":
-        """The side of v₁ that labelled rows lie on: activations `[n, d]` and whether each is harmful. Uses labels."""
-        harmful = _both_kinds(harmful)
+        """The side of v₁ that labelled harmful rows lie on: activations `[n, d]` and whether each is harmful.
+
+        It is the side away from the benign ones, without any from the mean. Raises `ValueError` without harmful rows.
+        """
+        harmful = np.asarray(harmful, dtype=bool)
+        if not harmful.any():
+            raise ValueError(f"none of {len(harmful)} labelled rows is harmful, so no side is.")
         projections = replace(self, side="+").scores(scores_of)
-        side = "+" if projections[harmful].mean() > projections[~harmful].mean() else "-"
-        return replace(self, side=side, used_labels=True)
+        benign = 0.0 if harmful.all() else projections[~harmful].mean()
+        side = "+" if projections[harmful].mean() > benign else "-"
+        return replace(self, side=side, chosen_with_labels=(*self.chosen_with_labels, "side"))
 
     def filter(self, rows: Dataset, scores: ArrayLike) -> tuple[Dataset, Dataset]:
         """(kept, dropped) rows in their order, each with its score in the column `saft_score`."""
@@ -236,6 +309,7 @@ class SAFTFilter:
             arrays = load_file(folder / "saft_filter.safetensors")
             rest = json.loads((folder / "saft_filter.json").read_text())
             rest["threshold"] = float(rest["threshold"])
+            rest["chosen_with_labels"] = tuple(rest["chosen_with_labels"])
             return cls(**arrays, **{f.name: rest[f.name] for f in fields(cls) if f.name not in _ARRAYS})
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder}: no filter that SAFTFilter.save wrote ({str(error)!r:.100}).") from error

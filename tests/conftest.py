@@ -27,6 +27,15 @@ def shared() -> Path:
     return path
 
 
+@pytest.fixture
+def bitsandbytes(monkeypatch):
+    """Skips where it is missing. On a CPU with AVX512-BF16 it repacks weights for evaluation, for which layers as small
+    as the tests' are too small, and rounds their scales for good; the tests ask what happens everywhere else."""
+    module = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(module.nn.modules, "has_avx512bf16", lambda: False)
+    return module
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", "<eos>", *WORDS])}

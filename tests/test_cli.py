@@ -155,8 +155,7 @@ def test_packing_and_padding_free(layout, folder):
     assert (folder / "out" / "adapter_model.safetensors").exists()
 
 
-def test_four_bit_flags_are_trls_and_train_close_to_bfloat16(folder):
-    pytest.importorskip("bitsandbytes")
+def test_four_bit_flags_are_trls_and_train_close_to_bfloat16(folder, bitsandbytes):
     command = ["train", "--config", str(folder / "config.yaml"), "--dtype", "bfloat16", "--logging_steps", "1"]
     four_bit = ["--load_in_4bit", "--bnb_4bit_quant_type", "nf4", "--use_bnb_nested_quant"]
     logged = {}
@@ -301,7 +300,10 @@ def test_saft_gives_training_its_unsafe_rows(folder, capsys):
     [
         (["--saft_contamination", "0.2", "--unsafe_dataset_name", "unsafe.jsonl"], "leave out unsafe_dataset_name"),
         (["--saft_contamination", "1.2"], "contamination=1.2: the share of harmful rows lies between 0 and 1"),
-        (["--saft_contamination", "0.2", "--saft_validation", "mixed.jsonl"], "give one of contamination"),
+        (
+            ["--saft_validation", "harmful.jsonl"],
+            "validation: all rows are harmful (label false); say by contamination",
+        ),
         (["--saft_contamination", "0.2", "--dataset_name", "mixed.jsonl"], "has rows labelled false already"),
     ],
 )
@@ -309,7 +311,9 @@ def test_saft_options_that_contradict(folder, capsys, monkeypatch, options, mess
     monkeypatch.chdir(folder)
     config = (folder / "config.yaml").read_text().replace(f"unsafe_dataset_name: {folder / 'unsafe.jsonl'}\n", "")
     (folder / "saft.yaml").write_text(config)
-    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(30)))
+    mixed = make_rows(30)
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    (folder / "harmful.jsonl").write_text("".join(json.dumps(row | {"label": False}) + "\n" for row in mixed))
     assert cli.main(["train", "--config", "saft.yaml", *options]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

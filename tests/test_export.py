@@ -106,8 +106,7 @@ def test_tied_weights_that_stay_tied_are_stored_once(tokenizer, tmp_path):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
 
 
-def test_what_was_trained_in_four_bit_is_merged_into_the_unquantised_base(folder):  # noqa: F811
-    pytest.importorskip("bitsandbytes")
+def test_what_was_trained_in_four_bit_is_merged_into_the_unquantised_base(folder, bitsandbytes):  # noqa: F811
     edit(folder, load_in_4bit="true", dtype="bfloat16", learning_rate="0.05")
     assert cli.main(["train", "--config", str(folder / "config.yaml")]) == 0
     assert export(folder / "out", folder / "merged") == 0

@@ -62,7 +62,7 @@ def test_planted_harm_is_found_without_labels_in_the_middle_layer(model, tokeniz
     found, scores = quiet(model, tokenizer, rows, contamination=0.25)
     assert (found.drops(scores) == harmful_of(rows)).all()
     assert (found.layer, found.pooling, len(found.directions), found.side) == (2, "last", 4, "both")
-    assert not found.used_labels and found.threshold_from == "expected contamination 0.25"
+    assert not found.chosen_with_labels and found.threshold_from == "expected contamination 0.25"
     unlabelled, again = quiet(model, tokenizer, rows.remove_columns("label"), contamination=0.25)
     assert (again == scores).all() and unlabelled.threshold == found.threshold
     fixed, _ = quiet(model, tokenizer, rows, threshold=found.threshold, batch_size=3)
@@ -75,12 +75,44 @@ def test_planted_harm_is_found_without_labels_in_the_middle_layer(model, tokeniz
 
 def test_labels_choose_threshold_and_setting_and_it_is_said(model, tokenizer):
     rows, validation = planted(), planted(seed=9)
-    for settings in ({}, {"layer": 2, "pooling": "mean", "n_directions": 1}):
+    for settings in ({}, {"layer": 2}, {"pooling": "mean"}, {"layer": 2, "pooling": "mean", "n_directions": 1}):
         found, scores = quiet(model, tokenizer, rows, validation=validation, **settings)
-        assert found.used_labels and found.threshold_from == "best F1 on 40 labelled rows"
+        assert found.threshold_from == "best F1 on 40 labelled rows"
+        free = {"layer", "pooling", "n_directions"} - settings.keys()
+        expected = {name.removeprefix("n_") for name in free} | {"threshold"}
+        assert set(found.chosen_with_labels) - {"side"} == expected
         assert (found.drops(scores) == harmful_of(rows)).mean() > 0.95
-        if settings:
-            assert (found.layer, found.pooling, len(found.directions)) == (2, "mean", 1)
+        assert all(getattr(found, name) == settings[name] for name in ("layer", "pooling") if name in settings)
+
+
+def test_labels_choose_the_directions_and_the_contamination_how_many(model, tokenizer):
+    """Harmful rows alone will do: the rows themselves stand for the benign ones."""
+    rows, validation = planted(), planted(seed=9)
+    unsafe = validation.filter(lambda row: not row["label"])
+    for given in (validation, unsafe):
+        found, scores = quiet(model, tokenizer, rows, contamination=0.25, validation=given)
+        assert (found.drops(scores) == harmful_of(rows)).all() and "threshold" not in found.chosen_with_labels
+        assert found.threshold_from == "expected contamination 0.25"
+        fixed, _ = quiet(model, tokenizer, rows, threshold=1e9, validation=given)
+        assert fixed.threshold == 1e9 and fixed.directions_from == found.directions_from
+
+
+def test_a_direction_of_little_variance_is_found_by_labelled_centroids_alone():
+    rng = np.random.default_rng(0)
+    harmful = np.arange(300) < 60
+    z = rng.standard_normal((300, 1, 10)) * ([4] * 9 + [0.1])
+    z[harmful, 0, 9] += 8
+    settings = dict(settings=[(3, "last")], row_numbers=np.arange(300))
+    assert filtering._best_setting(z, z, harmful, **settings, n_directions=None) == (3, "last", 1, "centroids")
+    assert filtering._best_setting(z, z[harmful], harmful[harmful], **settings, n_directions=None)[3] == "centroids"
+    assert filtering._best_setting(z, z, harmful, **settings, n_directions=2) == (3, "last", 2, "both sides")
+
+
+def test_one_labelled_row_of_a_kind_makes_no_centroid(model, tokenizer):
+    rows = planted()
+    for chosen in ([0, 1, 2, 3], [0]):
+        found, _ = quiet(model, tokenizer, rows, contamination=0.25, validation=planted(seed=9).select(chosen))
+        assert found.directions_from == "singular vectors"
 
 
 def test_the_setting_of_the_highest_auroc_is_chosen():
@@ -91,12 +123,12 @@ def test_the_setting_of_the_highest_auroc_is_chosen():
     useful[:, 3] = 8 * rng.standard_normal(300)
     harmful = useful[:, 3] > 9
     z = np.stack([useless, useful], 1)
-    settings = dict(settings=[(1, "last"), (7, "mean")], row_numbers=np.arange(300))
+    settings = dict(settings=[(1, "last"), (7, "mean")], row_numbers=np.arange(300), n_directions=None)
     for sign in (1, -1):
         chosen = filtering._best_setting(sign * z, sign * z, harmful, **settings)
-        assert chosen[:3] == (7, "mean", 1) and chosen[3] in ("+", "-")
+        assert chosen[:3] == (7, "mean", 1) and chosen.by in ("one side", "centroids")
     two_sided = filtering._best_setting(z, z, abs(useful[:, 3]) > 9, **settings)
-    assert two_sided == (7, "mean", 1, "both")
+    assert two_sided == (7, "mean", 1, "both sides")
 
 
 def test_few_rows_are_compared_in_all_layers_and_all_in_the_chosen_one(model, tokenizer, monkeypatch, tmp_path):
@@ -195,8 +227,8 @@ def test_activations_that_are_not_finite_name_the_row(model, tokenizer, tmp_path
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({}, "give one of contamination, threshold and validation, not none"),
-        ({"contamination": 0.1, "threshold": 1.0}, "not contamination and threshold"),
+        ({}, "give contamination, threshold or validation"),
+        ({"contamination": 0.1, "threshold": 1.0}, "contamination and threshold both say"),
         ({"contamination": 10}, "contamination=10: the share"),
         ({"threshold": np.nan}, "threshold=nan"),
         ({"contamination": 0.1, "layer": 0}, "layer 0: layers count from 1"),
@@ -205,7 +237,9 @@ def test_activations_that_are_not_finite_name_the_row(model, tokenizer, tmp_path
         ({"contamination": 0.1, "n_directions": 40}, "n_directions=40: 40 rows have 1 to 39"),
         ({"contamination": 0.1, "n_directions": 33}, "n_directions=33, but 40 rows of size 32"),
         ({"contamination": 0.1, "steer": 2}, "steering by 2"),
-        ({"validation": planted(6, harmful=())}, "all labels are the same"),
+        ({"contamination": 0.1, "n_directions": 0}, "n_directions=0"),
+        ({"validation": planted(6, harmful=())}, "validation: no row is harmful"),
+        ({"validation": planted(6, harmful=range(6))}, "say by contamination how many to drop"),
     ],
 )
 def test_contradictions_are_named(settings, message, model, tokenizer):
@@ -321,7 +355,7 @@ def test_filter_a_file_and_train_on_both_parts(folder, capsys, monkeypatch):
     assert (folder / "data.jsonl").read_bytes() == before
     report, manifest = (out / "report.md").read_text(), json.loads((out / "manifest.json").read_text())
     assert "dropped: 10 (25.0%)" in report and "chosen with labels: nothing" in report and "layer 2" in report
-    assert manifest["n_dropped"] == 10 and not manifest["used_labels"] and manifest["versions"]["torch"]
+    assert manifest["n_dropped"] == 10 and not manifest["chosen_with_labels"] and manifest["versions"]["torch"]
     assert str(folder) not in json.dumps(manifest) + report, "no paths"
     for row in (*kept, *dropped):
         assert row["output"] not in report + json.dumps(manifest), "no text of the rows"
@@ -386,7 +420,7 @@ def test_chat_rows(folder, tokenizer):
 def test_validation_and_threshold_on_the_command_line(folder, capsys):
     assert cli.main(command(folder, "--validation", folder / "validation.csv", out="labels")) == 0
     report = capsys.readouterr().out
-    assert "chosen with labels: threshold, layer, pooling, directions" in report
+    assert "chosen with labels: layer, pooling, directions" in report and "threshold" in report
     assert "from best F1 on 40 labelled rows" in report and (folder / "labels" / "activations").is_dir()
     assert cli.main(command(folder, "--threshold", "1e9", "--activations", folder / "kept_here", out="none")) == 0
     assert "no row is dropped" in capsys.readouterr().out
@@ -407,8 +441,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(folder, monkeypatch):
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
 
 
-def test_four_bits(folder):
-    pytest.importorskip("bitsandbytes")
+def test_four_bits(folder, bitsandbytes):
     assert cli.main(command(folder, "--load_in_4bit", "--dtype", "bfloat16")) == 0
     assert json.loads((folder / "out" / "manifest.json").read_text())["settings"]["load_in_4bit"]
 

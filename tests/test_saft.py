@@ -1,6 +1,7 @@
 """The filter's mathematics: what is planted is found, the stream is the SVD, thresholds drop what they say."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -198,7 +199,7 @@ def test_contamination_drops_exactly_so_many(found):
     assert found.drops(scores).sum() == 0, "a filter without a threshold drops nothing"
     assert found.at_contamination(scores, 0).drops(scores + 1e-9).sum() <= 1
     chosen = found.at_contamination(scores, 0.1)
-    assert chosen.threshold_from == "expected contamination 0.1" and not chosen.used_labels
+    assert chosen.threshold_from == "expected contamination 0.1" and not chosen.chosen_with_labels
     for share in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match="lies between 0 and 1"):
             found.at_contamination(scores, share)
@@ -231,7 +232,8 @@ def test_best_f1_equals_brute_force(found, seed):
     chosen = found.at_best_f1(scores, harmful)
     best = max(f1_score(harmful, scores > tau) for tau in (-np.inf, *scores))
     assert f1_score(harmful, chosen.drops(scores)) == pytest.approx(best)
-    assert chosen.used_labels and chosen.threshold_from == "best F1 on 50 labelled rows"
+    assert chosen.chosen_with_labels == ("threshold",) and chosen.threshold_from == "best F1 on 50 labelled rows"
+    assert chosen.threshold == -np.inf or chosen.threshold not in scores, "between two scores"
 
 
 def test_f1_needs_both_kinds_and_may_drop_everything(found):
@@ -269,12 +271,91 @@ def test_one_side_is_chosen_with_labels():
     harmful = z[:, 0] > 6
     for data in (z, -z):
         two, one = fit(data), fit(data).one_sided(data, harmful)
-        assert one.used_labels and not two.used_labels
+        assert one.chosen_with_labels == ("side",) and two.chosen_with_labels == ()
+        assert fit(data).one_sided(data[harmful], [True] * harmful.sum()).side == one.side, "harmful rows alone say it"
         assert roc_auc_score(harmful, one.scores(data)) > 0.99 > 0.97 > roc_auc_score(harmful, two.scores(data))
     with pytest.raises(ValueError, match="one direction"):
         fit(z, 2).one_sided(z, harmful)
-    with pytest.raises(ValueError, match="one kind"):
+    with pytest.raises(ValueError, match="none of 300 labelled rows is harmful"):
         fit(z).one_sided(z, np.zeros(300, bool))
+
+
+# --- the direction between labelled centroids
+
+
+def hidden_harm(n, contamination, *, seed, d=20):
+    """Harm shifts one direction of little variance, beside larger ones that have nothing to do with it."""
+    rng = RNG(seed)
+    harmful = np.arange(n) < contamination * n
+    z = rng.standard_normal((n, d)) * np.where(np.arange(d) < 5, 2.5, 0.3) + 4
+    z[harmful, 12] += 4
+    return z, harmful
+
+
+@pytest.mark.parametrize("contamination", [0.05, 0.1, 0.3])
+def test_a_few_labels_find_what_has_little_variance(contamination):
+    z, harmful = hidden_harm(600, contamination, seed=0)
+    labelled, theirs = hidden_harm(400, 0.5, seed=1)
+    assert roc_auc_score(harmful, fit(z, 4).scores(z)) < 0.65, "its variance is not the largest"
+    for given, labels in ((labelled, theirs), (labelled[theirs], np.ones(200, bool))):
+        found = SAFTFitter().update(z).toward(given, labels)
+        assert roc_auc_score(harmful, found.scores(z)) > 0.99 and found.side == "+"
+        assert found.chosen_with_labels == ("directions",)
+        assert found.directions_from == f"centroids of {len(given)} labelled rows"
+
+
+def test_its_scores_order_rows_by_distance_to_the_two_centroids():
+    z, _ = hidden_harm(200, 0.1, seed=2)
+    labelled, harmful = hidden_harm(40, 0.5, seed=3)
+    found = SAFTFitter().update(z).toward(labelled, harmful)
+    to_harmful, to_benign = (((z - labelled[kind].mean(0)) ** 2).sum(1) for kind in (harmful, ~harmful))
+    distance = np.linalg.norm(labelled[harmful].mean(0) - labelled[~harmful].mean(0))
+    np.testing.assert_allclose(np.diff(found.scores(z)), np.diff(to_benign - to_harmful) / (2 * distance), atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(found.directions), 1)
+    along = (z - z.mean(0)) @ found.directions[0]
+    np.testing.assert_allclose(found.singular_values, np.linalg.norm(along))
+    np.testing.assert_allclose(found.explained, (along**2).sum() / ((z - z.mean(0)) ** 2).sum())
+
+
+@pytest.mark.parametrize("kinds", ["both", "harmful alone"])
+def test_a_row_left_out_is_scored_by_the_others(kinds):
+    z, _ = hidden_harm(200, 0.1, seed=4)
+    labelled, harmful = hidden_harm(30, 0.5, seed=5)
+    if kinds == "harmful alone":
+        labelled, harmful = labelled[harmful], harmful[harmful]
+    fitter = SAFTFitter().update(z)
+    expected = []
+    for i in range(len(labelled)):
+        others = np.arange(len(labelled)) != i
+        expected.append(fitter.toward(labelled[others], harmful[others]).scores(labelled[i : i + 1])[0])
+    np.testing.assert_allclose(fitter.left_out(labelled, harmful), expected, rtol=1e-9)
+
+
+def test_labels_of_noise_are_worth_nothing_when_rows_are_left_out():
+    rng = RNG(6)
+    z, labelled, harmful = rng.standard_normal((500, 200)), rng.standard_normal((40, 200)), np.arange(40) < 20
+    fitter = SAFTFitter().update(z)
+    assert roc_auc_score(harmful, fitter.toward(labelled, harmful).scores(labelled)) > 0.95, "they made the direction"
+    assert roc_auc_score(harmful, fitter.left_out(labelled, harmful)) < 0.75
+
+
+def test_labelled_rows_without_a_direction_are_refused():
+    z = noise(40, 6)
+    fitter = SAFTFitter().update(z)
+    with pytest.raises(ValueError, match="none of 40 labelled rows is harmful"):
+        fitter.toward(z, np.zeros(40, bool))
+    with pytest.raises(ValueError, match="the same centroid"):
+        fitter.toward(np.tile(z[:1], (4, 1)), [True, False] * 2)
+    with pytest.raises(ValueError, match="give two at least"):
+        fitter.left_out(z[:3], [True, False, False])
+    with pytest.raises(ValueError, match=r"shape \(4, 5\)"):
+        fitter.toward(z[:4, :5], [True, False] * 2)
+    with pytest.raises(ValueError, match="at least two"):
+        SAFTFitter().update(z[:1]).toward(z[:4], [True, False] * 2)
+    labelled = z[:4].copy()
+    labelled[2, 1] = np.nan
+    with pytest.raises(ValueError, match="row 3: its activation is not finite"):
+        fitter.toward(labelled, [True, False] * 2)
 
 
 # --- rows and files
@@ -297,10 +378,19 @@ def test_kept_and_dropped_are_the_rows_in_order_with_their_scores(found):
 @pytest.mark.parametrize("threshold", [1.5, np.inf, -np.inf])
 def test_a_saved_filter_is_the_same_filter(tmp_path, threshold):
     z = noise()
-    saved = fit(z, 3).at_threshold(threshold)
+    saved = replace(fit(z, 3).at_threshold(threshold), chosen_with_labels=("layer", "threshold"))
     loaded = SAFTFilter.load(saved.save(tmp_path / "filter"))
     assert (loaded.scores(z) == saved.scores(z)).all() and loaded.threshold == threshold
-    for name in ("explained", "n_rows", "side", "threshold_from", "used_labels", "layer", "pooling"):
+    for name in (
+        "explained",
+        "n_rows",
+        "side",
+        "directions_from",
+        "threshold_from",
+        "chosen_with_labels",
+        "layer",
+        "pooling",
+    ):
         assert getattr(loaded, name) == getattr(saved, name), name
     text = (tmp_path / "filter" / "saft_filter.json").read_text()
     json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))

@@ -65,9 +65,9 @@ def test_text_goes_to_the_file_rates_to_the_log_and_a_redacted_line_to_the_scree
     ],
     ids=str,
 )
-def test_training_is_bit_identical_with_and_without_samples(setting, folder, prompts):  # noqa: F811
+def test_training_is_bit_identical_with_and_without_samples(setting, folder, prompts, request):  # noqa: F811
     if "load_in_4bit" in setting:
-        pytest.importorskip("bitsandbytes")
+        request.getfixturevalue("bitsandbytes")
     edit(folder, logging_steps="3", **{name: str(value).lower() for name, value in setting.items()})
     run = ["train", "--config", str(folder / "config.yaml"), "--max_steps", "6", "--save_steps", "6"]
     logs = {}

@@ -574,9 +574,7 @@ def test_model_card_cites_the_paper(model, tokenizer, tmp_path):
     assert "2412.06843" in card and "ta-sft" in card
 
 
-def test_four_bit_qlora_trains_the_adapter_close_to_the_unquantised_run(tokenizer, tmp_path):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    assert bitsandbytes.__version__
+def test_four_bit_qlora_trains_the_adapter_close_to_the_unquantised_run(tokenizer, tmp_path, bitsandbytes):
     build_model(tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32

@@ -23,14 +23,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model_revision", help="commit of a hub id")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--load_in_4bit", action="store_true")
-    how = parser.add_mutually_exclusive_group(required=True)
+    how = parser.add_mutually_exclusive_group()
     how.add_argument("--contamination", type=float, help="expected share of harmful rows: so many are dropped")
     how.add_argument("--threshold", type=float, help="score above which a row is dropped")
-    how.add_argument("--validation", help="rows with `label` (false: harmful); the threshold has the best F1 on them")
+    parser.add_argument("--validation", help="some rows with `label` (false: harmful), which choose layer, pooling and "
+                        "directions, and without the options above the threshold; harmful ones alone will do, with "
+                        "--contamination")  # fmt: skip
     parser.add_argument("--validation_revision", help="commit of a hub data set")
-    parser.add_argument("--layer", type=int, help="from 1; default: the middle one, with --validation the best one")
-    parser.add_argument("--pooling", default="last", choices=("last", "mean"), help="over tokens (default: last)")
-    parser.add_argument("--n_directions", type=int, default=4, help="singular vectors of the score (default: 4)")
+    parser.add_argument("--layer", type=int, help="from 1 (default: the middle one)")
+    parser.add_argument("--pooling", choices=("last", "mean"), help="over tokens (default: last)")
+    parser.add_argument("--n_directions", type=int, help="singular vectors of the score (default: 4)")
     parser.add_argument("--steer", type=float, default=0.0, help="-1 to 1: drop less or more than that threshold says")
     parser.add_argument("--prompt_template", default="alpaca", choices=("alpaca", "short", "none"))
     parser.add_argument("--batch_size", type=int, default=16)
@@ -39,6 +41,8 @@ def main(argv: list[str]) -> None:
                         "--output_dir)")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
+    if args.contamination is args.threshold is args.validation is None:
+        parser.error("one of --contamination, --threshold and --validation is needed")
     for name in ("batch_size", "max_length"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{name}={value}: give 1 or more.")
@@ -120,7 +124,6 @@ def main(argv: list[str]) -> None:
         model=_name(args.model) + (f" at {args.model_revision}" if args.model_revision else ""),
         max_length=args.max_length or context_length(model),
         contamination=args.contamination,
-        selected=validation is not None and args.layer is None,
         harmful=harmful,
     )
     provenance.write_text(args.output_dir / "report.md", text)
@@ -136,8 +139,9 @@ def main(argv: list[str]) -> None:
         "pooling": found.pooling,
         "n_directions": len(found.directions),
         "threshold": str(found.threshold),
+        "directions_from": found.directions_from,
         "threshold_from": found.threshold_from,
-        "used_labels": found.used_labels,
+        "chosen_with_labels": found.chosen_with_labels,
     }
     provenance.write_json(args.output_dir / "manifest.json", manifest | provenance.environment())
     print(text)

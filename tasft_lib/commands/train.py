@@ -51,7 +51,9 @@ class DataArguments(ScriptArguments):
     )
     saft_validation: str | None = field(
         default=None,
-        metadata={"help": "Instead: rows with `label`, on which SAFT's layer, directions and threshold are set."},
+        metadata={
+            "help": "Rows with `label` (false: harmful) that choose its layer and directions; all may be harmful."
+        },
     )
     n_benign: int | None = field(default=None, metadata={"help": "Benign rows to draw by --seed (default: all)."})
     n_unsafe: int | None = field(default=None, metadata={"help": "Unsafe rows to draw by --seed (default: all)."})
@@ -217,7 +219,6 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args, tokenizer) -> 
                 model=Path(model_args.model_name_or_path).name,
                 max_length=args.max_length,
                 contamination=data_args.saft_contamination,
-                selected=validation is not None,
             )
             provenance.write_text(folder / "report.md", report)
             provenance.write_json(file, found.drops(scores).tolist())
