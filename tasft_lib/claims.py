@@ -298,11 +298,15 @@ def _filtering_helps(read):
 
 
 def _dropped_rows_are_worth_it(read):
-    evidence, arms = _saft_arms(read, ("saft", "saft_emd", "oracle_emd"), 0.1)
+    evidence, arms = _saft_arms(read, ("saft", "saft_emd", "saft_unsafe_emd", "saft_labelled_emd", "oracle_emd"), 0.1)
     if arms["saft_emd"]["harm_high"] >= arms["saft"]["harm_low"]:
         return evidence, "not so"
-    near = arms["saft_emd"]["harm"] <= arms["oracle_emd"]["harm"] + 0.03
-    return evidence, "holds" if near else "partly: safer than the filter alone, but far from what true labels give"
+    bar = arms["oracle_emd"]["harm"] + 0.03
+    if arms["saft_emd"]["harm"] <= bar:
+        return evidence, "holds"
+    near = [tables.NAMES[name] for name in ("saft_unsafe_emd", "saft_labelled_emd") if arms[name]["harm"] <= bar]
+    reached = f"as near to true labels as 3 points: {', '.join(near) or 'none'}"
+    return evidence, f"partly: safer than the filter alone; {reached}"
 
 
 CLAIMS = (

@@ -171,7 +171,7 @@ def score_sets(study: experiments.Study, filtered: list[Filtered]) -> tuple[pd.D
             made for made in filtered if (made.contamination, made.n_safe, made.seed) == (contamination, n_safe, seed)
         ]
         rows = rows_of(study, own[0])
-        harmful, detected = is_harmful(rows), detectors(study, rows, base, seed=seed)
+        harmful, detected = is_harmful(rows), detectors(study, rows, base, seed=seed, n_safe=n_safe)
         table = detection.detection_table(harmful, detected, seed=seed)
         found.append(table.assign(contamination=contamination, n_safe=n_safe, seed=seed))
         for made in own:
@@ -183,17 +183,22 @@ def score_sets(study: experiments.Study, filtered: list[Filtered]) -> tuple[pd.D
     return pd.concat(found, ignore_index=True), pd.DataFrame(verdicts)
 
 
-def detectors(study: experiments.Study, rows: Dataset, base: tuple, *, seed: int) -> dict[str, tuple[np.ndarray, int]]:
+def detectors(
+    study: experiments.Study, rows: Dataset, base: tuple, *, seed: int, n_safe: int = 0
+) -> dict[str, tuple[np.ndarray, int]]:
     """Name -> (score of each row, higher for harm; labelled rows it was given), for SAFT and what it is compared with.
 
     "saft" is the study's setting, "saft_1" the same with one direction; "random", "length" of the answer and "loss"
-    under the base model, `base`, need no labels either. "anchors" and "labelled" (nearest centroid), both on the mean
-    over the answer, have `n_labelled` rows of another set, half of them harmful; "saft_labelled" is SAFT with layer,
-    pooling, k and side chosen on them; "probe" has all labels; "judge" is the study's judge, where it knows more than
-    to recognise a refusal.
+    under the base model, `base`, need no labels either. "saft_labelled" is SAFT with layer, pooling and directions
+    chosen on `n_labelled` rows of another set, half of them harmful, with safe answers to toxic prompts where `rows`
+    have `n_safe` of them; "saft_unsafe" knows but the harmful ones. "anchors" and "centroid" (the nearest one), both on
+    the mean over the answer, have the same rows; "probe" has all labels; "judge" is the study's judge, where it knows
+    more than to recognise a refusal.
     """
     config, harmful, n = study.config, is_harmful(rows), len(rows)
-    labelled = _contaminated(study, config.n_labelled, 0.5, seed=seed + 1000)
+    n_labelled_safe = round(n_safe * config.n_labelled / len(rows))
+    labelled = _contaminated(study, config.n_labelled, 0.5, seed=seed + 1000, n_safe=n_labelled_safe)
+    unsafe = labelled.select(np.flatnonzero(is_harmful(labelled)))
     layer = config.layer or middle_layer(base[0])
     last, mean = embed(study, concatenate_datasets([rows, labelled]), [layer], base).transpose(1, 0, 2)
     read = (last if config.pooling == "last" else mean)[:n]
@@ -202,7 +207,12 @@ def detectors(study: experiments.Study, rows: Dataset, base: tuple, *, seed: int
         return SAFTFitter(n_directions).update(read).filter.scores(read)
 
     options = {"batch_size": config.generation_batch_size, "progress": runs.show_progress()}
-    _, chosen = filtering.find_harmful(*base, rows, validation=labelled, **options)
+
+    def chosen(given: Dataset) -> tuple[np.ndarray, int]:
+        # The contamination moves the threshold, which is not used here.
+        _, scores = filtering.find_harmful(*base, rows, contamination=0.1, validation=given, **options)
+        return scores, len(given)
+
     given = mean[:n], mean[n:], is_harmful(labelled)
     found = {
         "random": (np.random.default_rng(seed).random(n), 0),
@@ -210,9 +220,10 @@ def detectors(study: experiments.Study, rows: Dataset, base: tuple, *, seed: int
         "loss": (np.array(completion_loss(*base, rows, **options)), 0),
         "saft_1": (saft(1), 0),
         "saft": (saft(config.n_directions), 0),
-        "saft_labelled": (chosen, len(labelled)),
+        "saft_labelled": chosen(labelled),
+        "saft_unsafe": chosen(unsafe),
         "anchors": (detection.anchor_similarity(*given), len(labelled)),
-        "labelled": (detection.nearest_centroid(*given), len(labelled)),
+        "centroid": (detection.nearest_centroid(*given), len(labelled)),
         "probe": (detection.logistic_probe(mean[:n], harmful), n),
     }
     if config.judge != "compliance":
@@ -255,7 +266,7 @@ def failure_table(study: experiments.Study, *, seed: int) -> pd.DataFrame:
     for name, options in sets.items():
         options = {"contamination": 0.3} | options
         rows = _contaminated(study, size, options.pop("contamination"), seed=seed, **options)
-        scores = detectors(study, rows, base, seed=seed)
+        scores = detectors(study, rows, base, seed=seed, n_safe=options.get("n_safe", 0))
         aurocs = {detector: detection.measures(is_harmful(rows), s)["auroc"] for detector, (s, _) in scores.items()}
         found.append({"set": name, "rows": len(rows), "harmful": int(is_harmful(rows).sum())} | aurocs)
     return pd.DataFrame(found)

@@ -40,8 +40,10 @@ STYLES = {  # name, colour, marker, line
     "random": ("random filter", "#999999", "p", "--"),
     "saft": ("SAFT filter", "#0072B2", "v", "--"),
     "saft_emd": ("SAFT, then EMD", "#0072B2", "v", "-"),
-    "labelled": ("few labels", "#009E73", "^", "--"),
-    "labelled_emd": ("few labels, then EMD", "#009E73", "^", "-"),
+    "saft_unsafe": ("SAFT, few harmful rows", "#CC79A7", "P", "--"),
+    "saft_unsafe_emd": ("SAFT, few harmful rows, then EMD", "#CC79A7", "P", "-"),
+    "saft_labelled": ("SAFT, few labels", "#009E73", "^", "--"),
+    "saft_labelled_emd": ("SAFT, few labels, then EMD", "#009E73", "^", "-"),
     "oracle": ("oracle filter", "#D55E00", "o", "--"),
     "oracle_emd": ("oracle, then EMD", "#D55E00", "o", "-"),
     "filter": ("made-up filter", "#56B4E9", "D", "--"),
@@ -488,8 +490,13 @@ def plot_detection(table: pd.DataFrame, *, caption: str) -> Figure:
 
 def detector_name(name: str, labels: int = 0) -> str:
     """A detector of `contamination.detectors` in words."""
-    names = {"saft": "SAFT", "labelled": "nearest centroid", "saft_labelled": "SAFT, chosen", "probe": "linear probe"}
-    names |= {"loss": "loss of the base", "length": "length", "anchors": "anchors"}
+    names = {
+        "saft": "SAFT",
+        "saft_labelled": "SAFT",
+        "saft_unsafe": "SAFT, harmful only",
+        "centroid": "nearest centroid",
+    }
+    names |= {"probe": "linear probe", "loss": "loss of the base", "length": "length", "anchors": "anchors"}
     shown = names.get(name) or (f"SAFT, k = {name.removeprefix('saft_')}" if name.startswith("saft_") else name)
     return f"{shown} ({labels} labels)" if labels else shown
 

@@ -85,7 +85,7 @@ def test_failures_are_what_they_say():
 
 
 def test_arms_get_the_rows_with_the_highest_scores_and_no_labels(study):
-    sets = contamination.compared([0.2], ["none", "random", "saft", "labelled", "oracle", "0.9"], range(1))
+    sets = contamination.compared([0.2], ["none", "random", "saft", "saft_unsafe", "oracle", "0.9"], range(1))
     trained = contamination.arms_of(study, sets)
     assert [arm.method for _, arm in trained] == ["sft", *["sft", "emd"] * 5]
     # Listed before any row exists; then scored and written.
@@ -109,7 +109,11 @@ def test_arms_get_the_rows_with_the_highest_scores_and_no_labels(study):
             (verdict,) = verdicts[verdicts["filter"] == made.filter].to_dict("records")
             assert verdict["precision"] == pytest.approx(np.mean(harmful))
             assert made.filter != "oracle" or all(harmful)
-    assert {"saft", "saft_1", "loss", "length", "labelled", "saft_labelled", "probe"} <= set(detected["detector"])
+    labels = detected.set_index("detector")["labels"].to_dict()
+    few = study.config.n_labelled
+    assert labels["saft"] == labels["saft_1"] == labels["loss"] == labels["length"] == 0 and labels["probe"] == n
+    assert labels["saft_labelled"] == labels["centroid"] == labels["anchors"] == few
+    assert labels["saft_unsafe"] == few // 2
     assert detected["auroc"].notna().all() and (detected["n_harmful"] == round(0.2 * n)).all()
     # The rows are those that the arm is trained on.
     _, arm = trained[2]
