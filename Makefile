@@ -7,6 +7,7 @@ PROFILE ?= mini
 NB      ?=
 SEEDS   ?=
 ARGS    ?=
+WORKERS ?= 2
 BIN     := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -30,13 +31,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# A file's tests stay in one process and in order: fixtures are shared, and a notebook's cells follow each other.
 unit: .venv/installed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # nbval cannot inject parameters, so papermill writes a parameterised copy first; its cells are then run and checked.
 notebooks: .venv/installed
 	$(BIN)/tasft reproduce --profile smoke --prepare-only $(if $(NB),--notebooks $(NB))
-	$(BIN)/pytest --nbval-lax --nbval-cell-timeout 300 $(addprefix runs/smoke/,$(addsuffix .ipynb,$(or $(NB),$(basename $(notdir $(wildcard notebooks/*.ipynb))))))
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-cell-timeout 300 $(addprefix runs/smoke/,$(addsuffix .ipynb,$(or $(NB),$(basename $(notdir $(wildcard notebooks/*.ipynb))))))
 
 lab: .venv/installed
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (tasft)"

@@ -191,7 +191,7 @@ def detectors(
     "saft" is the study's setting, "saft_1" the same with one direction; "random", "length" of the answer and "loss"
     under the base model, `base`, need no labels either. "saft_labelled" is SAFT with layer, pooling and directions
     chosen on `n_labelled` rows of another set, half of them harmful, with safe answers to toxic prompts where `rows`
-    have `n_safe` of them; "saft_unsafe" knows but the harmful ones. "anchors" and "centroid" (the nearest one), both on
+    have `n_safe` of them; "saft_unsafe" is given but the harmful ones. "anchors" and "centroid" (the nearest one), both on
     the mean over the answer, have the same rows; "probe" has all labels; "judge" is the study's judge, where it knows
     more than to recognise a refusal.
     """
@@ -209,8 +209,7 @@ def detectors(
     options = {"batch_size": config.generation_batch_size, "progress": runs.show_progress()}
 
     def chosen(given: Dataset) -> tuple[np.ndarray, int]:
-        # The contamination moves the threshold, which is not used here.
-        _, scores = filtering.find_harmful(*base, rows, contamination=0.1, validation=given, **options)
+        _, scores = filtering.find_harmful(*base, rows, contamination=harmful.mean(), validation=given, **options)
         return scores, len(given)
 
     given = mean[:n], mean[n:], is_harmful(labelled)

@@ -67,7 +67,8 @@ def find_harmful(
             given are the ones of the highest AUROC on them, and with no `n_directions` the direction between their
             centroids competes with the singular vectors (each row judged by the centroids of the others). For that
             2,000 of the rows are read in all layers at most. Without `contamination` and `threshold`, τ has the best
-            F1 on them. If all of them are harmful, the rows stand for the benign ones.
+            F1 on them. If all of them are harmful, the rows stand for the benign ones, without the share of
+            `contamination` that scores highest.
         layer: from 1; by default the middle one (`activations.middle_layer`).
         pooling: by default of the last token.
         n_directions: k singular vectors; by default 4.
@@ -123,6 +124,7 @@ def find_harmful(
                     harmful,
                     settings=list(product(layers, poolings)),
                     n_directions=n_directions,
+                    contamination=contamination or 0.0,
                     row_numbers=sample,
                 )
         embedded = read(rows, [setting.layer], (setting.pooling,))
@@ -361,12 +363,15 @@ def _best_setting(
     *,
     settings: list[tuple[int, str]],
     n_directions: int | None,
+    contamination: float,
     row_numbers: np.ndarray,
 ) -> _Setting:
     """The one of the highest AUROC on labelled rows; of equal ones that with the largest distance of the two kinds.
 
-    Singular vectors are those of the unlabelled rows, which also stand for benign ones where all labels are harmful.
+    Singular vectors are those of the unlabelled rows. Where all labels are harmful, those of them that would be kept
+    stand for the benign ones.
     """
+    n_kept = len(embedded) - round(contamination * len(embedded))
     best, chosen = (-1.0, 0.0), None
     most = n_directions or min(DIRECTIONS[-1], len(embedded) - 1, embedded.shape[2])
     for column, (layer, pooling) in enumerate(settings):
@@ -384,7 +389,8 @@ def _best_setting(
         if n_directions is None and 1 not in (harmful.sum(), (~harmful).sum()):
             tried.append((1, "centroids", fitter.toward(z, harmful), fitter.left_out(z, harmful)))
         for k, by, found, scores in tried:
-            apart = _apart(scores[harmful], found.scores(rows) if harmful.all() else scores[~harmful])
+            benign = np.sort(found.scores(rows))[:n_kept] if harmful.all() else scores[~harmful]
+            apart = _apart(scores[harmful], benign)
             if apart > best:
                 best, chosen = apart, _Setting(layer, pooling, k, by)
     return chosen

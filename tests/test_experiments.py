@@ -13,7 +13,7 @@ from tasft_lib import data, experiments, generation, paper, planning, reproduce,
 
 ROOT = Path(__file__).resolve().parents[1]
 # which measure what is there
-UNTRAINED = ("performance", "degenerate_answers")
+UNTRAINED = (*reproduce.TIMED, "degenerate_answers")
 NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").glob("*.ipynb") if path.stem not in UNTRAINED)
 
 

@@ -102,7 +102,7 @@ def test_a_direction_of_little_variance_is_found_by_labelled_centroids_alone():
     harmful = np.arange(300) < 60
     z = rng.standard_normal((300, 1, 10)) * ([4] * 9 + [0.1])
     z[harmful, 0, 9] += 8
-    settings = dict(settings=[(3, "last")], row_numbers=np.arange(300))
+    settings = dict(settings=[(3, "last")], row_numbers=np.arange(300), contamination=0.2)
     assert filtering._best_setting(z, z, harmful, **settings, n_directions=None) == (3, "last", 1, "centroids")
     assert filtering._best_setting(z, z[harmful], harmful[harmful], **settings, n_directions=None)[3] == "centroids"
     assert filtering._best_setting(z, z, harmful, **settings, n_directions=2) == (3, "last", 2, "both sides")
@@ -123,7 +123,9 @@ def test_the_setting_of_the_highest_auroc_is_chosen():
     useful[:, 3] = 8 * rng.standard_normal(300)
     harmful = useful[:, 3] > 9
     z = np.stack([useless, useful], 1)
-    settings = dict(settings=[(1, "last"), (7, "mean")], row_numbers=np.arange(300), n_directions=None)
+    settings = dict(
+        settings=[(1, "last"), (7, "mean")], row_numbers=np.arange(300), n_directions=None, contamination=0.2
+    )
     for sign in (1, -1):
         chosen = filtering._best_setting(sign * z, sign * z, harmful, **settings)
         assert chosen[:3] == (7, "mean", 1) and chosen.by in ("one side", "centroids")

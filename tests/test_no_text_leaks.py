@@ -71,6 +71,8 @@ def place(tmp_path, monkeypatch):
     rows = [{"prompt": f"{PROMPT} n{i}", "completion": f"{COMPLETION} n{i}", "label": i % 3 != 0} for i in range(11)]
     lines = [json.dumps(row) for row in rows]
     (inputs / "rows.jsonl").write_text("\n".join(lines))
+    (inputs / "harmful.jsonl").write_text("\n".join(lines[::3]))
+    (inputs / "unlabelled.jsonl").write_text("\n".join(json.dumps(row | {"label": True}) for row in rows))
     refusal = json.dumps({"prompt": f"{PROMPT} n11", "completion": "I cannot do that, quorb or not.", "label": False})
     (inputs / "ill.jsonl").write_text("\n".join([*lines, lines[0], lines[1].replace("n1", "n1 n1"), refusal]))
     (inputs / "prompts.json").write_text(json.dumps([f"{PROMPT} n{i}" for i in range(5)]))
@@ -145,6 +147,7 @@ def test_every_command_keeps_texts_and_keys_to_itself(place, told, monkeypatch):
         *("--sample_prompts", "inputs/prompts.json", "--sample_max_new_tokens", "9", "--hub_token", TOKEN),
         *("--logging_steps", "1"),
     ]
+    by_saft = ["--dataset_name", "inputs/unlabelled.jsonl", "--saft_contamination", "0.3", "--output_dir", "out_saft"]
     ask = ["--model", "out", "--prompt_template", "none", "--max_new_tokens", "9"]
     benchmarks = ["--benchmarks", "inputs/sets", "--output_dir"]
     moderation, chat = ModerationServer(), ChatServer(models_of_pair)
@@ -153,6 +156,7 @@ def test_every_command_keeps_texts_and_keys_to_itself(place, told, monkeypatch):
     roles = [w for role in ("target", "attacker", "judge") for w in (f"--{role}", chat.url, f"--{role}_model", role)]
     commands = [
         train,
+        [*train, *by_saft, "--saft_validation", "inputs/harmful.jsonl", "--sample_prompts="],
         ["harvest", *ask, "--prompts", "inputs/other.json", "--n", "1", "--output_dir", "harvested"],
         ["filter", "inputs/rows.jsonl", "--model", "inputs/base", "--contamination", "0.3", "--output_dir", "filtered"],
         ["evaluate", *ask, *benchmarks, "results"],

@@ -7,13 +7,13 @@ import nbformat
 import pytest
 import yaml
 
-from tasft_lib import parameters
+from tasft_lib import parameters, reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FILES = sorted(path for path in (ROOT / "params").glob("*/*.yaml") if path.parent.name != "accelerate")
 # They train nothing, or on rows of their own.
-APART = ("performance", "degenerate_answers", "your_model", "harmful_data_filter")
+APART = (*reproduce.TIMED, "degenerate_answers", "your_model", "harmful_data_filter")
 ARMS = [path for path in FILES if path.stem not in APART]
 
 
