@@ -68,7 +68,7 @@ def find_harmful(
             centroids competes with the singular vectors (each row judged by the centroids of the others). For that
             2,000 of the rows are read in all layers at most. Without `contamination` and `threshold`, τ has the best
             F1 on them. If all of them are harmful, the rows stand for the benign ones, without the share of
-            `contamination` that scores highest.
+            `contamination` that scores highest, which is needed then.
         layer: from 1; by default the middle one (`activations.middle_layer`).
         pooling: by default of the last token.
         n_directions: k singular vectors; by default 4.
@@ -176,7 +176,7 @@ def check_settings(
         labels = set(validation["label"][:])
         if False not in labels:
             raise ValueError("validation: no row is harmful (label false).")
-        if True not in labels and contamination is None and threshold is None:
+        if True not in labels and contamination is None:
             raise ValueError("validation: all rows are harmful (label false); say by contamination how many to drop.")
     if layer is not None and layer < 1:
         raise ValueError(f"layer {layer}: layers count from 1.")
