@@ -191,9 +191,9 @@ def detectors(
     "saft" is the study's setting, "saft_1" the same with one direction; "random", "length" of the answer and "loss"
     under the base model, `base`, need no labels either. "saft_labelled" is SAFT with layer, pooling and directions
     chosen on `n_labelled` rows of another set, half of them harmful, with safe answers to toxic prompts where `rows`
-    have `n_safe` of them; "saft_unsafe" is given but the harmful ones. "anchors" and "centroid" (the nearest one), both on
-    the mean over the answer, have the same rows; "probe" has all labels; "judge" is the study's judge, where it knows
-    more than to recognise a refusal.
+    have `n_safe` of them; "saft_unsafe" is given but the harmful ones. "anchors" and "centroid" (the nearest one), on
+    the mean over the answer, have the same rows as the former; "probe" has all labels; "judge" is the study's judge,
+    where it knows more than to recognise a refusal.
     """
     config, harmful, n = study.config, is_harmful(rows), len(rows)
     n_labelled_safe = round(n_safe * config.n_labelled / len(rows))

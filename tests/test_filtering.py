@@ -93,8 +93,8 @@ def test_labels_choose_the_directions_and_the_contamination_how_many(model, toke
         found, scores = quiet(model, tokenizer, rows, contamination=0.25, validation=given)
         assert (found.drops(scores) == harmful_of(rows)).all() and "threshold" not in found.chosen_with_labels
         assert found.threshold_from == "expected contamination 0.25"
-        fixed, _ = quiet(model, tokenizer, rows, threshold=1e9, validation=given)
-        assert fixed.threshold == 1e9 and fixed.directions_from == found.directions_from
+    by_labels, _ = quiet(model, tokenizer, rows, threshold=1e9, validation=validation)
+    assert by_labels.threshold == 1e9 and by_labels.chosen_with_labels and by_labels.threshold_from == "fixed"
 
 
 def test_a_direction_of_little_variance_is_found_by_labelled_centroids_alone():
@@ -241,7 +241,7 @@ def test_activations_that_are_not_finite_name_the_row(model, tokenizer, tmp_path
         ({"contamination": 0.1, "steer": 2}, "steering by 2"),
         ({"contamination": 0.1, "n_directions": 0}, "n_directions=0"),
         ({"validation": planted(6, harmful=())}, "validation: no row is harmful"),
-        ({"validation": planted(6, harmful=range(6))}, "say by contamination how many to drop"),
+        ({"validation": planted(6, harmful=range(6)), "threshold": 1.0}, "say by contamination how many to drop"),
     ],
 )
 def test_contradictions_are_named(settings, message, model, tokenizer):
