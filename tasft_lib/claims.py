@@ -304,9 +304,9 @@ def _dropped_rows_are_worth_it(read):
     bar = arms["oracle_emd"]["harm"] + 0.03
     if arms["saft_emd"]["harm"] <= bar:
         return evidence, "holds"
-    near = [tables.NAMES[name] for name in ("saft_unsafe_emd", "saft_labelled_emd") if arms[name]["harm"] <= bar]
-    reached = f"as near to true labels as 3 points: {', '.join(near) or 'none'}"
-    return evidence, f"partly: safer than the filter alone; {reached}"
+    few = {"a few harmful rows": "saft_unsafe_emd", "a few labels": "saft_labelled_emd"}
+    near = " or ".join(words for words, name in few.items() if arms[name]["harm"] <= bar)
+    return evidence, f"partly: without labels only safer than the filter; as safe as with all labels: {near or 'never'}"
 
 
 CLAIMS = (

@@ -95,8 +95,12 @@ def test_what_is_said_of_saft_is_in_its_tables():
     detected = pd.read_csv(folder / "harmful_data_filter_detection.csv").set_index(["detector", "contamination"])
     aurocs = [detected.loc[key, "auroc"] for key in (("saft", 0.3), ("saft", 0.1), ("loss", 0.1), ("length", 0.1))]
     assert re.findall(r"0\.\d\d", said.split("**Detection.**")[1])[:4] == [f"{value:.2f}" for value in aurocs]
-    for name, text in (("saft", "(precision {:.2f})"), ("labelled", "40 labelled rows drops {:.2f}")):
-        assert text.format(detected.loc[(name, 0.1), "precision"]) in said
+    for name, text in (
+        ("saft", "harmful (precision {:.2f})"),
+        ("saft_unsafe", "20 known harmful rows all of it (precision {:.2f})"),
+        ("saft_labelled", "20 of each kind nearly all (precision {:.2f})"),
+    ):
+        assert text.format(detected.loc[(name, 0.1), "precision"]) in " ".join(said.split())
     arms = pd.read_csv(folder / "harmful_data_filter_table.csv")
     arms = arms[(arms["contamination"] == 0.1)].set_index(["method", "n_safe"])
     percent = {key: 100 * value for key, value in arms["harm"].items()}
@@ -110,10 +114,16 @@ def test_what_is_said_of_saft_is_in_its_tables():
     low, high, noise = (100 * saft[name] for name in ("harm_min", "harm_max", "degenerate"))
     text = f"{percent['saft_emd', 0]:.0f} % (seeds {low:.0f}-{high:.0f}; {noise:.0f} % degenerate) with SAFT"
     assert text in said
-    assert f"{percent['labelled_emd', 0]:.1f} % (seeds 0-8) with 40 labels, {percent['oracle_emd', 0]:.1f} %" in said
-    assert (
-        "{:.0f} % harmful without a filter, {:.0f} % with it, {:.0f} % pushed away".format(
-            *(percent[name, 100] for name in ("none", "saft", "saft_emd"))
-        )
-        in said
-    )
+    known = arms.loc[("saft_unsafe_emd", 0)]
+    low, high = (100 * known[name] for name in ("harm_min", "harm_max"))
+    text = f"{percent['saft_unsafe_emd', 0]:.1f} % (seeds {low:.0f}-{high:.0f}) with 20 known harmful rows"
+    assert f"{text}, {percent['oracle_emd', 0]:.1f} % with true labels" in said
+    for measure, text in (
+        ("correct", "{:.0f} % correct instead of {:.0f} %"),
+        ("over_refusal", "{:.0f} % over-refusal instead of {:.0f} %"),
+    ):
+        assert text.format(*(100 * arms.loc[(name, 0), measure] for name in ("saft_unsafe_emd", "none"))) in said
+    refusals = "{:.0f} % harmful without a filter, {:.0f} % with it, {:.0f} % pushed away"
+    assert refusals.format(*(percent[name, 100] for name in ("none", "saft", "saft_emd"))) in said
+    assert f"the filter alone gets to {percent['saft_unsafe', 100]:.0f} %, as with true labels" in said
+    assert round(percent["saft_unsafe", 100]) == round(percent["oracle", 100])
