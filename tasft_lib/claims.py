@@ -306,7 +306,9 @@ def _dropped_rows_are_worth_it(read):
         return evidence, "holds"
     few = {"a few harmful rows": "saft_unsafe_emd", "a few labels": "saft_labelled_emd"}
     near = " or ".join(words for words, name in few.items() if arms[name]["harm"] <= bar)
-    return evidence, f"partly: without labels only safer than the filter; as safe as with all labels: {near or 'never'}"
+    if not near:
+        return evidence, "partly: safer than the filter alone, but far from what true labels give"
+    return evidence, f"partly: without labels safer than the filter alone; with {near} as safe as with true labels"
 
 
 CLAIMS = (

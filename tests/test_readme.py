@@ -101,6 +101,12 @@ def test_what_is_said_of_saft_is_in_its_tables():
         ("saft_labelled", "20 of each kind nearly all (precision {:.2f})"),
     ):
         assert text.format(detected.loc[(name, 0.1), "precision"]) in " ".join(said.split())
+    times, memory = (
+        pd.read_csv(ROOT / "figures/bench" / f"performance_filter_{name}.csv") for name in ("times", "memory")
+    )
+    ratio, low, high = times.loc[0, ["ratio", "low", "high"]]
+    assert f"{ratio:.2f} times its forward passes ({low:.2f}-{high:.2f} in five rounds" in said
+    assert f"{memory['peak_mb'].min():.0f} to {memory['peak_mb'].max():.0f} MB" in said
     arms = pd.read_csv(folder / "harmful_data_filter_table.csv")
     arms = arms[(arms["contamination"] == 0.1)].set_index(["method", "n_safe"])
     percent = {key: 100 * value for key, value in arms["harm"].items()}

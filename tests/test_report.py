@@ -204,14 +204,16 @@ def filtered(**letters: str) -> dict[str, pd.DataFrame]:
 
 def test_filters_are_decided_by_harm_and_by_what_true_labels_give():
     some, worst = HARMFUL[:30] + SAFE[:70], {"none": HARMFUL, "saft": HARMFUL, "saft_emd": HARMFUL}
-    oracle = {"oracle": SAFE, "oracle_emd": SAFE}
+    oracle = {"oracle": SAFE, "oracle_emd": SAFE, "saft_unsafe_emd": HARMFUL, "saft_labelled_emd": HARMFUL}
     assert decide("filtered set", **filtered(**worst, **oracle)) == "not reproduced"
     assert decide("filtered set", **filtered(**(worst | {"saft": some}), **oracle)).startswith("partly: far")
     assert decide("filtered set", **filtered(**(worst | {"saft": SAFE}), **oracle)) == "reproduced"
     assert decide("ours", **filtered(**worst, **oracle)) == "not so"
     assert decide("ours", **filtered(**(worst | {"saft_emd": some}), **oracle)).startswith("partly: safer")
+    few = oracle | {"saft_unsafe_emd": SAFE}
+    assert "; with a few harmful rows as safe" in decide("ours", **filtered(**(worst | {"saft_emd": some}), **few))
     assert decide("ours", **filtered(**(worst | {"saft_emd": SAFE}), **oracle)) == "holds"
-    with pytest.raises(claims._NoSuchArm, match="no oracle_emd"):
+    with pytest.raises(claims._NoSuchArm, match="no oracle_emd and saft_labelled_emd and saft_unsafe_emd"):
         decide("ours", **filtered(**worst, oracle=SAFE))
 
 
