@@ -90,8 +90,8 @@ def find_harmful(
         raise ValueError(
             f"all {len(rows)} rows have the same text, so nothing sets harmful ones apart; check the data."
         )
-    with _kept_in(folder) as folder:
-        identity = _identity(model, tokenizer) if folder is not None else ""
+    with _kept_in(folder) as kept_in:
+        identity = _identity(model, tokenizer) if folder is not None else ""  # a temporary folder has one model's alone
 
         def read(part: Dataset, layers: list[int], poolings: tuple[str, ...]) -> np.ndarray:
             text = data.fingerprint(part.select_columns(["prompt", "completion"]))
@@ -104,7 +104,7 @@ def find_harmful(
                 poolings=poolings,
                 max_length=max_length,
                 batch_size=batch_size,
-                file=folder / f"activations-{named}.f32",
+                file=kept_in / f"activations-{named}.f32",
                 progress=progress,
             )
 
@@ -371,7 +371,7 @@ def _best_setting(
     Singular vectors are those of the unlabelled rows. Where all labels are harmful, those of them that would be kept
     stand for the benign ones.
     """
-    n_kept = len(embedded) - round(contamination * len(embedded))
+    n_kept = max(1, len(embedded) - round(contamination * len(embedded)))
     best, chosen = (-1.0, 0.0), None
     most = n_directions or min(DIRECTIONS[-1], len(embedded) - 1, embedded.shape[2])
     for column, (layer, pooling) in enumerate(settings):

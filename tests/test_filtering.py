@@ -90,6 +90,8 @@ def test_labels_choose_the_directions_and_the_contamination_how_many(model, toke
     rows, validation = planted(), planted(seed=9)
     unsafe = validation.filter(lambda row: not row["label"])
     for given in (validation, unsafe):
+        everything, scores = quiet(model, tokenizer, rows, contamination=1, validation=given)
+        assert everything.drops(scores).all()
         found, scores = quiet(model, tokenizer, rows, contamination=0.25, validation=given)
         assert (found.drops(scores) == harmful_of(rows)).all() and "threshold" not in found.chosen_with_labels
         assert found.threshold_from == "expected contamination 0.25"
