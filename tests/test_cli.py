@@ -11,7 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pandas as pd
 import pytest
 from conftest import build_model, make_rows
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from tasft_lib import benchmarks, cli
 from tasft_lib.generation import Response
@@ -293,6 +293,13 @@ def test_saft_gives_training_its_unsafe_rows(folder, capsys):
     file.write_text(json.dumps([i < 3 for i in range(len(rows))]))
     assert cli.main(train) == 0
     assert "and 3 unsafe rows" in capsys.readouterr().out
+
+    # With some harmful rows as `tasft harvest` leaves them they are found anew.
+    Dataset.from_list([row | {"label": False} for row in make_rows(8)]).save_to_disk(folder / "known")
+    assert cli.main([*train, "--saft_validation", str(folder / "known")]) == 0
+    assert f"and {round(0.2 * len(rows))} unsafe rows" in capsys.readouterr().out
+    report = (folder / "out" / "_saft" / "report.md").read_text()
+    assert "chosen with labels: layer, pooling, directions" in report
 
 
 @pytest.mark.parametrize(

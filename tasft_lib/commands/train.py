@@ -55,6 +55,7 @@ class DataArguments(ScriptArguments):
             "help": "Rows with `label` (false: harmful) that choose its layer and directions; all may be harmful."
         },
     )
+    saft_validation_revision: str | None = field(default=None, metadata={"help": "Commit of that hub data set."})
     n_benign: int | None = field(default=None, metadata={"help": "Benign rows to draw by --seed (default: all)."})
     n_unsafe: int | None = field(default=None, metadata={"help": "Unsafe rows to draw by --seed (default: all)."})
     prompt_template: str = field(
@@ -192,7 +193,10 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args, tokenizer) -> 
     if data_args.saft_validation is not None:
         source = data_args.saft_validation
         validation = data.to_training_rows(
-            data.read_rows(source), label=None, template=data_args.prompt_template, source=source
+            data.read_rows(source, revision=data_args.saft_validation_revision),
+            label=None,
+            template=data_args.prompt_template,
+            source=source,
         )
     options = {"contamination": data_args.saft_contamination, "validation": validation}
     filtering.check_settings(len(rows), **options)
