@@ -431,7 +431,7 @@ def plot_comparison(table: pd.DataFrame, *, method: str, caption: str) -> Figure
 def plot_scores(table: pd.DataFrame, threshold: float, *, caption: str) -> Figure:
     """Rows by SAFT score, kept and dropped, with τ as a line; a logarithmic axis where all scores are positive.
 
-    `table` from `filtering.histogram`; with a column `harmful`, rows known to be so are drawn as an outline.
+    `table` from `filter_report.histogram`; with a column `harmful`, rows known to be so are drawn as an outline.
     """
     use_style()
     figure, axis = plt.subplots(figsize=(6.5, 3.2))

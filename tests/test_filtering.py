@@ -12,7 +12,8 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 
 from tasft_lib import cli, data, filtering, plotting
-from tasft_lib.filtering import find_harmful, histogram, length_correlation, save_rows, warnings
+from tasft_lib.filter_report import histogram, length_correlation, save_rows, warnings
+from tasft_lib.filtering import find_harmful
 from tasft_lib.saft import SCORE, SAFTFilter, SAFTFitter
 
 HARMFUL = range(0, 40, 4)

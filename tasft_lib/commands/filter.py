@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{name}={value}: give 1 or more.")
 
-    from .. import data, filtering, plotting, provenance
+    from .. import data, filter_report, filtering, plotting, provenance
     from ..activations import context_length, token_lengths
 
     suffix = output_suffix(args.data)
@@ -108,14 +108,14 @@ def main(argv: list[str]) -> None:
     )
     kept, dropped = found.filter(rows, scores)
     for part, path in zip((kept, dropped), outputs, strict=True):
-        filtering.save_rows(part, path)
+        filter_report.save_rows(part, path)
     found.save(args.output_dir)
-    table = filtering.histogram(scores, found.threshold, harmful)
+    table = filter_report.histogram(scores, found.threshold, harmful)
     caption = f"{len(rows):,} rows by their SAFT score, threshold from {found.threshold_from}."
     plotting.save_figure(
         plotting.plot_scores(table, found.threshold, caption=caption), args.output_dir, "scores", table
     )
-    text = filtering.report(
+    text = filter_report.report(
         found,
         scores,
         texts,

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .. import data, filtering, provenance
+from .. import data, filter_report, filtering, provenance
 from ..activations import token_lengths
 from ..card import RECORD, training_record
 from ..config import TASFTConfig
@@ -214,7 +214,7 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args, tokenizer) -> 
             )
             read = {"max_length": args.max_length, "folder": folder}
             found, scores = filtering.find_harmful(model, tokenizer, rows, **options, **read)
-            report = filtering.report(
+            report = filter_report.report(
                 found,
                 scores,
                 rows,
