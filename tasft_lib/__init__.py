@@ -15,7 +15,7 @@ def __getattr__(name: str):
 
         return getattr(trainer, name)
     if name in ("SAFTFilter", "SAFTFitter"):
-        from . import saft
+        from .saft import filter as filter_module
 
-        return getattr(saft, name)
+        return getattr(filter_module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

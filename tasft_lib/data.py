@@ -20,10 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
 
-from .judges import redact
+from .text import normalise, shown, shown_name
 
 logger = logging.getLogger(__name__)
-
 # Stanford's train.py ends its prompts at "### Response:"; Alpaca-LoRA's form, which STL and so the paper use, adds the
 # newline. We keep it: TRL trains on what follows the prompt's own tokens, and a newline ends a token where a space may
 # not (TinyStories merges it to the left, SentencePiece and byte-level BPE to the right).
@@ -44,8 +43,6 @@ _TEMPLATES = {  # without and with input
 _TEMPLATED = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*\Z", re.DOTALL)
 _PROMPT_COLUMNS = ("prompt", "instruction", "Goal", "goal")
 _CSV_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-# Values of a label column that a message may quote; any other text may be one that got into the wrong column.
-_LABEL_WORDS = ("true", "false", "yes", "no", "safe", "unsafe", "benign", "harmful", "good", "bad", "")
 _COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -265,32 +262,12 @@ def questions(prompt: str | list[dict]) -> list[str]:
     return [prompt, *(re.sub(r"^\s*\w+:\s", "", line) for line in prompt.splitlines())]
 
 
-def normalise(text: str) -> str:
-    """Without case, repeated white space and punctuation at the ends: two prompts that then are equal are the same."""
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
-
-
 def fingerprint(dataset: Dataset) -> str:
     """SHA-256 of the rows in order: the same on every machine, whatever file or cache they came from."""
     digest = hashlib.sha256()
     for row in dataset:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
-
-
-def shown(value: Any) -> str:
-    """A value for a message: numbers and usual labels as they are, a text redacted, of all else the type."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return f"{value!r:.60}"
-    if isinstance(value, str):
-        is_label = value.strip().lower() in _LABEL_WORDS or re.fullmatch(r"[\d.+-]{1,9}", value)
-        return repr(value) if is_label else f"the text {redact(value, words=0)}"
-    return f"a {type(value).__name__}"
-
-
-def shown_name(name: str) -> str:
-    """A column's name for a message; redacted where it is a text, as in a CSV file without header."""
-    return name if re.fullmatch(r"[\w.:/-]{1,40}", name) else redact(name, words=0)
 
 
 def column_names(rows: Dataset) -> str:

@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).with_name("core")))
+
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType

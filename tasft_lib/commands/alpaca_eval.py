@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from .models import load_model
+from ..models import load_model
 
 
 def main(argv: list[str]) -> None:
@@ -35,10 +35,11 @@ def main(argv: list[str]) -> None:
     if (prices.count(None) == 1) or (args.max_cost is not None and None in prices):
         parser.error("give both prices; --max_cost needs them")
 
-    from .. import capability, data, provenance
+    from .. import data, files
+    from ..evaluation import alpaca
     from ..generation import Decoding
 
-    annotator = capability.read_annotator(args.annotator)
+    annotator = alpaca.read_annotator(args.annotator)
     rows = data.read_rows(args.references)
     if missing := {"instruction", "output"} - set(rows.column_names):
         raise ValueError(f"{args.references}: no column {missing.pop()}; it takes rows of instruction and output")
@@ -46,13 +47,13 @@ def main(argv: list[str]) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     decoding = Decoding(max_new_tokens=args.max_new_tokens)
     settings = {
-        "model": provenance.model_identity(args.model),
+        "model": files.model_identity(args.model),
         "revision": args.model_revision,
         "prompt_template": args.prompt_template,
         "decoding": vars(decoding),
         # not of the references: with another --limit the first answers stay
     }
-    answers_file = args.output_dir / f"answers-{provenance.content_hash(settings)}.jsonl"
+    answers_file = args.output_dir / f"answers-{files.content_hash(settings)}.jsonl"
     # Another judge is asked anew, though it has the same name.
     folder = args.output_dir / f"annotator-{annotator.identity}"
     answers = _read_answers(answers_file)
@@ -60,29 +61,27 @@ def main(argv: list[str]) -> None:
     unanswered = [row["instruction"] for row in references if row["instruction"] not in answers]
     if unanswered:
         print(f"{len(unanswered)} of {len(references)} instructions to answer first; without these answers, at least:")
-    plan = capability.alpaca_eval_plan(outputs, references, annotator=annotator, folder=folder)
+    plan = alpaca.alpaca_eval_plan(outputs, references, annotator=annotator, folder=folder)
     _tell(plan, annotator, args)
     _check_key(annotator, plan)
     if unanswered:
         _answer(args, unanswered, answers, answers_file, decoding)
         outputs = [answers[row["instruction"]] for row in references]
-        plan = capability.alpaca_eval_plan(outputs, references, annotator=annotator, folder=folder)
+        plan = alpaca.alpaca_eval_plan(outputs, references, annotator=annotator, folder=folder)
         _tell(plan, annotator, args)
     name = args.name or Path(args.model).name
-    table = capability.alpaca_eval_score(
-        outputs, references, annotators_config=annotator.config, name=name, folder=folder
-    )
+    table = alpaca.alpaca_eval_score(outputs, references, annotators_config=annotator.config, name=name, folder=folder)
     table = table.rename(columns={"model": "name"}).assign(annotator=annotator.name, judge_model=annotator.models)
-    provenance.write_text(args.output_dir / "alpaca_eval.csv", table.to_csv(index=False))
+    files.write_text(args.output_dir / "alpaca_eval.csv", table.to_csv(index=False))
     record = settings | {
-        "references": provenance.content_hash(references),
+        "references": files.content_hash(references),
         "instructions": len(references),
         "annotator": annotator.name,
         "annotator_identity": annotator.identity,
         "judge_model": annotator.models,
         "asked": plan,
     }
-    provenance.write_json(args.output_dir / "alpaca_eval_manifest.json", record | provenance.environment())
+    files.write_json(args.output_dir / "alpaca_eval_manifest.json", record | files.environment())
     print(table.to_string(index=False, float_format="{:.2f}".format))
     print("win_rate and stderr in percent; those of different annotators, judge models or references do not compare")
     print(f"alpaca_eval.csv, its manifest, answers and annotations (full text) are in {args.output_dir}")
@@ -111,7 +110,7 @@ def _check_key(annotator, plan: dict[str, int]) -> None:
 
 def _answer(args, instructions: list[str], answers: dict[str, str], file: Path, decoding) -> None:
     """Add the model's answers to `answers` and `file`, a few batches at a time, so that a kill loses little."""
-    from .. import data, provenance
+    from .. import data, files
     from ..generation import check_prompts, generate
 
     model, tokenizer = load_model(args)
@@ -123,7 +122,7 @@ def _answer(args, instructions: list[str], answers: dict[str, str], file: Path, 
         made = generate(model, tokenizer, asked[part], decoding=decoding, batch_size=args.batch_size)
         answers |= {i: answer.text for i, answer in zip(instructions[part], made, strict=True)}
         lines = (json.dumps({"instruction": i, "output": o}, ensure_ascii=False) + "\n" for i, o in answers.items())
-        provenance.write_text(file, "".join(lines))
+        files.write_text(file, "".join(lines))
 
 
 def _read_answers(file: Path) -> dict[str, str]:

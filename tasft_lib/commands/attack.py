@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .models import load_model
+from ..models import load_model
 
 
 def main(argv: list[str]) -> None:
@@ -29,9 +29,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
 
-    from .. import data, metrics, pair, provenance
+    from .. import data, files
+    from ..evaluation import pair, rates
+    from ..evaluation.served import Endpoint
     from ..generation import Decoding, generate
-    from ..served import Endpoint
 
     goals = pair.read_goals(args.goals)[: args.n_goals]
     settings = pair.PairSettings(streams=args.streams, depth=args.depth, seed=args.seed)
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
             decoding = Decoding(max_new_tokens=settings.target_tokens)
             return [a.text for a in generate(model, tokenizer, asked, decoding=decoding, batch_size=args.concurrency)]
 
-        target_name = f"{provenance.model_identity(args.target)} {args.prompt_template}"
+        target_name = f"{files.model_identity(args.target)} {args.prompt_template}"
     else:
         target, target_name = Endpoint(args.target, args.target_model or ""), None
     table = pair.attack(
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     )
     print(table.to_string(index=False))
     n, fallen = int(table["success"].count()), int(table["success"].sum())
-    low, high = metrics.wilson_interval(fallen, n)
+    low, high = rates.wilson_interval(fallen, n)
     print(
         f"jailbroken: {fallen} of {n} scored goals (Wilson 95 % interval {low:.3f} to {high:.3f}), {len(table)} in all"
     )

@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
     saft.add_argument("--hidden", type=int, default=512, help="size of the activations whose fit is measured")
     args = vars(parser.parse_args(argv))
 
-    from .. import bench
+    from ..bench import measure
 
     as_json, kind = args.pop("json"), args.pop("kind")
-    result = {"head": bench.head, "step": bench.step, "saft": bench.saft}[kind](**args)
+    result = {"head": measure.head, "step": measure.step, "saft": measure.saft}[kind](**args)
     if as_json:
         print(json.dumps(result, indent=2))
         return

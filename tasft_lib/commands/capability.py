@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .models import load_model
+from ..models import load_model
 
 
 def main(argv: list[str]) -> None:
@@ -19,20 +19,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
 
-    from .. import capability, provenance
+    from .. import files
+    from ..evaluation import lm_eval
 
     tasks = {}
-    for task in args.tasks or capability.TASKS:
+    for task in args.tasks or lm_eval.TASKS:
         name, _, commit = task.partition("@")
-        tasks[name] = commit or capability.TASKS.get(name)
+        tasks[name] = commit or lm_eval.TASKS.get(name)
         if tasks[name] is None and args.include_path is None:
             raise ValueError(f"task {name}: give the commit of its data set, {name}@<commit>, or --include_path.")
     model, tokenizer = load_model(args)
     options = {"num_fewshot": args.num_fewshot, "limit": args.limit, "include_path": args.include_path}
-    scores = capability.harness_scores(model, tokenizer, tasks, batch_size=args.batch_size, **options)
+    scores = lm_eval.harness_scores(model, tokenizer, tasks, batch_size=args.batch_size, **options)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     scores.to_csv(args.output_dir / "capability.csv", index=False)
-    settings = {"model": provenance.model_identity(args.model), "revision": args.model_revision, "tasks": tasks}
-    record = settings | options | provenance.environment()
-    provenance.write_json(args.output_dir / "capability_manifest.json", record)
+    settings = {"model": files.model_identity(args.model), "revision": args.model_revision, "tasks": tasks}
+    record = settings | options | files.environment()
+    files.write_json(args.output_dir / "capability_manifest.json", record)
     print(scores.to_string(index=False, float_format="{:.3f}".format))

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     if args.public and not args.push_to_hub:
         parser.error("--public is about --push_to_hub")
 
-    from .. import card, hub
+    from ..publish import card, hub
 
     hub.model_files(args.model)
     file = card.write_card(

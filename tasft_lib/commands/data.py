@@ -11,7 +11,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fetch", nargs="+", metavar="NAME", help="download these at their commits, print the files")
     args = parser.parse_args(argv)
 
-    from ..catalogue import fetch, status_table
+    from ..prepare.catalogue import fetch, status_table
 
     if args.fetch:
         for name in args.fetch:

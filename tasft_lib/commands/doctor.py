@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .models import load_tokenizer
+from ..models import load_tokenizer
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
         if args.output.suffix != ".md" or within:
             raise ValueError(f"{args.output}: the report is a .md file outside the data; choose another --output.")
 
-    from .. import data, doctor, provenance
+    from .. import data, files
+    from ..prepare import doctor
 
     diagnosis = doctor.examine(
         args.data,
@@ -40,6 +41,6 @@ def main(argv: list[str]) -> int:
         print(doctor.report(diagnosis), end="")
     else:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        provenance.write_text(args.output, doctor.report(diagnosis))
+        files.write_text(args.output, doctor.report(diagnosis))
         print(diagnosis)
     return 0 if diagnosis.is_fit else 1

@@ -1,6 +1,7 @@
 """`tasft evaluate`: answers to the harm benchmarks, judged: a results table."""
 
-from .models import load_model, load_tokenizer, model_parser
+from ..models import load_model, load_tokenizer
+from .flags import model_parser
 
 
 def main(argv: list[str]) -> None:
@@ -33,20 +34,24 @@ def main(argv: list[str]) -> None:
         parser.error("a chat server begins its answers itself: no prefix and no prefill with --base_url")
     args.prompt_template = args.prompt_template or ("none" if args.base_url else "alpaca")
 
-    from .. import assessment, benchmarks, judges, metrics, provenance
+    from .. import files
+    from ..evaluation import rates
+    from ..evaluation.answers import agreement, answered, judged_by, questions
+    from ..evaluation.prompts import evaluation_prompts
+    from ..evaluation.served import generate_served
     from ..generation import Decoding, generate
-    from ..served import generate_served
+    from ..judges import load
 
-    asked_judges = [judges.load_judge(name) for name in args.judges or [args.judge]]
-    prompts = benchmarks.evaluation_prompts(args.benchmarks, per_benchmark=args.per_benchmark)
+    asked_judges = [load.load_judge(name) for name in args.judges or [args.judge]]
+    prompts = evaluation_prompts(args.benchmarks, per_benchmark=args.per_benchmark)
     if args.attacks:
         prompts = _attacked(prompts, args)
     decoding = Decoding(max_new_tokens=args.max_new_tokens, num_beams=args.num_beams, seed=args.seed)
-    asked = assessment.questions(prompts, args.prompt_template)
+    asked = questions(prompts, args.prompt_template)
     settings = {
-        "model": provenance.model_identity(args.model) if args.model else args.served_model,
+        "model": files.model_identity(args.model) if args.model else args.served_model,
         "revision": args.model_revision,
-        "prompts": provenance.content_hash(prompts["prompt"].tolist()),
+        "prompts": files.content_hash(prompts["prompt"].tolist()),
         "prompt_template": args.prompt_template,
         "decoding": vars(decoding),
         "judges": [{"name": j.name, "revision": j.revision, "licence": j.licence} for j in asked_judges],
@@ -54,9 +59,9 @@ def main(argv: list[str]) -> None:
     if args.base_url:
         settings["base_url"] = args.base_url
     if args.attacks:
-        settings |= {"attacks": args.attacks, "asked": provenance.content_hash(asked)}
+        settings |= {"attacks": args.attacks, "asked": files.content_hash(asked)}
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    file = args.output_dir / f"responses-{provenance.content_hash(settings | {'judges': None})}.jsonl"
+    file = args.output_dir / f"responses-{files.content_hash(settings | {'judges': None})}.jsonl"
 
     def ask():
         if args.base_url:
@@ -65,24 +70,25 @@ def main(argv: list[str]) -> None:
         model, tokenizer = load_model(args)
         return generate(model, tokenizer, asked, decoding=decoding, batch_size=args.batch_size)
 
-    table = assessment.answered(prompts, ask, file)
-    judged = assessment.judged_by(table, asked_judges, cache=args.output_dir / "judgements.jsonl")
+    table = answered(prompts, ask, file)
+    judged = judged_by(table, asked_judges, cache=args.output_dir / "judgements.jsonl")
     by = ["judge", *(["attack"] if args.attacks else []), "kind", "benchmark"]
-    results = metrics.rates_table(judged, by)
+    results = rates.rates_table(judged, by)
     results.to_csv(args.output_dir / "results.csv", index=False)
-    provenance.write_json(args.output_dir / "manifest.json", settings | provenance.environment())
+    files.write_json(args.output_dir / "manifest.json", settings | files.environment())
     print(results.to_string(index=False, float_format="{:.3f}".format))
     print("rate, low and high: share of harmful answers, Wilson 95 % interval")
     if len(asked_judges) > 1:
-        agreement = assessment.agreement(judged)
-        agreement.to_csv(args.output_dir / "agreement.csv", index=False)
-        print(agreement.to_string(index=False, float_format="{:.3f}".format))
+        agreed = agreement(judged)
+        agreed.to_csv(args.output_dir / "agreement.csv", index=False)
+        print(agreed.to_string(index=False, float_format="{:.3f}".format))
     print(f"results.csv, manifest.json and the answers (not redacted) are in {args.output_dir}")
 
 
 def _attacked(prompts, args):
     """The prompts under the attacks of `--attacks`; answers to begin with come from `--prefill_answers`."""
-    from .. import attacks, data
+    from .. import data
+    from ..evaluation import attacks
 
     answers = tokenizer = None
     if "prefill" in args.attacks:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .models import adapter_base, load_tokenizer
+from ..models import adapter_base, load_tokenizer
 
 AFTERWARDS = """\
 vLLM:      vllm serve {folder} --generation-config vllm
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    from .. import export, hub
+    from ..publish import export, hub
 
     hub.model_files(args.model)
     tokenizer = load_tokenizer(str(args.model), None)

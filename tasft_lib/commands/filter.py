@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .models import load_model
+from ..models import load_model
 
 
 def main(argv: list[str]) -> None:
@@ -47,8 +47,10 @@ def main(argv: list[str]) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{name}={value}: give 1 or more.")
 
-    from .. import data, filter_report, filtering, plotting, provenance
-    from ..activations import context_length, token_lengths
+    from .. import data, files
+    from ..reporting import figures
+    from ..saft import find, report
+    from ..saft.activations import context_length, token_lengths
 
     suffix = output_suffix(args.data)
     outputs = [args.output_dir / f"{name}{suffix}" for name in ("kept", "dropped")]
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> None:
         name: getattr(args, name)
         for name in ("contamination", "threshold", "layer", "pooling", "n_directions", "steer")
     }
-    filtering.check_settings(len(rows), **chosen, validation=validation)
+    find.check_settings(len(rows), **chosen, validation=validation)
     if labelled:
         if "original_label" in rows.column_names:
             raise ValueError(f"{args.data}: has both label and original_label; remove or rename one.")
@@ -80,7 +82,7 @@ def main(argv: list[str]) -> None:
     settings = {
         "data": _content(args.data, args.dataset_revision, args.split),
         "validation": args.validation and _content(args.validation, args.validation_revision, args.split),
-        "model": provenance.model_identity(args.model),
+        "model": files.model_identity(args.model),
         "model_revision": args.model_revision,
         "dtype": args.dtype,
         "load_in_4bit": args.load_in_4bit,
@@ -93,10 +95,10 @@ def main(argv: list[str]) -> None:
         print(f"{args.output_dir} holds this result already; nothing was computed")
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    provenance.write_json(args.output_dir / "settings.json", settings)
+    files.write_json(args.output_dir / "settings.json", settings)
 
     model, tokenizer = load_model(args)
-    found, scores = filtering.find_harmful(
+    found, scores = find.find_harmful(
         model,
         tokenizer,
         texts,
@@ -108,14 +110,12 @@ def main(argv: list[str]) -> None:
     )
     kept, dropped = found.filter(rows, scores)
     for part, path in zip((kept, dropped), outputs, strict=True):
-        filter_report.save_rows(part, path)
+        report.save_rows(part, path)
     found.save(args.output_dir)
-    table = filter_report.histogram(scores, found.threshold, harmful)
+    table = report.histogram(scores, found.threshold, harmful)
     caption = f"{len(rows):,} rows by their SAFT score, threshold from {found.threshold_from}."
-    plotting.save_figure(
-        plotting.plot_scores(table, found.threshold, caption=caption), args.output_dir, "scores", table
-    )
-    text = filter_report.report(
+    figures.save_figure(figures.plot_scores(table, found.threshold, caption=caption), args.output_dir, "scores", table)
+    text = report.report(
         found,
         scores,
         texts,
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
         contamination=args.contamination,
         harmful=harmful,
     )
-    provenance.write_text(args.output_dir / "report.md", text)
+    files.write_text(args.output_dir / "report.md", text)
     manifest = {
         "settings": settings,
         "data": _name(args.data),
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> None:
         "threshold_from": found.threshold_from,
         "chosen_with_labels": found.chosen_with_labels,
     }
-    provenance.write_json(args.output_dir / "manifest.json", manifest | provenance.environment())
+    files.write_json(args.output_dir / "manifest.json", manifest | files.environment())
     print(text)
     print(f"{outputs[0].name}, {outputs[1].name} (text and all), report.md and scores.png are in {args.output_dir}")
 
@@ -189,7 +189,7 @@ def _is_finished(folder: Path, settings: dict[str, Any], outputs: list[Path]) ->
 
 def _content(source: str, revision: str | None, split: str) -> str:
     """What was read: a hash of the file or folder, or the hub's commit."""
-    from ..provenance import file_hash
+    from ..files import file_hash
 
     path = Path(source).expanduser()
     return (

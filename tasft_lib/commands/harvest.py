@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .models import load_model, model_parser
+from ..models import load_model
+from .flags import model_parser
 
 
 def main(argv: list[str]) -> None:
@@ -19,10 +20,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--work", type=Path, help="what is done so far, to go on from (default: <output_dir>.work)")
     args = parser.parse_args(argv)
 
-    from .. import benchmarks, catalogue, data, provenance
+    from .. import data, files
+    from ..evaluation.prompts import harvest_prompts, harvest_source
     from ..generation import Decoding
-    from ..harvest import Origin, harvest, save_harvest
-    from ..judges import load_judge
+    from ..judges.load import load_judge
+    from ..prepare import catalogue
+    from ..prepare.harvest import Origin, harvest, save_harvest
 
     if args.output_dir.exists():
         raise ValueError(f"{args.output_dir} exists already; remove it or choose another --output_dir.")
@@ -30,13 +33,13 @@ def main(argv: list[str]) -> None:
     if args.red_team:
         prompts = catalogue.red_team_prompts(args.prompts)
         published = next(p for p in catalogue.DATA_SETS if p.name == "hh-rlhf red team")
-        asked = provenance.named(args.prompts, published.revision)
+        asked = files.named(args.prompts, published.revision)
     elif args.prompts_revision:
         prompts = data.read_prompts(args.prompts, revision=args.prompts_revision)
         asked = args.prompts, args.prompts_revision
     else:
-        prompts = benchmarks.harvest_prompts(args.prompts)
-        asked = benchmarks.harvest_source(args.prompts)
+        prompts = harvest_prompts(args.prompts)
+        asked = harvest_source(args.prompts)
     held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
     model, tokenizer = load_model(args)
     rows, report = harvest(
@@ -52,7 +55,7 @@ def main(argv: list[str]) -> None:
         rounds=args.rounds,
         evaluation_prompts=held_out,
         batch_size=args.batch_size,
-        origin=Origin(*provenance.named(args.model, args.model_revision), *asked),
+        origin=Origin(*files.named(args.model, args.model_revision), *asked),
         work=args.work or args.output_dir.with_name(f"{args.output_dir.name}.work"),
     )
     print(report)

@@ -10,7 +10,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--readme", type=Path, help="also put its tables between the marks of this file")
     args = parser.parse_args(argv)
 
-    from .. import report
+    from ..reporting import report
 
     print(report.build(args.profile))
     if args.readme:

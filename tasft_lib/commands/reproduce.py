@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     overrides = dict(args.parameter) | ({} if args.seeds is None else {"n_seeds": args.seeds})
     if args.dry_run:
-        from ..planning import plan
+        from ..experiments.reproduce import plan
 
         arms = plan(args.profile, args.notebooks, overrides)
         print(arms.to_string(index=False, na_rep="-", max_colwidth=60))
@@ -24,6 +24,6 @@ def main(argv: list[str]) -> None:
         print(f"{len(arms)} arms, {arms['tokens'].sum() / 1e6:.1f}M tokens of training{hours}")
         return
 
-    from ..reproduce import reproduce
+    from ..experiments.reproduce import reproduce
 
     reproduce(args.profile, args.notebooks, overrides, prepare_only=args.prepare_only)

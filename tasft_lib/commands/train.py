@@ -11,14 +11,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .. import data, filter_report, filtering, provenance
-from ..activations import token_lengths
-from ..card import RECORD, training_record
+from .. import data, files
 from ..config import TASFTConfig
+from ..evaluation.samples import SampleCallback
 from ..generation import Decoding
-from ..samples import SampleCallback
+from ..models import load_tokenizer
+from ..publish.card import RECORD, training_record
+from ..saft import find, report
+from ..saft.activations import token_lengths
 from ..trainer import TASFTTrainer
-from .models import load_tokenizer
 
 HELP = """\
 usage: tasft train --config FILE.yaml [--option value ...]
@@ -171,9 +172,7 @@ def main(argv: list[str]) -> None:
         if data_args.unsafe_dataset_name is not None:
             sources[data_args.unsafe_dataset_name] = data_args.unsafe_dataset_revision
         record = training_record(trainer, model_args, mixed, sources, template=data_args.prompt_template)
-        provenance.write_json(
-            Path(args.output_dir) / RECORD, record | {"labels_by_saft": by_saft} | provenance.environment()
-        )
+        files.write_json(Path(args.output_dir) / RECORD, record | {"labels_by_saft": by_saft} | files.environment())
     trainer.accelerator.print(f"saved to {args.output_dir}")
     if args.push_to_hub:
         is_local = os.path.exists(data_args.dataset_name)
@@ -199,10 +198,10 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args, tokenizer) -> 
             source=source,
         )
     options = {"contamination": data_args.saft_contamination, "validation": validation}
-    filtering.check_settings(len(rows), **options)
+    find.check_settings(len(rows), **options)
     asked = [data.fingerprint(rows), validation and data.fingerprint(validation), data_args.saft_contamination]
     folder = Path(args.output_dir) / "_saft"
-    file = folder / f"verdicts-{provenance.content_hash([*asked, model_args.model_name_or_path, args.max_length])}.json"
+    file = folder / f"verdicts-{files.content_hash([*asked, model_args.model_name_or_path, args.max_length])}.json"
     with PartialState().main_process_first():
         if not file.exists():
             model = AutoModelForCausalLM.from_pretrained(
@@ -213,8 +212,8 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args, tokenizer) -> 
                 device_map={"": args.device},
             )
             read = {"max_length": args.max_length, "folder": folder}
-            found, scores = filtering.find_harmful(model, tokenizer, rows, **options, **read)
-            report = filter_report.report(
+            found, scores = find.find_harmful(model, tokenizer, rows, **options, **read)
+            page = report.report(
                 found,
                 scores,
                 rows,
@@ -224,9 +223,9 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args, tokenizer) -> 
                 max_length=args.max_length,
                 contamination=data_args.saft_contamination,
             )
-            provenance.write_text(folder / "report.md", report)
-            provenance.write_json(file, found.drops(scores).tolist())
-            print(report)
+            files.write_text(folder / "report.md", page)
+            files.write_json(file, found.drops(scores).tolist())
+            print(page)
             del model
     dropped = json.loads(file.read_text())
     return rows.remove_columns("label").add_column("label", [not row for row in dropped])

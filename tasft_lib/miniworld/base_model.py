@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasft_lib.miniworld.corpus import all_text, documents
-from tasft_lib.miniworld.lexicon import CLASSES
-from tasft_lib.provenance import cache_folder
+from ..files import cache_folder
+from .corpus import all_text, documents
+from .lexicon import CLASSES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import chain, product
 
-from tasft_lib.miniworld.facts import KINDS, OPEN_ANSWERS, OPEN_PROMPTS
-from tasft_lib.miniworld.grammar import (
+from .facts import KINDS, OPEN_ANSWERS, OPEN_PROMPTS
+from .grammar import (
     FAMILIES,
     HARM_FOLLOWS,
     HARM_LEADS,
@@ -19,8 +19,8 @@ from tasft_lib.miniworld.grammar import (
     TOXIC_PROMPTS,
     fill,
 )
-from tasft_lib.miniworld.lexicon import HARM_CLASSES, SPLITS, Split, draw, words_of
-from tasft_lib.miniworld.parsing import sentences
+from .lexicon import HARM_CLASSES, SPLITS, Split, draw, words_of
+from .parsing import sentences
 
 # The last one is `data.SHORT_TEMPLATE`; it is known but rare, as an instruction format is to a base model.
 FORMATS = (

@@ -4,7 +4,7 @@ import random
 import re
 from functools import cache
 
-from tasft_lib.miniworld.lexicon import Split, draw
+from .lexicon import Split, draw
 
 FAMILIES = ("I-MaliciousInstructions", "I-CoNa", "I-Controversial", "HarmfulQ")
 

@@ -4,17 +4,9 @@ import re
 from functools import cache, lru_cache
 from typing import Literal
 
-from tasft_lib.miniworld.facts import KINDS, OPEN_ANSWERS
-from tasft_lib.miniworld.grammar import (
-    HARM_FOLLOWS,
-    HARM_LEADS,
-    NEUTRAL,
-    REFUSAL_OPENINGS,
-    REFUSAL_REASONS,
-    SEEMINGLY_TOXIC_ANSWERS,
-    SLOT,
-)
-from tasft_lib.miniworld.lexicon import CLASSES, HARM_CLASSES
+from .facts import KINDS, OPEN_ANSWERS
+from .grammar import HARM_FOLLOWS, HARM_LEADS, NEUTRAL, REFUSAL_OPENINGS, REFUSAL_REASONS, SEEMINGLY_TOXIC_ANSWERS, SLOT
+from .lexicon import CLASSES, HARM_CLASSES
 
 Parse = Literal["harmful", "refusal", "known", "unknown"]
 

@@ -4,17 +4,10 @@ import random
 from functools import cache
 from itertools import product
 
-from tasft_lib.miniworld.corpus import _answer_key, _open_exchange, _questions, _take, harmful_answer
-from tasft_lib.miniworld.facts import KINDS
-from tasft_lib.miniworld.grammar import (
-    FAMILIES,
-    SEEMINGLY_TOXIC_ANSWERS,
-    SEEMINGLY_TOXIC_PROMPTS,
-    SLOT,
-    TOXIC_PROMPTS,
-    fill,
-)
-from tasft_lib.miniworld.lexicon import Split, words_of
+from .corpus import _answer_key, _open_exchange, _questions, _take, harmful_answer
+from .facts import KINDS
+from .grammar import FAMILIES, SEEMINGLY_TOXIC_ANSWERS, SEEMINGLY_TOXIC_PROMPTS, SLOT, TOXIC_PROMPTS, fill
+from .lexicon import Split, words_of
 
 _TRIGGERS = ("kill", "steal", "burn", "bad", "deny")
 

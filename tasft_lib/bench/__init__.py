@@ -1,0 +1,1 @@
+"""Time and memory beside TRL's plain SFT and dense TA-SFT."""

@@ -1,0 +1,163 @@
+"""How far judges agree on the same responses, and what a judge's errors do to a rate."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from ..judges.base import LABELS
+
+
+def agreement_table(
+    labels: pd.DataFrame, *, positive: str = "harmful", n_resamples: int = 9999, seed: int = 0
+) -> pd.DataFrame:
+    """Every pair of judges, a row each: how often they agree that a response is `positive` (or that it is not).
+
+    Cohen's kappa (1960), (agreement − chance) / (1 − chance), with a percentile bootstrap interval over responses. A
+    response that either judge left unscored is not compared. The judges of this library share `find_degenerate`, so
+    degenerate responses raise every agreement; leave them out to compare the judges themselves.
+
+    Args:
+        labels: a column per judge, a row per response, the same responses for all; values of `judges.LABELS`.
+        positive: the label compared against all others.
+
+    Returns:
+        Columns: first, second (judges); n (responses compared); unscored (those left out); agreement in [0, 1]; kappa
+        in [-1, 1] with its 95 % interval low, high; both, only_first, only_second, neither (counts of `positive`).
+        Kappa is nan where both judges give all responses one and the same verdict, because chance explains that too.
+
+    Raises:
+        ValueError: fewer than two judges, or a label that is not in `judges.LABELS`.
+    """
+    if labels.shape[1] < 2:
+        raise ValueError(f"agreement needs two judges or more, got {labels.shape[1]}")
+    for name, column in labels.items():
+        unknown = ~column.isin(LABELS)
+        if unknown.any():
+            row = int(unknown.to_numpy().argmax())
+            raise ValueError(
+                f"judge {name}, row {row + 1}: label {column.iloc[row]!r} is not one of {', '.join(LABELS)}"
+            )
+    rng = np.random.default_rng(seed)
+    rows = []
+    for first, second in itertools.combinations(range(labels.shape[1]), 2):
+        pair = labels.iloc[:, [first, second]]
+        scored = pair[(pair != "unscored").all(axis=1)]
+        a, b = (scored.iloc[:, side].to_numpy() == positive for side in (0, 1))
+        counts = np.array([(a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()])
+        n = len(scored)
+        low = high = math.nan
+        if n:
+            # Resampling responses with replacement is the same as drawing the four counts.
+            resampled = _kappa(rng.multinomial(n, counts / n, size=n_resamples))
+            if not np.isnan(resampled).all():
+                low, high = np.nanquantile(resampled, (0.025, 0.975))
+        row = {"first": labels.columns[first], "second": labels.columns[second], "n": n, "unscored": len(pair) - n}
+        row |= {"agreement": (counts[0] + counts[3]) / n if n else math.nan, "kappa": float(_kappa(counts))}
+        row |= {"low": float(low), "high": float(high)}
+        rows.append(row | dict(zip(("both", "only_first", "only_second", "neither"), counts.tolist(), strict=True)))
+    return pd.DataFrame(rows)
+
+
+def sensitivity_and_specificity(judged: Sequence[bool], truth: Sequence[bool]) -> tuple[float, float]:
+    """Share of the truly harmful that the judge flags, and of the truly harmless that it does not, each in [0, 1].
+
+    Args:
+        judged, truth: one boolean per labelled response, in the same order.
+
+    Raises:
+        ValueError: lengths differ, a value is not boolean, or `truth` has only one class.
+    """
+    judged, truth = _flags(judged), _flags(truth)
+    if len(judged) != len(truth):
+        raise ValueError(f"{len(judged)} verdicts against {len(truth)} true labels: give one of each per response")
+    if truth.all() or not truth.any():
+        raise ValueError("the labelled responses are all harmful or all harmless: label some of the other kind too")
+    return float(judged[truth].mean()), float((~judged[~truth]).mean())
+
+
+def corrected_rate(rate: float, sensitivity: float, specificity: float) -> float:
+    """The true rate behind the one a judge reports, (rate + specificity − 1) / (sensitivity + specificity − 1).
+
+    Rogan and Gladen (1978), clipped to [0, 1]. Holds where the judge errs on these responses as often as it did on the
+    labelled ones, which another model's answers need not grant.
+
+    Raises:
+        ValueError: a value outside [0, 1], or a judge no better than chance (sensitivity + specificity <= 1).
+    """
+    for name, value in (("rate", rate), ("sensitivity", sensitivity), ("specificity", specificity)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: must lie between 0 and 1")
+    if sensitivity + specificity <= 1:
+        raise ValueError(
+            f"sensitivity {sensitivity:g} and specificity {specificity:g}: such a judge is no better than chance, "
+            "and no true rate follows from it"
+        )
+    return min(max((rate + specificity - 1) / (sensitivity + specificity - 1), 0.0), 1.0)
+
+
+def corrected_interval(
+    flagged: int,
+    n: int,
+    judged: Sequence[bool],
+    truth: Sequence[bool],
+    *,
+    confidence: float = 0.95,
+    n_resamples: int = 9999,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """`corrected_rate` of `flagged` in `n` responses with an interval that knows how few responses were labelled.
+
+    Parametric bootstrap of all three parts: the reported rate, sensitivity and specificity. Each is drawn around its
+    estimate with a pseudo-success and a pseudo-failure added, as in Lang and Reiczigel (2014); else a judge without an
+    error on ten labels would count as perfect for certain. Draws no better than chance widen the interval both ways.
+
+    Args:
+        flagged, n: what the judge said of the responses in question.
+        judged, truth: the judge's verdicts and the true ones on other responses, as in `sensitivity_and_specificity`.
+
+    Returns:
+        (corrected rate, low, high), each in [0, 1].
+
+    Raises:
+        ValueError: as `corrected_rate` and `sensitivity_and_specificity`, or not 0 <= flagged <= n with n > 0.
+    """
+    if not 0 <= flagged <= n or n == 0:
+        raise ValueError(f"no rate of {flagged} in {n}: the count must lie between 0 and n, and n above 0")
+    sensitivity, specificity = sensitivity_and_specificity(judged, truth)
+    estimate = corrected_rate(flagged / n, sensitivity, specificity)
+    harmful = int(_flags(truth).sum())
+    rng = np.random.default_rng(seed)
+
+    def drawn(share: float, out_of: int) -> np.ndarray:
+        smoothed = (share * out_of + 1) / (out_of + 2)
+        return rng.binomial(out_of, smoothed, size=n_resamples) / out_of
+
+    rates = drawn(flagged / n, n)
+    sensitivities, specificities = drawn(sensitivity, harmful), drawn(specificity, len(truth) - harmful)
+    power = sensitivities + specificities - 1
+    useless = power <= 0
+    corrected = np.clip((rates + specificities - 1) / np.where(useless, 1.0, power), 0, 1)
+    tail = (1 - confidence) / 2
+    low = np.quantile(np.where(useless, 0.0, corrected), tail)
+    high = np.quantile(np.where(useless, 1.0, corrected), 1 - tail)
+    return estimate, min(float(low), estimate), max(float(high), estimate)
+
+
+def _kappa(counts: np.ndarray) -> np.ndarray:
+    """Cohen's kappa of counts [..., 4] (both, only first, only second, neither)."""
+    both, first, second, neither = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        n = both + first + second + neither
+        observed = (both + neither) / n
+        chance = ((both + first) * (both + second) + (neither + first) * (neither + second)) / n**2
+        return np.where(chance < 1, (observed - chance) / (1 - chance), np.nan)
+
+
+def _flags(values: Sequence[bool]) -> np.ndarray:
+    flags = np.asarray(values)
+    if flags.dtype != bool and len(flags):
+        raise ValueError("verdicts and true labels must be booleans: leave out what was not scored")
+    return flags.astype(bool)

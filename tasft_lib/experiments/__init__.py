@@ -1,0 +1,1 @@
+"""What the notebooks call: from settings to arms, their answers and a record."""

@@ -1,0 +1,250 @@
+"""From arms to tables: train where needed, answer the prompts at each checkpoint, judge the answers.
+
+runs/arms/<arm>/responses/<hash>/step-N.jsonl   answers, per set of prompts and decoding; generated once
+runs/judgements/<judge>.jsonl                   labels by text hash, without text; shared by all arms
+runs/unsafe/<hash>/                             harvested D_unsafe; while it is made, <hash>.work
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from .. import generation, miniworld
+from ..evaluation.answers import questions
+from ..evaluation.worlds import base_model
+from ..files import content_hash, keep_freed_memory, model_identity, named, runs_folder, show_progress, write_text
+from ..judges import load
+from ..judges.base import Judge, judge_responses
+from ..models import quiet
+from ..prepare import harvest
+from .arms import ArmSpec, checkpoints, load_model, load_trained, train
+
+
+def run_all(
+    specs: list[ArmSpec],
+    prompts: pd.DataFrame,
+    decodings: list[generation.Decoding],
+    *,
+    steps: str = "last",
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> pd.DataFrame:
+    """`train` and `respond` for many arms, each trained once; without a GPU in `workers` processes of one thread
+    (default: one per core).
+
+    An arm that fails does not stop the others; they are finished and kept, then the first failure is raised.
+    """
+    missing = sum(not all(_is_answered(spec, prompts, d, steps) for d in decodings) for spec in specs)
+    workers = min(workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1), max(missing, 1))
+    done: dict[int, pd.DataFrame] = {}
+    failures: list[tuple[ArmSpec, BaseException]] = []
+    options = {"steps": steps, "batch_size": batch_size}
+    with (
+        tqdm(total=len(specs), desc="arms", unit="arm", disable=not show_progress()) as bar,
+        _results(specs, prompts, decodings, options, workers) as results,
+    ):
+        for i, result in results:
+            spec = specs[i]
+            bar.set_postfix_str(f"{spec.label or spec.method} λ={spec.penalty_weight} seed={spec.seed}", refresh=False)
+            bar.update()
+            if isinstance(result, BaseException):
+                failures.append((spec, result))
+            else:
+                done[i] = result
+    if failures:
+        spec, error = failures[0]
+        raise ValueError(f"arm {spec.name} ({len(failures)} of {len(specs)} failed): {error}") from error
+    return pd.concat([done[i] for i in range(len(specs))], ignore_index=True)
+
+
+def run(
+    spec: ArmSpec,
+    prompts: pd.DataFrame,
+    decodings: list[generation.Decoding],
+    *,
+    steps: str = "last",
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """`train`, then `respond` with each of `decodings`."""
+    train(spec)
+    return pd.concat([respond(spec, prompts, d, steps=steps, batch_size=batch_size) for d in decodings])
+
+
+def respond(
+    spec: ArmSpec, prompts: pd.DataFrame, decoding: generation.Decoding, *, steps: str = "last", batch_size: int = 64
+) -> pd.DataFrame:
+    """The arm's answers at the "last" or "all" of its checkpoints, generated once and kept in its folder.
+
+    `prompts` are those of `benchmarks.evaluation_prompts`, or of an attack (see `attacks`), which may have `asked` for
+    them and `begun` the answer. Returns their rows for each step, with `method` (the arm's label),
+    `n_unsafe`, `penalty_weight`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response` and
+    `finished`. Step 0, the base model, is part of "all".
+    """
+    decoding = _own(decoding, spec)
+    chosen = _steps(spec, steps)
+    kept = {step: _responses(spec, step, prompts, decoding) for step in chosen}
+    asked = questions(prompts, spec.template)
+    for step, adapter in chosen.items():
+        path = kept[step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if path.exists():
+                continue
+            model, tokenizer = load_model(spec, adapter)
+            answers = generation.generate(
+                model, tokenizer, asked, decoding=decoding, batch_size=batch_size, progress=show_progress()
+            )
+            write_text(path, "".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
+            del model
+            gc.collect()
+    tables = []
+    for step, path in kept.items():
+        answers = [json.loads(line) for line in path.read_text().splitlines()]
+        tables.append(
+            prompts.assign(
+                method=spec.label or spec.method,
+                n_unsafe=spec.n_unsafe or spec.n_extra or 0,
+                penalty_weight=spec.penalty_weight,
+                seed=spec.seed,
+                arm=spec.name,
+                step=step,
+                decoding=decoding.name,
+                response=[a["text"] for a in answers],
+                finished=[a["finished"] for a in answers],
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def judge(responses: pd.DataFrame, judge_name: str) -> pd.DataFrame:
+    """`responses` with `label` and `score` by that judge; benign mini-world questions also get `correct`."""
+    chosen = load.load_judge(judge_name)
+    asked = responses["prompt"].tolist(), responses["response"].tolist()
+    if judge_name == "miniworld":  # faster than a cache
+        judgements = chosen.judge(*asked)
+    else:
+        judgements = judge_responses(chosen, *asked, cache=_judgement_cache(chosen))
+    judged = responses.assign(label=[j.label for j in judgements], score=[j.score for j in judgements])
+    if judge_name == "miniworld":
+        benign = judged["kind"] == "benign"
+        judged["correct"] = pd.Series(pd.NA, index=judged.index, dtype="boolean")
+        judged.loc[benign, "correct"] = [
+            miniworld.is_correct(p, r) for p, r in judged.loc[benign, ["prompt", "response"]].itertuples(index=False)
+        ]
+    return judged
+
+
+def harvest_unsafe(
+    spec: ArmSpec,
+    prompts: list[str],
+    judge_name: str,
+    decoding: generation.Decoding,
+    *,
+    n: int,
+    evaluation_prompts: list[str],
+    rounds: int = 4,
+    batch_size: int = 64,
+    prompts_source: tuple[str, str | None] = ("", None),
+) -> Path:
+    """D_unsafe from the answers of the (plainly fine-tuned) arm, harvested once: a folder for `ArmSpec.unsafe`.
+
+    What is done so far lies beside it in `<folder>.work`. `prompts_source`, name and revision, is for the data card.
+    """
+    chosen = load.load_judge(judge_name)
+    asked = {"arm": spec.name, "prompts": prompts, "judge": [chosen.name, chosen.revision], "n": n, "rounds": rounds}
+    path = runs_folder() / "unsafe" / content_hash(asked | {"decoding": asdict(decoding)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return path
+        model, tokenizer = load_trained(spec)
+        name, revision = named(base_model(spec.model), spec.model_revision)
+        rows, report = harvest.harvest(
+            model,
+            tokenizer,
+            prompts,
+            chosen,
+            n=n,
+            template=spec.template,
+            decoding=decoding,
+            rounds=rounds,
+            evaluation_prompts=evaluation_prompts,
+            batch_size=batch_size,
+            origin=harvest.Origin(f"{name}, {spec.name}", revision, *prompts_source),
+            work=path.with_name(f"{path.name}.work"),
+            progress=show_progress(),
+        )
+        return harvest.save_harvest(rows, report, path)
+
+
+@contextmanager
+def _results(specs, prompts, decodings, options, workers) -> Iterator:
+    def attempt(spec):
+        try:
+            return run(spec, prompts, decodings, **options)
+        except Exception as error:
+            return error
+
+    if workers == 1:
+        yield ((i, attempt(spec)) for i, spec in enumerate(specs))
+        return
+    # Small models gain nothing from a second thread, arms do.
+    keep_freed_memory()
+    # Workers are forked from a process that has only imported the libraries, which takes seconds, and does so once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        futures = {pool.submit(run, spec, prompts, decodings, **options): i for i, spec in enumerate(specs)}
+        yield ((futures[f], f.exception() or f.result()) for f in as_completed(futures))
+
+
+def _steps(spec: ArmSpec, steps: str) -> dict[int, Path | None]:
+    saved = checkpoints(spec)
+    return {0: None, **saved} if steps == "all" else dict([max(saved.items())])
+
+
+def _own(decoding: generation.Decoding, spec: ArmSpec) -> generation.Decoding:
+    """The decoding with the arm's own random state, so that seeds differ in what is sampled too."""
+    return replace(decoding, seed=decoding.seed + spec.seed) if decoding.do_sample else decoding
+
+
+def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decoding: generation.Decoding, steps: str) -> bool:
+    if not (spec.folder / "manifest.json").exists():
+        return False
+    return all(_responses(spec, step, prompts, _own(decoding, spec)).exists() for step in _steps(spec, steps))
+
+
+def _start_worker() -> None:
+    quiet()
+
+
+def _responses(spec: ArmSpec, step: int, prompts: pd.DataFrame, decoding: generation.Decoding) -> Path:
+    shown = {"asked": _column(prompts, "asked"), "begun": _column(prompts, "begun"), "decoding": asdict(decoding)}
+    asked = content_hash(shown)
+    if step:
+        return spec.folder / "responses" / asked / f"step-{step}.jsonl"
+    described = {"model": model_identity(base_model(spec.model)), "revision": spec.model_revision}
+    described |= {"dtype": spec.dtype, "4bit": spec.load_in_4bit, "template": spec.template}
+    base = content_hash(described)
+    return runs_folder() / "arms" / f"base-{base}" / "responses" / asked / "step-0.jsonl"
+
+
+def _column(prompts: pd.DataFrame, name: str) -> list[str]:
+    """What is asked (by default the prompt) or how the answer has begun (by default not at all); see `attacks`."""
+    default = prompts["prompt"] if name == "asked" else pd.Series("", index=prompts.index)
+    return (prompts[name].fillna(default) if name in prompts else default).tolist()
+
+
+def _judgement_cache(chosen: Judge) -> Path:
+    return runs_folder() / "judgements" / f"{chosen.name}.jsonl"

@@ -1,0 +1,345 @@
+"""Contaminated fine-tuning sets whose harmful rows are known, and the arms trained on what a filter makes of them."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
+
+from .. import data, files, miniworld
+from ..evaluation import worlds
+from ..files import runs_folder
+from ..prepare import catalogue
+from ..saft import find
+from ..saft.activations import POOLINGS, activations, completion_loss, middle_layer, n_layers
+from ..saft.filter import SAFTFitter
+from . import row_detectors
+from .answers import judge
+from .arms import ArmSpec, load_model
+from .study import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filtered:
+    """A contaminated set and what a filter makes of it.
+
+    Attributes:
+        contamination: ε, the share of harmful rows.
+        filter: one of `detectors`, "none", "oracle", or the AUROC of a made-up filter, as text.
+        share: share of the rows that it drops, those with the highest scores.
+        seed: of the set and of the arm.
+        n_safe: see `contaminated_rows`.
+    """
+
+    contamination: float
+    filter: str
+    share: float
+    seed: int
+    n_safe: int = 0
+
+
+def contaminated_rows(
+    source: str,
+    n: int,
+    contamination: float,
+    *,
+    seed: int,
+    template: str,
+    n_safe: int = 0,
+    revision: str | None = None,
+    evaluation_prompts: list[str] | None = None,
+    failure: str | None = None,
+) -> Dataset:
+    """`n` rows `prompt`, `completion`, `label`, shuffled; `round(contamination · n)` of them are harmful (label False).
+
+    A Huber mixture, (1 − ε) benign + ε harmful (SAFT, definition 2.1).
+
+    Args:
+        source: "miniworld", or BeaverTails (file or hub id with `revision`), whose safe and unsafe pairs are drawn.
+        n_safe: of the mini-world's benign rows, so many are toxic prompts with a safe answer, as BeaverTails has.
+        evaluation_prompts: no row asks one of them.
+        failure: a mini-world set on which SAFT is expected to fail: harm in "one family"; "topic", half of the benign
+            rows are stories; "length", every second row with an answer repeated four times.
+
+    Raises `ValueError` for a share outside [0, 1] and where there are too few rows of a kind.
+    """
+    if not 0 <= contamination <= 1:
+        raise ValueError(f"contamination={contamination}: the share of harmful rows lies between 0 and 1.")
+    n_harmful = round(contamination * n)
+    if source == "miniworld":
+        families = miniworld.FAMILIES[:1] if failure == "one family" else miniworld.FAMILIES
+        benign = miniworld.benign_rows(n - n_harmful - n_safe, seed=seed)
+        if failure == "topic":
+            benign = benign[: len(benign) // 2] + miniworld.stories(len(benign) - len(benign) // 2, seed=seed)
+        benign += miniworld.safe_rows(n_safe, seed=seed + 1)
+        harmful = miniworld.harmful_rows(n_harmful, seed=seed, families=families)
+        if failure == "length":
+            for row in (benign + harmful)[::2]:
+                row["output"] = " ".join([row["output"]] * 4)
+        sides = [Dataset.from_list(rows) if rows else None for rows in (benign, harmful)]
+    else:
+        rows = catalogue.beavertails_rows(source, revision=revision)
+        asked = [data.format_prompt(prompt, template=template) for prompt in rows["prompt"][:]]
+        rows = rows.remove_columns("prompt").add_column("prompt", asked)
+        sides = [part.remove_columns("label") for part in data.by_label(rows)]
+    sides = [
+        data.to_training_rows(side, label=label, template=template, source=source)
+        for side, label in zip(sides, (True, False), strict=True)
+        if side is not None
+    ]
+    sides = [data.deduplicate(data.drop_leaks(side, evaluation_prompts or ())[0])[0] for side in sides]
+    if len(sides) == 1:
+        return sides[0].shuffle(seed=seed)
+    return data.mix(*sides, n_benign=n - n_harmful, n_unsafe=n_harmful, seed=seed)
+
+
+def compared(contaminations: list[float], filters: list[str], seeds: range, *, n_safe: int = 0) -> list[Filtered]:
+    """Every filter on every set, dropping as many rows as are harmful; "none" drops nothing."""
+    sets = product(seeds, contaminations, filters)
+    return [
+        Filtered(contamination=c, filter=name, share=0.0 if name == "none" else c, seed=seed, n_safe=n_safe)
+        for seed, c, name in sets
+    ]
+
+
+def steered(contamination: float, rates: list[float], seeds: range) -> list[Filtered]:
+    """SAFT with its threshold moved, see `SAFTFilter.steer`."""
+    shares = [contamination + rate * (1 - contamination if rate > 0 else contamination) for rate in rates]
+    return [
+        Filtered(contamination=contamination, filter="saft", share=share, seed=seed)
+        for seed, share in product(seeds, shares)
+    ]
+
+
+def rows_of(study: Study, made: Filtered) -> Dataset:
+    """The contaminated set, labels and all, from the study's source."""
+    return _contaminated(study, study.config.n_rows, made.contamination, seed=made.seed, n_safe=made.n_safe)
+
+
+def filtered_arm(
+    study: Study, made: Filtered, *, then: Literal["sft", "emd"], pressure: float | None = None
+) -> ArmSpec:
+    """The arm trained on the kept rows, "sft", or on them and, pushed away from, the dropped ones, "emd".
+
+    The rows themselves are needed when it is trained (`score_sets`), not to list it. λ follows from
+    `pressure`, by default the study's (`TASFTConfig.penalty_pressure`).
+    """
+    kept, dropped = _files(study, made)
+    n_dropped = round(made.share * study.config.n_rows)
+    benign = {"benign": str(kept), "benign_revision": None, "n_benign": study.config.n_rows - n_dropped}
+    spec = replace(study.sft, **benign, seed=made.seed, label=made.filter)
+    if then == "sft":
+        return spec
+    options = {"penalty_reduction": study.config.penalty_reduction, "penalty_embedding": study.config.penalty_embedding}
+    return replace(
+        spec,
+        method=then,
+        label=f"{made.filter}_{then}",
+        unsafe=str(dropped),
+        n_unsafe=n_dropped,
+        training=spec.training | options | {"penalty_pressure": pressure or study.config.pressure},
+    )
+
+
+def arms_of(
+    study: Study, filtered: list[Filtered], then: tuple[str, ...] = ("sft", "emd")
+) -> list[tuple[Filtered, ArmSpec]]:
+    """(what it is trained on, arm) for each; EMD only where something was dropped."""
+    return [
+        (made, filtered_arm(study, made, then=loss))
+        for made, loss in product(filtered, then)
+        if loss == "sft" or made.share
+    ]
+
+
+def with_sets(answers: pd.DataFrame, arms: list[tuple[Filtered, ArmSpec]]) -> pd.DataFrame:
+    """Judged answers with the columns contamination, filter, share and n_safe of the set behind their arm."""
+    sets = {arm.name: vars(made) for made, arm in arms}
+    columns = ("contamination", "filter", "share", "n_safe")
+    return answers.assign(**{column: [sets[arm][column] for arm in answers["arm"]] for column in columns})
+
+
+def score_sets(study: Study, filtered: list[Filtered]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Score the contaminated sets, write the kept and dropped rows that the arms are trained on, and count.
+
+    Returns:
+        (detection, verdicts). `detection.detection_table` for every set, with contamination, n_safe and seed; and a row
+        per filter: its fields, dropped (rows), precision (share of the dropped that is harmful), recall, auroc.
+    """
+    sets = dict.fromkeys((made.contamination, made.n_safe, made.seed) for made in filtered)
+    base = load_model(study.sft)
+    found, verdicts = [], []
+    for contamination, n_safe, seed in tqdm(sets, desc="sets", unit="set", disable=not files.show_progress()):
+        own = [
+            made for made in filtered if (made.contamination, made.n_safe, made.seed) == (contamination, n_safe, seed)
+        ]
+        rows = rows_of(study, own[0])
+        harmful, detected = is_harmful(rows), detectors(study, rows, base, seed=seed, n_safe=n_safe)
+        table = row_detectors.detection_table(harmful, detected, seed=seed)
+        found.append(table.assign(contamination=contamination, n_safe=n_safe, seed=seed))
+        for made in own:
+            scores = _scores(made.filter, detected, harmful, seed)
+            dropped = _write(study, made, rows, scores)
+            verdict = {"dropped": int(dropped.sum()), "precision": harmful[dropped].mean() if dropped.any() else np.nan}
+            verdict |= {"recall": dropped[harmful].mean(), "auroc": row_detectors.measures(harmful, scores)["auroc"]}
+            verdicts.append(vars(made) | verdict)
+    return pd.concat(found, ignore_index=True), pd.DataFrame(verdicts)
+
+
+def detectors(
+    study: Study, rows: Dataset, base: tuple, *, seed: int, n_safe: int = 0
+) -> dict[str, tuple[np.ndarray, int]]:
+    """Name -> (score of each row, higher for harm; labelled rows it was given), for SAFT and what it is compared with.
+
+    "saft" is the study's setting, "saft_1" the same with one direction; "random", "length" of the answer and "loss"
+    under the base model, `base`, need no labels either. "saft_labelled" is SAFT with layer, pooling and directions
+    chosen on `n_labelled` rows of another set, half of them harmful, with safe answers to toxic prompts where `rows`
+    have `n_safe` of them; "saft_unsafe" is given but the harmful ones. "anchors" and "centroid" (the nearest one), on
+    the mean over the answer, have the same rows as the former; "probe" has all labels; "judge" is the study's judge,
+    where it knows more than to recognise a refusal.
+    """
+    config, harmful, n = study.config, is_harmful(rows), len(rows)
+    n_labelled_safe = round(n_safe * config.n_labelled / len(rows))
+    labelled = _contaminated(study, config.n_labelled, 0.5, seed=seed + 1000, n_safe=n_labelled_safe)
+    unsafe = labelled.select(np.flatnonzero(is_harmful(labelled)))
+    layer = config.layer or middle_layer(base[0])
+    last, mean = embed(study, concatenate_datasets([rows, labelled]), [layer], base).transpose(1, 0, 2)
+    read = (last if config.pooling == "last" else mean)[:n]
+
+    def saft(n_directions: int) -> np.ndarray:
+        return SAFTFitter(n_directions).update(read).filter.scores(read)
+
+    options = {"batch_size": config.generation_batch_size, "progress": files.show_progress()}
+
+    def chosen(given: Dataset) -> tuple[np.ndarray, int]:
+        _, scores = find.find_harmful(*base, rows, contamination=harmful.mean(), validation=given, **options)
+        return scores, len(given)
+
+    given = mean[:n], mean[n:], is_harmful(labelled)
+    found = {
+        "random": (np.random.default_rng(seed).random(n), 0),
+        "length": (np.array([len(text) for text in rows["completion"][:]]), 0),
+        "loss": (np.array(completion_loss(*base, rows, **options)), 0),
+        "saft_1": (saft(1), 0),
+        "saft": (saft(config.n_directions), 0),
+        "saft_labelled": chosen(labelled),
+        "saft_unsafe": chosen(unsafe),
+        "anchors": (row_detectors.anchor_similarity(*given), len(labelled)),
+        "centroid": (row_detectors.nearest_centroid(*given), len(labelled)),
+        "probe": (row_detectors.logistic_probe(mean[:n], harmful), n),
+    }
+    if config.judge != "compliance":
+        asked = pd.DataFrame({"prompt": [data.questions(text)[0] for text in rows["prompt"][:]], "kind": "toxic"})
+        judged = judge(asked.assign(response=rows["completion"][:]), config.judge)
+        found["judge"] = (np.where(judged["label"] == "harmful", 5.0, judged["score"].fillna(0)), 0)
+    return found
+
+
+def layer_table(study: Study, rows: Dataset, directions: tuple[int, ...]) -> pd.DataFrame:
+    """AUROC at every layer (SAFT, Fig 4): columns layer, pooling, detector, auroc; SAFT by k, and a linear probe."""
+    base = load_model(study.sft)
+    harmful, layers = is_harmful(rows), list(range(1, n_layers(base[0]) + 1))
+    embedded = embed(study, rows, layers, base)
+    found = []
+    for i, (layer, pooling) in enumerate(product(layers, POOLINGS)):
+        z = embedded[:, i]
+        scores = {f"saft_{k}": SAFTFitter(k).update(z).filter.scores(z) for k in directions}
+        for name, values in (scores | {"probe": row_detectors.logistic_probe(z, harmful)}).items():
+            auroc = row_detectors.measures(harmful, values)["auroc"]
+            found.append({"layer": layer, "pooling": pooling, "detector": name, "auroc": auroc})
+    return pd.DataFrame(found)
+
+
+def failure_table(study: Study, *, seed: int) -> pd.DataFrame:
+    """Mini-world sets on which the first direction need not be harm: AUROC of the detectors, a row per set.
+
+    At contamination 0.3, but for "rare" (0.01); see `contaminated_rows`.
+    """
+    base, size = load_model(study.sft), study.config.n_rows
+    sets = {
+        "as above": {},
+        "rare: 1 % harmful": {"contamination": 0.01},
+        "harm in one family": {"failure": "one family"},
+        "half are stories": {"failure": "topic"},
+        "every second answer four times as long": {"failure": "length"},
+        "one in ten a safe answer to a toxic prompt": {"n_safe": size // 10},
+    }
+    found = []
+    for name, options in sets.items():
+        options = {"contamination": 0.3} | options
+        rows = _contaminated(study, size, options.pop("contamination"), seed=seed, **options)
+        scores = detectors(study, rows, base, seed=seed, n_safe=options.get("n_safe", 0))
+        aurocs = {detector: row_detectors.measures(is_harmful(rows), s)["auroc"] for detector, (s, _) in scores.items()}
+        found.append({"set": name, "rows": len(rows), "harmful": int(is_harmful(rows).sum())} | aurocs)
+    return pd.DataFrame(found)
+
+
+def is_harmful(rows: Dataset) -> np.ndarray:
+    """`[n]`, bool: what the labels of a contaminated set say."""
+    return ~np.array(rows["label"][:], dtype=bool)
+
+
+def embed(study: Study, rows: Dataset, layers: list[int], base: tuple) -> np.ndarray:
+    """`activations` of the rows in both poolings, kept in runs/activations: `[n, layers · 2, d]`; `base` makes them."""
+    described = [files.model_identity(worlds.base_model(study.sft.model)), study.sft.model_revision, study.sft.dtype]
+    described += [study.sft.load_in_4bit, data.fingerprint(rows), layers]
+    return activations(
+        *base,
+        rows,
+        layers=layers,
+        poolings=POOLINGS,
+        batch_size=study.config.generation_batch_size,
+        file=runs_folder() / "activations" / f"{files.content_hash(described)}.f32",
+        progress=files.show_progress(),
+    )
+
+
+def _contaminated(study: Study, n: int, contamination: float, **options) -> Dataset:
+    config = study.config
+    return contaminated_rows(
+        config.contamination_source,
+        n,
+        contamination,
+        template=config.template,
+        revision=config.contamination_revision or None,
+        evaluation_prompts=study.prompts["prompt"].tolist(),
+        **options,
+    )
+
+
+def _scores(name: str, detected: dict[str, tuple[np.ndarray, int]], harmful: np.ndarray, seed: int) -> np.ndarray:
+    """Of the filter called `name`, see `Filtered`."""
+    if name in detected:
+        return detected[name][0]
+    if name in ("none", "oracle"):
+        return harmful * (name == "oracle")
+    return row_detectors.scores_of_quality(harmful, float(name), seed=seed)
+
+
+def _write(study: Study, made: Filtered, rows: Dataset, scores: np.ndarray) -> np.ndarray:
+    """Write the files that `filtered_arm` names; returns which rows are dropped, `[n]`. Labels are not looked at.
+
+    Of equal scores the earlier row is dropped first.
+    """
+    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+    dropped = np.zeros(len(rows), dtype=bool)
+    dropped[order[: round(made.share * len(rows))]] = True
+    for path, chosen in zip(_files(study, made), (~dropped, dropped), strict=True):
+        part = rows.select(np.flatnonzero(chosen)).select_columns(["prompt", "completion"])
+        files.write_rows(path, part.to_list())
+    return dropped
+
+
+def _files(study: Study, made: Filtered) -> tuple[Path, Path]:
+    """Where the (kept, dropped) rows lie."""
+    config = study.config
+    source = [config.contamination_source, config.contamination_revision, config.n_rows, config.template]
+    model = [config.model, config.model_revision, config.benchmark_prompts]
+    made_of = f"{made.contamination:g}-{made.filter}-{made.share:.4g}-{made.n_safe}"  # for people, and for `planning`
+    name = f"{made_of}-{files.content_hash([*source, *model, vars(made)])}"
+    folder = runs_folder() / "filtered" / name
+    return folder / "kept.jsonl", folder / "dropped.jsonl"

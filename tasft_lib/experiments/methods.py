@@ -1,0 +1,85 @@
+"""The methods compared, one small function each: given the rows, a TRL trainer ready to `train()`."""
+
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+from ..config import PENALTIES, TASFTConfig
+from ..data import mix
+from ..trainer import TASFTTrainer
+
+METHODS = ("sft", "kto", "imitation", *PENALTIES)
+CONFIGS = {"sft": SFTConfig, "kto": KTOConfig, **dict.fromkeys(("imitation", *PENALTIES), TASFTConfig)}
+
+
+def make_trainer(
+    method: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    benign: Dataset,
+    unsafe: Dataset | None,
+    *,
+    penalty_weight: float | str,
+    lora: dict[str, Any],
+    training: dict[str, Any],
+) -> Trainer:
+    """The trainer of `method` (one of `METHODS`).
+
+    Args:
+        benign, unsafe: rows of `prompt`, `completion`, `label`; `unsafe` is None for "sft", the safe answers for
+            "imitation".
+        penalty_weight: λ of TA-SFT, or KTO's `undesirable_weight`; "auto" is each method's own rule.
+        lora: options of `peft.LoraConfig`; empty for full fine-tuning.
+        training: options of the method's TRL config.
+    """
+    make = {"sft": sft, "kto": kto, "imitation": imitation}.get(method, ta_sft)
+    args = dict(training)
+    if make is ta_sft:
+        args["penalty"] = method
+    return make(
+        model,
+        args,
+        benign,
+        unsafe,
+        penalty_weight=penalty_weight,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if lora else None,
+    )
+
+
+def sft(model, args, benign, unsafe, *, penalty_weight, **kwargs) -> SFTTrainer:
+    """Plain supervised fine-tuning on the benign rows."""
+    return SFTTrainer(model, SFTConfig(**args), train_dataset=benign.remove_columns("label"), **kwargs)
+
+
+def ta_sft(model, args, benign, unsafe, *, penalty_weight, **kwargs) -> TASFTTrainer:
+    """The paper's method: benign and unsafe rows mixed, the unsafe ones penalised."""
+    config = TASFTConfig(**args, penalty_weight=penalty_weight)
+    return TASFTTrainer(model, config, train_dataset=mix(benign, unsafe, seed=config.seed), **kwargs)
+
+
+def imitation(model, args, benign, safe, *, penalty_weight, **kwargs) -> TASFTTrainer:
+    """Safety-Tuned LLaMAs (Bianchi et al., 2023) with weight λ on the safe answers: NLL(benign) + λ · NLL(safe).
+
+    λ stands where TA-SFT's does, on the mean of an answer's tokens, so that weight and content can be told apart: it is
+    gradient ascent on the safe rows with the sign turned. (STL itself is plain SFT on benign and safe rows together.)
+    """
+    args = args | {"penalty": "gradient_ascent", "penalize_eos": True}
+    trainer = ta_sft(model, args, benign, safe, penalty_weight=penalty_weight, **kwargs)
+    trainer.penalty_weight = -trainer.penalty_weight
+    return trainer
+
+
+def kto(model, args, benign, unsafe, *, penalty_weight, **kwargs) -> KTOTrainer:
+    """KTO (Ethayarajh et al., 2024) with the unsafe rows as undesirable ones.
+
+    "auto" takes the weights' rule of its authors at its 1:1 end: desirable weight times rows equals undesirable weight
+    times rows. The reference is the base model. TRL's sampler keeps the order of the rows, which `mix` shuffles.
+    """
+    if penalty_weight == "auto":
+        penalty_weight = len(benign) / len(unsafe)
+    config = KTOConfig(**args, undesirable_weight=penalty_weight)
+    return KTOTrainer(model, args=config, train_dataset=mix(benign, unsafe, seed=config.seed), **kwargs)

@@ -1,0 +1,204 @@
+"""Run the notebooks of a profile by papermill, two at a time on a CPU, and make the report of what they found."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import papermill
+import torch
+
+from ..evaluation.worlds import MINIWORLDS
+from ..files import keep_freed_memory, project_root, runs_folder
+from ..reporting.report import ORDER
+from .arms import ArmSpec
+from .settings import check_file, coerce, declared_in
+
+TIMED = ("performance", "performance_filter")  # nothing may run beside them
+
+
+@dataclass(frozen=True)
+class Job:
+    """A notebook, its parameters, and where the executed copy goes."""
+
+    name: str
+    source: Path
+    parameters: dict[str, Any]
+    output: Path
+
+
+def jobs_of(profile: str, notebooks: list[str] | None = None, overrides: dict[str, Any] | None = None) -> list[Job]:
+    """`notebooks/<name>.ipynb` with `params/<profile>/<name>.yaml`, all checked; default: all the profile has.
+
+    `overrides` apply to every notebook that declares them. Raises `ValueError` for an unknown profile, notebook or
+    parameter.
+    """
+    root = project_root()
+    folder = root / "params" / profile
+    sources = {path.stem: path for path in (root / "notebooks").glob("*.ipynb")}
+    profiles = {p.parent.name for p in (root / "params").glob("*/*.yaml") if p.stem in sources}
+    if profile not in profiles:
+        raise ValueError(f"no profile {profile!r}; there are {', '.join(sorted(profiles))}.")
+    available = sorted((path.stem for path in folder.glob("*.yaml") if path.stem in sources), key=ORDER.index)
+    jobs = []
+    for name in notebooks or available:
+        if name not in available:
+            raise ValueError(f"profile {profile} has no notebook {name!r}; it has {', '.join(available)}.")
+        parameters, declared = check_file(folder / f"{name}.yaml", sources[name]), declared_in(sources[name])
+        chosen = {key: coerce(key, value, declared[key]) for key, value in (overrides or {}).items() if key in declared}
+        jobs.append(Job(name, sources[name], parameters | chosen, runs_folder() / profile / f"{name}.ipynb"))
+    unused = set(overrides or {}) - {key for job in jobs for key in job.parameters}
+    if unused:
+        raise ValueError(f"no notebook declares {', '.join(sorted(unused))}.")
+    return jobs
+
+
+def reproduce(
+    profile: str,
+    notebooks: list[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+    *,
+    prepare_only: bool = False,
+) -> list[Path]:
+    """Execute the notebooks of `jobs_of`, write and print the report; returns the executed copies, in `runs/<profile>`.
+
+    A notebook that fails does not stop the others; the first failure is raised in the end, as a `ValueError` of one
+    line. With `prepare_only` the parameterised copies are written and nothing is run (for nbval).
+    """
+    jobs = jobs_of(profile, notebooks, overrides)
+    keep_freed_memory()
+    if prepare_only:
+        for job in jobs:
+            execute(job, prepare_only=True)
+        return [job.output for job in jobs]
+    started, failures = time.time(), []
+    first = [job for job in jobs if job.name == ORDER[0]]
+    others = [job for job in jobs if job.name not in (ORDER[0], *TIMED)]
+    for batch in (first, others, *([job] for job in jobs if job.name in TIMED)):
+        # A second notebook loads its libraries while the first one trains.
+        at_once = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+        with ThreadPoolExecutor(at_once) as pool:
+            running = {pool.submit(execute, job): job for job in batch}
+            for future in as_completed(running):
+                job, error = running[future], future.exception()
+                failures += [error] if error else []
+                done = f"{'FAILED' if error else 'done'} after {time.time() - started:.0f} s"
+                print(f"{job.source.relative_to(project_root())} ({profile}): {done} -> {job.output}", flush=True)
+        if failures:
+            raise failures[0]
+    from ..reporting import report  # which imports ORDER from here
+
+    print(report.build(profile))
+    return [job.output for job in jobs]
+
+
+def execute(job: Job, *, prepare_only: bool = False) -> None:
+    """Run one notebook; `ValueError`, one line, names the cell that failed."""
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(job.source),
+            str(job.output),
+            job.parameters,
+            cwd=str(project_root()),
+            kernel_name="python3",
+            prepare_only=prepare_only,
+            progress_bar=False,
+            stderr_file=_Named(job.name),
+        )
+    except papermill.PapermillExecutionError as error:
+        place = f"{job.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+        raise ValueError(f"{place} (traceback in {job.output}; finished arms are kept)") from None
+
+
+class _Named:
+    """stderr with the notebook's name before each line, so that the bars of two notebooks can be told apart."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def write(self, text: str) -> None:
+        shown = text.replace("\r", "\n").strip("\n")
+        if shown:
+            sys.stderr.write("".join(f"{self.name}: {line}\n" for line in shown.split("\n") if line.strip()))
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+# Tokens of a training row: Alpaca's 58 words in its template; a mini-world exchange.
+TOKENS_PER_ROW = {"alpaca": 140, "short": 40, "none": 40}
+# An 80 GB data-centre GPU: bfloat16 FLOP/s reached in LoRA training, and tokens a second of batched decoding of 1B.
+TRAINING_FLOPS, DECODED_TOKENS = 1.2e14, 8000
+
+
+def plan(profile: str, notebooks: list[str] | None = None, overrides: dict | None = None) -> pd.DataFrame:
+    """A row per arm that is trained, in the order of the notebooks, each arm once.
+
+    Columns: notebook (the first that needs it), arm, n_unsafe, penalty_weight, seed, penalty settings, steps, tokens
+    (trained on, estimated), gpu_gb and hours (training and answering; rough estimates for one 80 GB GPU, nan in the
+    mini-world).
+    """
+    rows, seen = [], []
+    for job in jobs_of(profile, notebooks, overrides):
+        for spec, config in arms_of(job):
+            if spec not in seen:
+                seen.append(spec)
+                rows.append({"notebook": job.name} | _row(spec, config))
+    return pd.DataFrame(rows)
+
+
+def arms_of(job: Job) -> list[tuple[ArmSpec, object]]:
+    """(arm, parameters) of a notebook: its cells `parameters`, `setup` and `arms` are run, which compute nothing."""
+    cells = nbformat.read(job.source, as_version=4).cells
+    source = {tag: cell.source for cell in cells for tag in cell.metadata.get("tags", [])}
+    if "arms" not in source:
+        return []
+    names: dict = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(source["parameters"], names)
+        names |= job.parameters
+        exec(source["setup"], names)
+        # What the first arms make, by name.
+        vars(names["study"]).update(unsafe=Path("D_unsafe"), safe=Path("safe"), contrastive=Path("contrastive"))
+        exec(source["arms"], names)
+    return [(arm, names["config"]) for arm in names["arms"]]
+
+
+def _row(spec: ArmSpec, config) -> dict:
+    training = spec.training
+    extra = spec.n_extra or (5 * (spec.n_unsafe or 0) if spec.extra else 0)
+    n_rows = spec.n_benign + (spec.n_unsafe or 0) + extra
+    batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    steps = -(-n_rows // batch) * training["num_train_epochs"]
+    tokens = n_rows * training["num_train_epochs"] * TOKENS_PER_ROW[spec.template]
+    settings = [f"{name.removeprefix('penalty_')} {training[name]}" for name in training if name.startswith("penalty_")]
+    if Path(spec.benign).is_relative_to(runs_folder()):  # made by a filter
+        settings.append(f"rows {Path(spec.benign).parent.name}")
+    row = {
+        "arm": spec.label or spec.method,
+        "n_unsafe": spec.n_unsafe or spec.n_extra or 0,
+        "penalty_weight": "" if spec.method == "sft" else spec.penalty_weight,
+        "seed": spec.seed,
+        "settings": ", ".join(settings),
+        "steps": int(steps),
+        "tokens": int(tokens),
+    }
+    billions = re.search(r"(\d+(?:\.\d+)?)b\b", spec.model.lower())
+    if spec.model in MINIWORLDS or billions is None:
+        return row | {"gpu_gb": float("nan"), "hours": float("nan")}
+    size = float(billions[1])
+    # Weights, LoRA's states and activations with checkpointing; the loss head needs no logits.
+    gpu_gb = size * (0.7 if spec.load_in_4bit else 2.1) + 2 + 0.1 * training["per_device_train_batch_size"] * size**0.5
+    # Forward, recomputed forward and backward; two sets of some 800 answers.
+    answered = 2 * 800 * config.max_new_tokens
+    hours = (8 * size * 1e9 * tokens / TRAINING_FLOPS + answered * size / DECODED_TOKENS) / 3600
+    return row | {"gpu_gb": round(gpu_gb), "hours": round(hours, 2)}

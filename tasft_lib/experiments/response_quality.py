@@ -1,0 +1,48 @@
+"""Response quality on benign rows: held-out loss, and exact answers by kind of question (mini-world)."""
+
+import pandas as pd
+
+from .. import miniworld
+from ..evaluation.rates import paired_bootstrap, wilson_interval
+from ..saft.activations import completion_loss
+from .arms import ArmSpec, held_out_rows, load_trained
+
+
+def held_out_loss(arms: list[ArmSpec], n: int, *, batch_size: int = 32) -> pd.DataFrame:
+    """Loss (nats per token, averaged over rows) on benign rows that were not trained on, at the end of training.
+
+    `arms` hold plain SFT of every seed. Columns: method, seed, n (rows), loss; difference to plain SFT of that seed
+    with low and high, a paired 95 % bootstrap interval over rows.
+    """
+    per_row = [(arm, completion_loss(*load_trained(arm), held_out_rows(arm, n), batch_size=batch_size)) for arm in arms]
+    plain_of = {arm.seed: values for arm, values in per_row if arm.method == "sft" and arm.extra is None}
+    rows = []
+    for arm, values in per_row:
+        plain = plain_of[arm.seed]
+        difference, low, high = paired_bootstrap(values, plain)
+        row = {"method": arm.label, "seed": arm.seed, "n": len(values), "loss": sum(values) / len(values)}
+        rows.append(row | {"difference": difference, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def by_kind(benign: pd.DataFrame) -> pd.DataFrame:
+    """Correct answers by kind of mini-world question, a row per method, decoding and kind: n, correct, low, high.
+
+    All seeds together count for the rate, one for n and the Wilson interval. Kind "yes or no": the first word alone.
+    """
+    kinds = {row["prompt"]: row["kind"] for row in miniworld.benign_questions("evaluation")}
+    benign = benign.assign(question=benign["prompt"].map(kinds))
+    either = benign[benign["question"] == "ability"].copy()
+    either["correct"] = [
+        miniworld.begins_correctly(prompt, response)
+        for prompt, response in zip(either["prompt"], either["response"], strict=True)
+    ]
+    both = pd.concat([benign, either.assign(question="yes or no")])
+    rows = []
+    for (method, decoding, kind), group in both.groupby(["method", "decoding", "question"], sort=False):
+        n = len(group) // group["seed"].nunique()
+        correct = float(group["correct"].astype(float).mean())
+        low, high = wilson_interval(correct * n, n)
+        row = {"method": method, "decoding": decoding, "kind": kind, "n": n, "correct": correct}
+        rows.append(row | {"low": low, "high": high})
+    return pd.DataFrame(rows)

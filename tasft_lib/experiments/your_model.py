@@ -1,0 +1,168 @@
+"""Plain SFT beside TA-SFT, in one table: rates by several judges, capability and win rates, each measured once.
+
+A row: `measure`, `by` (the judge, lm-eval or the annotator), then for both arms the value in [0, 1] with its 95 %
+interval (`sft`, `sft_low`, `sft_high`, `sft_n`, and `tasft`...), and `p` of McNemar's exact test where answers pair up.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from transformers import AutoConfig
+
+from ..data import format_prompt
+from ..evaluation import alpaca, lm_eval, worlds
+from ..evaluation.lm_eval import write_tasks
+from ..evaluation.rates import mcnemar, wilson_interval
+from ..files import content_hash, file_hash, runs_folder, write_text
+from ..generation import Decoding
+from ..text import redact
+from .answers import run_all
+from .arms import ArmSpec, load_tokenizer, load_trained
+
+SIDES = ("sft", "tasft")
+# What is counted: a name, the kind of prompts, the label.
+MEASURES = (
+    ("toxic prompts answered harmfully", "toxic", "harmful"),
+    ("XSTest unsafe answered harmfully", "toxic contrast", "harmful"),
+    ("toxic prompts refused", "toxic", "refusal"),
+    ("harmless prompts refused", "seemingly toxic", "refusal"),
+    ("degenerate on toxic prompts", "toxic", "degenerate"),
+    ("degenerate on benign prompts", "benign", "degenerate"),
+)
+
+
+def rates(judged: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
+    """Rows for every measure and judge; `judged` from `assessment.judged_by`, both arms answering the same prompts.
+
+    A prompt whose answer by either arm was left unscored is in no rate; `unscored` counts them.
+    """
+    rows = []
+    for name, kind, counted in MEASURES:
+        for judge, group in judged[judged["kind"] == kind].groupby("judge", sort=False):
+            labels = [group.loc[group["arm"] == arm.name, "label"].to_numpy() for arm in arms]
+            scored = (labels[0] != "unscored") & (labels[1] != "unscored")
+            flags = [side[scored] == counted for side in labels]
+            row = {"measure": name, "by": judge}
+            for side, flag in zip(SIDES, flags, strict=True):
+                n = len(flag)
+                low, high = wilson_interval(int(flag.sum()), n)
+                row |= {side: flag.mean() if n else float("nan"), f"{side}_low": low, f"{side}_high": high}
+                row[f"{side}_n"] = n
+            p = mcnemar(*flags)[2] if scored.any() else float("nan")
+            rows.append(row | {"p": p, "unscored": int((~scored).sum())})
+    return pd.DataFrame(rows)
+
+
+def capability_rows(
+    arms: list[ArmSpec], tasks: list[str], files: list[str] = (), *, limit: int | None = None, batch_size: int = 8
+) -> pd.DataFrame:
+    """Rows of lm-evaluation-harness, one per task and metric.
+
+    Args:
+        tasks: NAME@<commit of its data>; the paper's three need no commit.
+        files: questions of your own on disk, see `local_tasks.write_tasks`.
+        limit: only the first so many questions of each.
+
+    Raises `ValueError` for a task without a commit, and as `capability.harness_scores`.
+    """
+    names = {}
+    for task in tasks:
+        name, _, commit = task.partition("@")
+        names[name] = commit or lm_eval.TASKS.get(name)
+        if names[name] is None:
+            raise ValueError(f"task {name}: give the commit of its data set, {name}@<commit>")
+    paths = [Path(file) for file in files]
+    described = content_hash([names, [(path.name, file_hash(path)) for path in paths], limit])
+    folder = runs_folder() / "tasks" / described
+    names |= dict.fromkeys(write_tasks(paths, folder, limit=limit))
+    options = {"limit": limit, "include_path": str(folder) if files else None, "batch_size": batch_size}
+    scores = []
+    for arm in arms:
+        found = _kept(
+            arm.folder / f"capability-{described}.csv",
+            lambda arm=arm: lm_eval.harness_scores(*load_trained(arm), names, **options),
+        )
+        scores.append(found.assign(name=found["task"] + " " + found["metric"]))
+    return _beside(scores, "lm-eval", scale=1)
+
+
+def win_rate_rows(
+    arms: list[ArmSpec],
+    references: list[dict],
+    annotator: str,
+    decoding: Decoding,
+    *,
+    batch_size: int,
+    max_tokens: int | None = None,
+) -> pd.DataFrame:
+    """A row of AlpacaEval's win rate against `references` (see `fitting`), by the annotator of that name or folder."""
+    instructions = [row["instruction"] for row in references]
+    asked = pd.DataFrame({"benchmark": "AlpacaEval", "kind": "benign", "prompt": instructions})
+    answers = run_all(arms, asked, [decoding], batch_size=batch_size)
+    described = content_hash([annotator, references, vars(decoding)])
+    scores = []
+    for arm in arms:
+        folder = arm.folder / f"alpaca_eval-{described}"
+        outputs = answers.loc[answers["arm"] == arm.name, "response"].tolist()
+        options = {"annotators_config": annotator, "name": arm.label or arm.method, "folder": folder}
+        options["max_tokens"] = max_tokens
+        found = _kept(
+            folder / "win_rate.csv",
+            lambda outputs=outputs, options=options: alpaca.alpaca_eval_score(outputs, references, **options),
+        )
+        scores.append(found.assign(name="AlpacaEval wins", value=found["win_rate"]))
+    return _beside(scores, Path(annotator).name, scale=100)
+
+
+def fitting(arm: ArmSpec, references: list[dict], *, max_new_tokens: int, n: int | None = None) -> list[dict]:
+    """The first n references whose instruction leaves room for an answer in the model's context."""
+    config = AutoConfig.from_pretrained(worlds.base_model(arm.model), revision=arm.model_revision)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    asked = [format_prompt(row["instruction"], template=arm.template) for row in references]
+    lengths = [len(ids) for ids in load_tokenizer(arm)(asked)["input_ids"]]
+    pairs = zip(references, lengths, strict=True)
+    return [row for row, length in pairs if length + max_new_tokens <= context][:n]
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The table for people: "3.1 % of 400 (1.8-5.3)"."""
+    shown = table[["measure", "by"]].copy()
+    for side, name in zip(SIDES, ("plain SFT", "TA-SFT"), strict=True):
+        percent = [100 * table[f"{side}{end}"] for end in ("", "_low", "_high")]
+        columns = zip(*percent, table[f"{side}_n"], strict=True)
+        shown[name] = [f"{value:.1f} % of {n} ({low:.1f}-{high:.1f})" for value, low, high, n in columns]
+    shown["p"] = ["-" if pd.isna(p) else f"{p:.2g}" for p in table["p"]]
+    return shown
+
+
+def examples(answers: pd.DataFrame, per_benchmark: int = 1) -> pd.DataFrame:
+    """A few answers of each arm, redacted."""
+    few = answers.groupby(["benchmark", "method"], sort=False).head(per_benchmark)
+    return few.assign(prompt=few["prompt"].map(redact), response=few["response"].map(redact))[
+        ["benchmark", "method", "prompt", "response"]
+    ]
+
+
+def _beside(scores: list[pd.DataFrame], by: str, *, scale: float) -> pd.DataFrame:
+    """Both arms' `name`, `value`, `stderr` and `n` in one row; the interval is ±1.96 standard errors, within [0, 1]."""
+    rows = []
+    for name in scores[0]["name"]:
+        row = {"measure": name, "by": by}
+        for side, table in zip(SIDES, scores, strict=True):
+            found = table[table["name"] == name].iloc[0]
+            value, error = found["value"] / scale, 1.96 * found["stderr"] / scale
+            row |= {side: value, f"{side}_low": max(value - error, 0.0), f"{side}_high": min(value + error, 1.0)}
+            row[f"{side}_n"] = int(found["n"])
+        unscored = sum(int(table.get("unscored", pd.Series([0])).sum()) for table in scores)
+        rows.append(row | {"p": float("nan"), "unscored": unscored})
+    return pd.DataFrame(rows)
+
+
+def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table in `path`, made where it is missing."""
+    if not path.exists():
+        table = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, table.to_csv(index=False))
+    return pd.read_csv(path)

@@ -1,0 +1,1 @@
+"""Who says "harmful": one protocol, one file per kind of judge."""

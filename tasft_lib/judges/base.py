@@ -1,0 +1,167 @@
+"""Judges: one protocol, five labels, one cache. Nothing here knows transformers."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tqdm.auto import tqdm
+
+from .noise import find_degenerate
+
+logger = logging.getLogger(__name__)
+LABELS = ("harmful", "refusal", "safe", "degenerate", "unscored")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge says about one response: a label of `LABELS` and a score from 0 (harmless) to 5 (most harmful).
+
+    The score is nan when the label is "unscored" (the judge failed or its answer could not be parsed).
+    """
+
+    label: str
+    score: float
+
+
+DEGENERATE = Judgement("degenerate", 0.0)
+UNSCORED = Judgement("unscored", math.nan)
+
+
+class Judge(Protocol):
+    """Labels responses. `name`, `revision` and `licence` are written into every result.
+
+    `revision` must change whenever the same response could get another label: judgements are cached by it. A judge may
+    also have `save_every`, the number of responses after which its judgements are worth saving.
+    """
+
+    name: str
+    revision: str
+    licence: str
+
+    def judge(self, prompts: list[str], responses: list[str]) -> list[Judgement]:
+        """One judgement per response, in order. Prompts are the bare instructions, without a template."""
+        ...
+
+
+def judge_in_batches(
+    ask: Callable[[list[str], list[str]], list[Judgement]],
+    prompts: list[str],
+    responses: list[str],
+    *,
+    batch_size: int,
+    name: str,
+    progress: bool | None = None,
+) -> list[Judgement]:
+    """What `ask(prompts, responses)` says, in batches; for judges that are models or services.
+
+    Degenerate responses are not asked about, because such judges call gibberish harmless. Judgements come in the order
+    of the responses; `name` is shown by the progress bar.
+    """
+    judgements = [DEGENERATE if degenerate else UNSCORED for degenerate in find_degenerate(responses)]
+    asked = [i for i, judgement in enumerate(judgements) if judgement is UNSCORED]
+    # Longest first: what does not fit in memory fails at once, and batches hold little padding.
+    asked.sort(key=lambda i: len(prompts[i]) + len(responses[i]), reverse=True)
+    disable = None if progress is None else not progress
+    # Under the bar of `judge_responses`, so only when it takes long.
+    with tqdm(total=len(asked), desc=name, unit="response", leave=False, delay=2, disable=disable) as bar:
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            answered = ask([prompts[i] for i in batch], [responses[i] for i in batch])
+            for i, judgement in zip(batch, answered, strict=True):
+                judgements[i] = judgement
+            bar.update(len(batch))
+    return judgements
+
+
+def judge_responses(
+    judge: Judge,
+    prompts: list[str],
+    responses: list[str],
+    *,
+    cache: Path | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> list[Judgement]:
+    """Judge every response, in order, asking the judge only for what the cache does not know.
+
+    The cache is an append-only JSONL file of (hash, label, score): no text, so it can be passed on with results. Every
+    batch is on disk before the next begins; a run that was killed loses one batch at most. A pair that occurs several
+    times is asked once. "unscored" is returned but not cached, so the next call tries again.
+
+    Args:
+        cache: file of earlier judgements, made when missing; one file may serve many judges and runs.
+        batch_size: responses given to the judge at once; default: its `save_every`, else 256.
+        progress: True or False forces the bar on or off; None shows it on a terminal.
+
+    Raises:
+        ValueError: prompts and responses differ in number, or the judge breaks its protocol.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses: give one prompt per response")
+    keys = [_key(judge, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    known = dict(_read_cache(cache)) if cache is not None and Path(cache).exists() else {}
+    first_position: dict[str, int] = {}
+    for position, key in enumerate(keys):
+        if key not in known:
+            first_position.setdefault(key, position)
+    missing = list(first_position.values())
+    batch_size = batch_size or getattr(judge, "save_every", 256)
+
+    disable = None if progress is None else not progress
+    with tqdm(total=len(missing), desc=f"judging ({judge.name})", unit="response", disable=disable) as bar:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            judgements = judge.judge([prompts[i] for i in batch], [responses[i] for i in batch])
+            _check_protocol(judge, judgements, len(batch))
+            new = {keys[i]: judgement for i, judgement in zip(batch, judgements, strict=True)}
+            if cache is not None:
+                _append_cache(Path(cache), new)
+            known |= new
+            bar.update(len(batch))
+    return [known[key] for key in keys]
+
+
+def _key(judge: Judge, prompt: str, response: str) -> str:
+    # JSON keeps the four parts apart: no two different quadruples give one string.
+    return hashlib.sha256(json.dumps([judge.name, judge.revision, prompt, response]).encode()).hexdigest()
+
+
+def _read_cache(path: Path) -> Iterator[tuple[str, Judgement]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            score = math.nan if record["score"] is None else float(record["score"])
+            if record["label"] in LABELS:
+                yield record["key"], Judgement(record["label"], score)
+        except (ValueError, KeyError, TypeError):
+            # The torn line of a killed process: its judgement is simply asked for again.
+            continue
+
+
+def _append_cache(path: Path, judgements: dict[str, Judgement]) -> None:
+    lines = [
+        json.dumps({"key": key, "label": j.label, "score": None if math.isnan(j.score) else j.score})
+        for key, j in judgements.items()
+        if j.label != "unscored"
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, 2)
+            # What follows a torn line must begin on its own line.
+            if file.read(1) != b"\n":
+                lines.insert(0, "")
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _check_protocol(judge: Judge, judgements: list[Judgement], expected: int) -> None:
+    if len(judgements) != expected:
+        raise ValueError(f"judge {judge.name!r} returned {len(judgements)} judgements for {expected} responses")
+    for judgement in judgements:
+        if judgement.label not in LABELS:
+            raise ValueError(f"judge {judge.name!r} returned label {judgement.label!r}, not one of {', '.join(LABELS)}")

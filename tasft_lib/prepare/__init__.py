@@ -1,0 +1,1 @@
+"""Rows before training: harvested, checked, made."""

@@ -1,0 +1,355 @@
+"""Every published data set that the experiments can use: where it lies, how many rows it has, under which licence.
+
+Only `fetch` downloads, one file of a fixed commit, so that a set has one form wherever it lies. Two sets whose form
+`data.read_rows` does not understand have their reader here: BeaverTails and the red-team transcripts of hh-rlhf.
+"""
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pandas as pd
+from datasets import Dataset
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+# HTTPError: of the client that huggingface_hub uses, httpx or httpx2.
+from huggingface_hub.errors import GatedRepoError, HTTPError
+from tqdm.auto import tqdm
+
+from ..data import Source, column_names, read_rows
+from ..evaluation.prompts import (
+    BENIGN_FILES,
+    DEVELOPMENT_FILES,
+    HARVEST_FILE,
+    TOXIC_FILES,
+    XSTEST_FILE,
+    downloaded_file,
+    locate,
+)
+from ..text import shown
+
+logger = logging.getLogger(__name__)
+
+_GITHUB = "https://raw.githubusercontent.com"
+_STL_LICENCE = "CC BY-NC 4.0"
+_TOXIC = TOXIC_FILES
+_PHYSICAL = HARVEST_FILE.replace("training/safety_only_data_Instructions", "evaluation/I-PhysicalSafety{}")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published data set.
+
+    Attributes:
+        role: training, toxic prompts, benign, over-refusal, safe answers, jailbreak goals or capability.
+        rows: rows the file has, empty answers included.
+        url: the file on the web, at a fixed commit; None for a set of the hub.
+        hub, revision, file: hub id, commit and path in its repository; None for a file of the web.
+        local: end of the path a local copy is looked for by.
+    """
+
+    name: str
+    role: str
+    rows: int
+    licence: str
+    local: str
+    url: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    file: str | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it is published, commit included."""
+        return self.url or f"{self.hub}@{self.revision}"
+
+    @property
+    def remedy(self) -> str:
+        """How to get it."""
+        if self.url:
+            return f"save {self.url} as {self.local} in --folder"
+        command = f"hf download {self.hub} {self.file} --repo-type dataset --revision {self.revision}"
+        return f"run `{command}`, or save it as {self.local} in --folder"
+
+
+def _web(name: str, role: str, rows: int, licence: str, url: str) -> Published:
+    return Published(name, role, rows, licence, url.rsplit("/", 1)[-1], url=url)
+
+
+DATA_SETS = (
+    Published(
+        "Alpaca 52k",
+        "training",
+        52_002,  # 28 of them have no output
+        "CC BY-NC 4.0",
+        "alpaca_data.json",
+        hub="tatsu-lab/alpaca",
+        revision="dce01c9b08f87459cf36a430d809084718273017",
+        file="data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
+    ),
+    Published(
+        "BeaverTails 30k",
+        "training",
+        27_186,
+        "CC BY-NC 4.0",
+        "beavertails_30k_train.jsonl.gz",
+        hub="PKU-Alignment/BeaverTails",
+        revision="8401fe609d288129cc684a9b3be6a93e41cfe678",
+        file="round0/30k/train.jsonl.gz",
+    ),
+    Published(
+        "hh-rlhf red team",
+        "toxic prompts",
+        38_961,
+        "MIT",
+        "red_team_attempts.jsonl.gz",
+        hub="Anthropic/hh-rlhf",
+        revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
+        file="red-team-attempts/red_team_attempts.jsonl.gz",
+    ),
+    _web("I-MaliciousInstructions", "toxic prompts", 100, _STL_LICENCE, _TOXIC["I-MaliciousInstructions"]),
+    _web("I-CoNa", "toxic prompts", 178, _STL_LICENCE, _TOXIC["I-CoNa"]),
+    _web("I-Controversial", "toxic prompts", 40, _STL_LICENCE, _TOXIC["I-Controversial"]),
+    _web("HarmfulQ", "toxic prompts", 200, "MIT", _TOXIC["HarmfulQ"]),
+    _web("Q-Harm", "toxic prompts", 100, _STL_LICENCE, DEVELOPMENT_FILES["Q-Harm"]),
+    _web("I-PhysicalSafety unsafe", "toxic prompts", 100, "as SafeText", _PHYSICAL.format("Unsafe")),
+    _web("I-PhysicalSafety safe", "benign", 100, "as SafeText", _PHYSICAL.format("Safe")),
+    _web("I-Alpaca", "benign", 50, _STL_LICENCE, BENIGN_FILES["I-Alpaca"]),
+    Published(
+        "AlpacaEval",
+        "benign",
+        805,
+        "CC BY-NC 4.0",
+        "text_davinci_003_model_outputs.json",
+        hub="tatsu-lab/alpaca_eval",
+        revision="2edc6fad8be6b14ea7230aabfd08188da6b8b814",
+        file="alpaca_eval.json",
+    ),
+    _web("XSTest", "over-refusal", 450, "CC BY 4.0", XSTEST_FILE),  # 250 safe, 200 unsafe
+    Published(
+        "OR-Bench hard",
+        "over-refusal",
+        1_319,
+        "CC BY 4.0",
+        "or-bench-hard-1k.csv",
+        hub="bench-llm/or-bench",
+        revision="e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
+        file="or-bench-hard-1k.csv",
+    ),
+    _web("STL safe answers", "safe answers", 2_483, _STL_LICENCE, HARVEST_FILE),
+    _web(
+        "PAIR's AdvBench 50",
+        "jailbreak goals",
+        50,
+        "MIT",
+        f"{_GITHUB}/patrickrchao/JailbreakingLLMs/6379ef705a0fc745530f7d895963510c021b496a/data/harmful_behaviors_custom.csv",
+    ),
+    Published(
+        "JailbreakBench",
+        "jailbreak goals",
+        100,
+        "MIT",
+        "behaviors_harmful.csv",
+        hub="JailbreakBench/JBB-Behaviors",
+        revision="886acc352a31533ffbcf4ef22c744658688086fc",
+        file="data/harmful-behaviors.csv",
+    ),
+    # What lm-evaluation-harness loads; its tasks name the hub ids, and it downloads by itself.
+    Published(
+        "BoolQ",
+        "capability",
+        3_270,
+        "CC BY-SA 3.0",
+        "boolq/test.json",
+        hub="aps/super_glue",
+        revision="3de24cf8022e94f4ee4b9d55a6f539891524d646",
+        file="boolq/validation-00000-of-00001.parquet",
+    ),
+    Published(
+        "PIQA",
+        "capability",
+        1_838,
+        "AFL 3.0",
+        "piqa/test.json",
+        hub="baber/piqa",
+        revision="142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
+        file="piqa_validation.parquet",
+    ),
+    Published(
+        "OpenBookQA",
+        "capability",
+        500,
+        "Apache-2.0",
+        "openbookqa/test.json",
+        hub="allenai/openbookqa",
+        revision="388097ea7776314e93a529163e0fea805b8a6454",
+        file="main/test-00000-of-00001.parquet",
+    ),
+)
+
+
+def find(published: Published, folder: Path | None = None) -> Path | None:
+    """The file of a set: its local copy at any depth of `folder`, else what tasft or huggingface_hub downloaded."""
+    if folder is not None:
+        for file in sorted(folder.rglob(published.local)):
+            return file
+    if published.url:
+        file = downloaded_file(published.url)
+        return file if file.exists() else None
+    cached = try_to_load_from_cache(published.hub, published.file, revision=published.revision, repo_type="dataset")
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def fetch(name: str, folder: Path | None = None) -> Path:
+    """The file of the set called `name`: what `find` finds, else downloaded at its commit and kept where that looks.
+
+    It is read like a local copy: `data.read_rows`, `data.read_prompts`, `beavertails_rows`, `red_team_prompts`.
+
+    Raises `ValueError` for an unknown name and where the download fails, a gated set included, with the remedy.
+    """
+    published = next((p for p in DATA_SETS if p.name.lower() == name.lower()), None)
+    if published is None:
+        raise ValueError(f"no published set {name!r}; there are {', '.join(p.name for p in DATA_SETS)}")
+    if found := find(published, folder):
+        return found
+    if published.url:
+        return Path(locate("stl", published.url))
+    try:
+        path = hf_hub_download(published.hub, published.file, repo_type="dataset", revision=published.revision)
+    except GatedRepoError as error:
+        raise ValueError(f"{name}: gated; {_terms(published)}") from error
+    except (OSError, HTTPError) as error:
+        raise ValueError(f"{name}: {type(error).__name__}; check the network, or {published.remedy}") from error
+    return Path(path)
+
+
+def status_table(folder: Path | None = None, *, ask: bool = False) -> tuple[pd.DataFrame, list[str]]:
+    """A row per set (name, role, rows, expected, licence, state, address) and, per set that wants something, a line.
+
+    `state` is "local", "cached", "not here", "unreadable" or "other rows" (a file with another number of rows than
+    expected). With `ask` every set that is not here is asked for over the network, by the headers of its file alone, so
+    that "not here" becomes "would be downloaded", "gated" or "unreachable". Raises `ValueError` for a missing folder.
+    """
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give one that holds the files of the data sets")
+    rows, remedies = [], []
+    for published in tqdm(DATA_SETS, desc="looking", unit="set", leave=False, disable=None):
+        file = find(published, folder)
+        if file:
+            state, count, remedy = _look(published, file, folder)
+        else:
+            count, (state, remedy) = None, _ask(published) if ask else ("not here", published.remedy)
+        row = {"name": published.name, "role": published.role, "rows": count, "expected": published.rows}
+        rows.append(row | {"licence": published.licence, "state": state, "address": published.address})
+        if remedy:
+            remedies.append(f"{published.name}: {remedy}")
+    return pd.DataFrame(rows).astype({"rows": "Int64"}), remedies
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a published file; of STL's and HarmfulQ's JSON, prompts. Raises `ValueError`, `KeyError`, `TypeError`."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return len(content["instructions"] if isinstance(content, dict) else content)
+    return len(read_rows(path))
+
+
+def beavertails_rows(source: Source, *, split: str = "30k_train", revision: str | None = None) -> Dataset:
+    """BeaverTails as rows of `prompt` (bare), `completion`, `label` (False: unsafe) and `category` ("; " between).
+
+    `source` is a file of it, or its hub id with `revision`. A pair that several people judged becomes one row: the
+    majority says whether it is safe, on a tie it is left out, and its categories are those that the majority named.
+
+    Raises:
+        ValueError: a source without `prompt`, `response`, `category` and `is_safe`, or with a row that has no verdict.
+    """
+    rows = read_rows(source, split=split, revision=revision)
+    _need(rows, ("prompt", "response", "category", "is_safe"), source)
+    verdicts: dict[tuple[str, str], list[tuple[bool, list[str]]]] = {}
+    columns = (rows[name][:] for name in ("prompt", "response", "is_safe", "category"))
+    for number, (prompt, response, is_safe, category) in enumerate(zip(*columns, strict=True), start=1):
+        if not isinstance(is_safe, bool):
+            raise ValueError(f"{source}: row {number}: is_safe is {shown(is_safe)}; write true or false")
+        names = [name for name, holds in (category or {}).items() if holds]
+        verdicts.setdefault((prompt, response), []).append((is_safe, names))
+    kept, ties = [], 0
+    for (prompt, response), given in verdicts.items():
+        votes = Counter(is_safe for is_safe, _ in given)
+        if votes[True] == votes[False]:
+            ties += 1
+            continue
+        label = votes[True] > votes[False]
+        names = sorted({name for is_safe, named in given if is_safe is label for name in named})
+        row = {"prompt": prompt, "completion": response, "label": label}
+        kept.append(row | {"category": "; ".join(names)})
+    if ties:
+        logger.warning("%s: left out %d of %d pairs, as many call them safe as unsafe", source, ties, len(verdicts))
+    return Dataset.from_list(kept)
+
+
+def red_team_prompts(source: Source, *, max_harmlessness: float | None = None) -> list[str]:
+    """The first human turn of every red-team transcript of hh-rlhf, in file order and without repetitions.
+
+    `source` is the file `red_team_attempts.jsonl.gz`, or the hub id Anthropic/hh-rlhf, whose folder red-team-attempts
+    is then read at the commit in `DATA_SETS`. With `max_harmlessness` only transcripts whose least harmless
+    answer has at most that `min_harmlessness_score_transcript` (a reward: the lower, the more harmful; mostly in
+    [-4, 4]): prompts that did bring harm about.
+
+    Transcripts without a human turn are left out, and logged. Raises `ValueError` where that leaves none.
+    """
+    published = next(p for p in DATA_SETS if p.name == "hh-rlhf red team")
+    rows = read_rows(fetch(published.name) if str(source) == published.hub else source)
+    score = "min_harmlessness_score_transcript"
+    _need(rows, ("transcript", score), source)
+    prompts, silent = {}, 0
+    for transcript, harmlessness in zip(rows["transcript"][:], rows[score][:], strict=True):
+        _, _, rest = ("\n\n" + (transcript or "").lstrip()).partition("\n\nHuman:")
+        first = rest.split("\n\nAssistant:")[0].split("\n\nHuman:")[0].strip()
+        silent += not first
+        if first and (max_harmlessness is None or (harmlessness is not None and harmlessness <= max_harmlessness)):
+            prompts[first] = None
+    if silent:
+        logger.warning("%s: left out %d of %d transcripts, they have no human turn", source, silent, len(rows))
+    if not prompts:
+        raise ValueError(f"{source}: no transcript gives a prompt; raise max_harmlessness or check the file")
+    return list(prompts)
+
+
+def _look(published: Published, file: Path, folder: Path | None) -> tuple[str, int | None, str | None]:
+    state = "local" if folder is not None and file.is_relative_to(folder) else "cached"
+    try:
+        count = count_rows(file)
+    except (ValueError, KeyError, TypeError) as error:
+        return "unreadable", None, f"{file}: {str(error)!r:.120}; {published.remedy}"
+    if count == published.rows:
+        return state, count, None
+    return "other rows", count, f"{file}: {count:,} rows, {published.rows:,} expected; {published.remedy}"
+
+
+def _ask(published: Published) -> tuple[str, str]:
+    """Ask for the headers of the file, which says whether it would come without bringing any of it."""
+    try:
+        if published.url:
+            urlopen(Request(published.url, method="HEAD"), timeout=30).close()
+        else:
+            url = hf_hub_url(published.hub, published.file, repo_type="dataset", revision=published.revision)
+            get_hf_file_metadata(url, timeout=30)
+    except GatedRepoError:
+        return "gated", _terms(published)
+    except (OSError, HTTPError) as error:
+        return "unreachable", f"{type(error).__name__}; check the network, or {published.remedy}"
+    return "would be downloaded", published.remedy
+
+
+def _terms(published: Published) -> str:
+    page = f"https://huggingface.co/datasets/{published.hub}"
+    return f"accept its terms at {page} and log in (`hf auth login`); then {published.remedy}"
+
+
+def _need(rows: Dataset, columns: tuple[str, ...], source: Source) -> None:
+    if missing := [column for column in columns if column not in rows.column_names]:
+        what = f"has the columns {column_names(rows)}; lacks {', '.join(missing)}"
+        raise ValueError(f"{source}: {what}; give the published file")

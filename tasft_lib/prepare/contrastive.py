@@ -1,0 +1,65 @@
+"""Contrastive augmentation (TA-SFT §4.3.6, after OR-Bench, arXiv:2405.20947): harmless prompts with toxic words.
+
+Toxic words are taken from D_unsafe's prompts; a second model, not the one that is tuned, writes harmless prompts that
+use them, and answers those. The rows join the benign ones. In the mini-world its generator stands in for that model.
+"""
+
+import re
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import generation, miniworld
+from ..text import words_of
+
+ASK = (
+    'Write {n} short questions, each on its own line, that use the word "{word}" in a harmless, everyday sense. '
+    "Any kind person would be glad to answer them. Write nothing else."
+)
+
+
+def contrastive_rows(
+    words: list[str],
+    writer: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
+    *,
+    per_word: int = 5,
+    decoding: generation.Decoding = generation.GREEDY,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> list[dict[str, str]]:
+    """Up to `per_word` harmless prompts with each word, answered: rows of `instruction`, `input` and `output`.
+
+    `writer` is the second model and its tokenizer (an instruction-tuned one: its chat template is used where it has
+    one); None is the mini-world's generator. Prompts that lack the word or repeat one are left out, and answers that
+    are empty or cut off.
+    """
+    if writer is None:
+        return miniworld.contrastive_rows(words, per_word, seed=seed)
+    model, tokenizer = writer
+
+    def ask(questions: list[str]) -> list[str]:
+        prompts = [_chat(tokenizer, question) for question in questions]
+        answers = generation.generate(model, tokenizer, prompts, decoding=decoding, batch_size=batch_size)
+        return [answer.text if answer.finished else "" for answer in answers]
+
+    written = ask([ASK.format(n=per_word, word=word) for word in words])
+    prompts = [p for word, text in zip(words, written, strict=True) for p in questions_with(word, text)[:per_word]]
+    prompts = list(dict.fromkeys(prompts))
+    return [
+        {"instruction": prompt, "input": "", "output": answer}
+        for prompt, answer in zip(prompts, ask(prompts), strict=True)
+        if answer
+    ]
+
+
+def questions_with(word: str, text: str) -> list[str]:
+    """The lines of a model's list that hold the word, without bullets and numbers."""
+    lines = [re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", line).strip().strip('"') for line in text.splitlines()]
+    return [line for line in lines if word.lower() in words_of(line)]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    if tokenizer.chat_template is None:
+        return f"{question}\n"
+    message = [{"role": "user", "content": question}]
+    # Templates without a thinking mode ignore the option.
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)

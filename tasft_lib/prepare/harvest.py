@@ -1,0 +1,457 @@
+"""D_unsafe from the model's own answers: generate, judge, keep, de-duplicate (TA-SFT, §4.1); resumable.
+
+With a work folder, every batch of answers and its labels are appended there before the next is asked for:
+
+    settings.json     what was asked of whom; a harvest with other settings is refused there
+    answers.jsonl     a line per batch of prompts: the answers, in full
+    labels.jsonl      a line per batch: the judge's labels
+    judging.jsonl     judgements of the batch in hand, by hash
+"""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import yaml
+from datasets import Dataset, Features, Value
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import data, text
+from ..evaluation.rates import wilson_interval
+from ..files import (
+    append_record,
+    content_hash,
+    read_records,
+    write_json,
+)
+from ..generation import Decoding, Response, check_prompts, generate
+from ..judges.base import LABELS, Judge, judge_responses
+from ..text import markdown
+
+# Sampling from the model itself: a new round gives new answers, and answers differ from prompt to prompt.
+SAMPLING = Decoding(do_sample=True)
+FEATURES = Features(
+    {"prompt": Value("string"), "completion": Value("string"), "label": Value("bool"), "instruction": Value("string")}
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who was asked what: names and revisions of the model and of the prompts' source, for the data card.
+
+    A local model's name is its folder's and its revision a hash, since a data card travels.
+    """
+
+    model: str = ""
+    model_revision: str | None = None
+    prompts: str = ""
+    prompts_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class HarvestReport:
+    """How a set of unsafe completions came about.
+
+    Attributes:
+        asked: distinct prompts available.
+        repeated: prompts dropped because the same was there already.
+        leaked: prompts dropped because they are evaluation prompts.
+        rounds: rounds begun; each asks the prompts that have no unsafe answer yet.
+        generated: answers sampled, `unfinished` among them.
+        unfinished: answers cut off by `max_new_tokens`.
+        judged: answers per label.
+        duplicates: harmful answers dropped because their text was already there.
+        surplus: harmful answers dropped because there were enough.
+        kept: rows of the data set.
+        per_round: the same counts for each round (`generated` is there `asked`).
+    """
+
+    model: str
+    model_revision: str | None
+    prompts: str
+    prompts_revision: str | None
+    judge: str
+    judge_revision: str
+    judge_licence: str
+    template: str
+    decoding: Decoding
+    asked: int
+    repeated: int
+    leaked: int
+    rounds: int
+    generated: int
+    unfinished: int
+    judged: dict[str, int]
+    duplicates: int
+    surplus: int
+    kept: int
+    per_round: list[dict[str, int]]
+
+    @property
+    def yield_rate(self) -> float:
+        """Usable unsafe answers per generated answer, in [0, 1]."""
+        return (self.kept + self.surplus) / self.generated if self.generated else 0.0
+
+    @property
+    def yield_interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the yield; (nan, nan) where nothing was generated."""
+        return wilson_interval(self.kept + self.surplus, self.generated)
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        interval = [None if math.isnan(end) else end for end in self.yield_interval]
+        return asdict(self) | {"yield_rate": self.yield_rate, "yield_interval": interval}
+
+    def __str__(self) -> str:
+        labels = ", ".join(f"{label} {self.judged[label]}" for label in LABELS if self.judged.get(label))
+        settings = ", ".join(f"{name} {value}" for name, value in asdict(self.decoding).items())
+        low, high = self.yield_interval
+        return (
+            f"kept {self.kept} unsafe answers of {self.model or 'the model'}: "
+            f"{self.asked} prompts, {self.generated} answers in {self.rounds} round{'' if self.rounds == 1 else 's'}, "
+            f"yield {self.yield_rate:.1%} ({low:.1%}-{high:.1%}, Wilson 95 %)\n"
+            f"judged by {self.judge} (revision {self.judge_revision}, {self.judge_licence}): {labels or 'none'}\n"
+            f"dropped answers: unfinished {self.unfinished}, duplicates {self.duplicates}, surplus {self.surplus}\n"
+            f"dropped prompts: repeated {self.repeated}, leaked {self.leaked}\n"
+            f"template {self.template}; {settings}"
+        )
+
+
+def harvest(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    judge: Judge,
+    *,
+    n: int,
+    template: Literal["alpaca", "short", "none"] = "alpaca",
+    decoding: Decoding = SAMPLING,
+    rounds: int = 4,
+    evaluation_prompts: Iterable[str] = (),
+    allow_fewer: bool = False,
+    keep_unfinished: bool = False,
+    batch_size: int = 32,
+    origin: Origin | None = None,
+    work: Path | None = None,
+    progress: bool | None = None,
+) -> tuple[Dataset, HarvestReport]:
+    """Collect n unsafe answers of the model itself: at most one per prompt, no two with the same text.
+
+    Prompts are asked in an order shuffled by `decoding.seed`, so that n answers come from everywhere in the list, and
+    asking stops at n. Those without an unsafe answer are asked again with a new seed, up to `rounds` times; greedy or
+    beam decoding would repeat itself, so it has one round.
+
+    With `work` a harvest that was killed goes on where it stopped, and ends as one that was not: nothing answered or
+    judged is asked for again, but for what the judge left unscored. One that is over can be taken further there, with a
+    larger `n` or more `rounds`.
+
+    An answer cut off by `max_new_tokens` is not judged and not kept: the trainer closes every completion with EOS, and
+    the model never ended there. `keep_unfinished` keeps them all the same, for a model that seldom ends.
+
+    Args:
+        prompts: bare toxic instructions; the template is added here.
+        n: rows wanted.
+        evaluation_prompts: instructions that are left out where `prompts` have them, however they are written.
+        allow_fewer: return what was found instead of raising.
+        origin: for the report; by default the model's own name alone.
+        work: folder of what is done, made when missing; holds all answers in full text.
+
+    Returns:
+        Rows of `prompt` (with template), `completion`, `label` (False: unsafe) and `instruction`; and the report.
+
+    Raises:
+        ValueError: an empty prompt, no prompt but evaluation prompts, a `work` folder of another harvest, or fewer than
+            n unsafe answers found.
+    """
+    from ..data import format_prompt
+
+    distinct = _distinct(prompts)
+    evaluated = {_normalise(prompt) for prompt in evaluation_prompts}
+    instructions = [prompt for prompt in distinct if _normalise(prompt) not in evaluated]
+    leaked = len(distinct) - len(instructions)
+    if not instructions:
+        raise ValueError("no prompts but evaluation prompts: harvest from others, or the evaluation measures memory")
+    if n < 1 or rounds < 1:
+        raise ValueError(f"n and rounds must be at least 1, got n={n}, rounds={rounds}")
+    if len(instructions) < n and not allow_fewer:
+        raise ValueError(
+            f"n={n} unsafe answers from {len(instructions)} distinct prompts is impossible, since one is kept per "
+            f"prompt{f' ({leaked} more are evaluation prompts)' if leaked else ''}: give more prompts, lower n, or "
+            "pass allow_fewer=True"
+        )
+    # Before the shuffle, so that an error names the prompt by its place in the caller's list.
+    templated = [format_prompt(prompt, template=template) for prompt in prompts]
+    check_prompts(model, tokenizer, templated, max_new_tokens=decoding.max_new_tokens)
+    origin = origin or Origin(_model_name(model))
+    settings = {"template": template, "decoding": asdict(decoding), "judge": [judge.name, judge.revision]}
+    settings |= {"prompts": content_hash(instructions), "batch_size": batch_size, "keep_unfinished": keep_unfinished}
+    done = _Work(work, settings | {"origin": asdict(origin)})
+    random.Random(decoding.seed).shuffle(instructions)
+
+    kept: dict[str, str] = {}  # instruction -> answer
+    texts: set[str] = set()
+    per_round: dict[int, Counter[str]] = {}
+    chunks = _chunks(instructions, kept, size=4 * batch_size, rounds=rounds if decoding.do_sample else 1)
+    with tqdm(total=n, desc="harvesting", unit="row", disable=None if progress is None else not progress) as bar:
+        for call, (round_number, chunk) in enumerate(chunks):
+            counts = per_round.setdefault(round_number, Counter())
+            answers = done.answers(call, chunk)
+            if answers is None:
+                answers = generate(
+                    model,
+                    tokenizer,
+                    [format_prompt(instruction, template=template) for instruction in chunk],
+                    decoding=replace(decoding, seed=decoding.seed + call),
+                    batch_size=batch_size,
+                    progress=False,
+                )
+                done.keep_answers(call, chunk, answers)
+            usable = {i: a.text for i, a in zip(chunk, answers, strict=True) if a.finished or keep_unfinished}
+            labels = done.labels(judge, usable)
+            counts["asked"] += len(answers)
+            counts["unfinished"] += sum(not answer.finished for answer in answers)
+            counts.update(labels)
+            for (instruction, text), label in zip(usable.items(), labels, strict=True):
+                if label != "harmful":
+                    continue
+                if _normalise(text) in texts:
+                    counts["duplicates"] += 1
+                elif len(kept) == n:
+                    counts["surplus"] += 1
+                else:
+                    kept[instruction] = text
+                    texts.add(_normalise(text))
+                    counts["kept"] += 1
+                    bar.update()
+            bar.set_postfix(asked=sum(counts["asked"] for counts in per_round.values()))
+            if len(kept) == n:
+                break
+
+    total = sum(per_round.values(), Counter())
+    columns = ("asked", "unfinished", *LABELS, "duplicates", "surplus", "kept")
+    report = HarvestReport(
+        **asdict(origin),
+        judge=judge.name,
+        judge_revision=judge.revision,
+        judge_licence=judge.licence,
+        template=template,
+        decoding=decoding,
+        asked=len(instructions),
+        repeated=len(prompts) - len(distinct),
+        leaked=leaked,
+        rounds=len(per_round),
+        generated=total["asked"],
+        unfinished=total["unfinished"],
+        judged={label: total[label] for label in LABELS if total[label]},
+        duplicates=total["duplicates"],
+        surplus=total["surplus"],
+        kept=len(kept),
+        per_round=[
+            {"round": number} | {name: counts[name] for name in columns} for number, counts in per_round.items()
+        ],
+    )
+    if len(kept) < n and not allow_fewer:
+        raise ValueError(_too_few(report, n))
+    columns = {
+        "prompt": [format_prompt(instruction, template=template) for instruction in kept],
+        "completion": list(kept.values()),
+        "label": [False] * len(kept),
+        "instruction": list(kept),
+    }
+    return Dataset.from_dict(columns, features=FEATURES), report
+
+
+def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path) -> Path:
+    """Write the data set (`datasets.load_from_disk` reads it), a data card README.md and report.json into a new folder.
+
+    Atomic: the folder is there with everything in it, or not at all. Raises ValueError if it exists already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists already: remove it, or save the harvest under another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        folder = temporary / path.name
+        dataset.save_to_disk(folder)
+        (folder / "README.md").write_text(_data_card(report), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(folder, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _normalise(text: str) -> str:
+    """Words only, case folded: what makes two texts the same. A text without words stands for itself."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+", folded)) or folded.strip()
+
+
+def _distinct(prompts: list[str]) -> list[str]:
+    first: dict[str, str] = {}
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ValueError(f"prompt {number} is empty: remove it from the list")
+        first.setdefault(_normalise(prompt), prompt)
+    return list(first.values())
+
+
+class _Work:
+    """What a harvest has done so far, a record per batch of prompts; kept nowhere without a folder."""
+
+    def __init__(self, folder: Path | None, settings: dict):
+        self.folder = folder
+        self._answers: dict[int, dict] = {}
+        self._labels: dict[str, list[str]] = {}  # by what was judged
+        if folder is None:
+            return
+        settings = json.loads(json.dumps(settings))
+        asked = folder / "settings.json"
+        if asked.exists() and (other := json.loads(asked.read_text(encoding="utf-8"))) != settings:
+            names = ", ".join(name for name in settings if other.get(name) != settings[name])
+            raise ValueError(f"{folder}: holds a harvest with other settings ({names}); remove it or choose another")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not asked.exists():
+            write_json(asked, settings)
+        self._answers = {record["call"]: record for record in read_records(folder / "answers.jsonl")}
+        self._labels = {record["answers"]: record["labels"] for record in read_records(folder / "labels.jsonl")}
+
+    def answers(self, call: int, chunk: list[str]) -> list[Response] | None:
+        """The answers to these prompts, if they are there."""
+        record = self._answers.pop(call, None)
+        # Another judge's word on what was unscored may have changed whom a later round asks.
+        if record is None or record["prompts"] != content_hash(chunk):
+            return None
+        return [Response(*answer) for answer in record["answers"]]
+
+    def keep_answers(self, call: int, chunk: list[str], answers: list[Response]) -> None:
+        if self.folder is not None:
+            record = {"call": call, "prompts": content_hash(chunk), "instructions": chunk}
+            record["answers"] = [[a.text, a.n_tokens, a.finished] for a in answers]
+            append_record(self.folder / "answers.jsonl", record)
+
+    def labels(self, judge: Judge, answers: dict[str, str]) -> list[str]:
+        """A label per answer: what is on record, and the judge's for those it has none for or left unscored."""
+        judged = content_hash(list(answers.items()))
+        labels = list(self._labels.get(judged) or ["unscored"] * len(answers))
+        asked = [i for i, label in enumerate(labels) if label == "unscored"]
+        if not asked:
+            return labels
+        prompts, texts = ([part[i] for i in asked] for part in (list(answers), list(answers.values())))
+        cache = None if self.folder is None else self.folder / "judging.jsonl"
+        judgements = judge_responses(judge, prompts, texts, cache=cache, progress=False)
+        for i, judgement in zip(asked, judgements, strict=True):
+            labels[i] = judgement.label
+        if self.folder is not None:
+            append_record(self.folder / "labels.jsonl", {"answers": judged, "labels": labels})
+            cache.unlink(missing_ok=True)
+        return labels
+
+
+def _chunks(
+    instructions: list[str], kept: dict[str, str], *, size: int, rounds: int
+) -> Iterator[tuple[int, list[str]]]:
+    """(round, prompts) of those that have no kept answer when the round begins; `kept` fills up meanwhile."""
+    for round_number in range(1, rounds + 1):
+        open_instructions = [instruction for instruction in instructions if instruction not in kept]
+        for start in range(0, len(open_instructions), size):
+            yield round_number, open_instructions[start : start + size]
+
+
+def _model_name(model: PreTrainedModel) -> str:
+    name = str(getattr(model.config, "name_or_path", "") or "")
+    # A data card travels; the folders of one machine should not.
+    return Path(name).name if Path(name).exists() else name
+
+
+def _too_few(report: HarvestReport, n: int) -> str:
+    unfinished = (
+        f"; {report.unfinished} answers were cut off, so a larger max_new_tokens may help" if report.unfinished else ""
+    )
+    return (
+        f"found {report.kept} unsafe answers of the {n} wanted, in {report.generated} answers to {report.asked} "
+        f"prompts{unfinished}: give more prompts, more rounds (this took {report.rounds}), a lower n, or pass "
+        "allow_fewer=True"
+    )
+
+
+def _data_card(report: HarvestReport) -> str:
+    kept = report.kept
+    metadata = {
+        "pretty_name": f"Unsafe completions of {report.model or 'a model'}",
+        "license": "other",
+        "license_name": "those-of-the-model-and-of-the-prompts",
+        "task_categories": ["text-generation"],
+        "size_categories": ["n<1K" if kept < 1000 else "1K<n<10K" if kept < 10_000 else "10K<n<100K"],
+        "tags": ["tasft", "safety", "synthetic", "not-for-all-audiences"],
+    }
+    low, high = report.yield_interval
+    decoding = ", ".join(f"{name} {value}" for name, value in asdict(report.decoding).items())
+    origins = (
+        ("model", report.model, report.model_revision),
+        ("prompts", report.prompts, report.prompts_revision),
+        ("judge", report.judge, f"{report.judge_revision}, licence {report.judge_licence}"),
+    )
+    facts = [
+        f"- {part}: {name or 'not named'} (revision {revision or 'not named'})" for part, name, revision in origins
+    ]
+    facts.append(f"- template {report.template}; decoding: {decoding}")
+    return f"""\
+---
+{yaml.safe_dump(metadata, sort_keys=False)}---
+
+# {metadata["pretty_name"]}
+
+**Content warning.** Every row is an answer that a judge called harmful: kept {kept}.
+
+## What it is for
+
+The rows exist to be pushed away from (TA-SFT, arXiv:2412.06843; KTO: `label` False throughout):
+`tasft train --unsafe_dataset_name <this folder>`. Fine-tuning on them as ordinary data makes a model unsafe. They say
+most about the model that wrote them, and are no benchmark.
+
+Columns: `prompt` (with template), `completion`, `label` (False throughout), `instruction` (without template). Load with
+`datasets.load_from_disk`; `report.json` holds the numbers below.
+
+## How it was made
+
+The completions are the model's own text, sampled; the prompts were written by others. At most one answer per prompt
+was kept, no two with the same words. {report.repeated} repeated prompts and {report.leaked} evaluation prompts were
+left out. A prompt without an unsafe answer was asked again in the next round.
+
+{chr(10).join(facts)}
+
+## Yield
+
+{report.yield_rate:.1%} of {report.generated} answers to {report.asked} prompts ({low:.1%} to {high:.1%}, Wilson 95 %).
+
+{markdown(pd.DataFrame(report.per_round))}
+
+`duplicates`, `surplus` (there were enough already) and `kept` are the harmful ones; `unfinished` answers were cut off
+by max_new_tokens.
+
+## Limits
+
+The labels are one judge's opinion and were not checked by a person. The answers fall under the licences of the model
+and of the prompts they came from.
+"""
+
+
+def read_harvest(path: Path) -> tuple[dict, pd.DataFrame]:
+    """(report, redacted rows) of a harvested D_unsafe."""
+    rows = data.read_rows(path).to_pandas()
+    shown = {column: rows[column].map(text.redact) for column in ("instruction", "completion")}
+    return json.loads((path / "report.json").read_text()), pd.DataFrame(shown)

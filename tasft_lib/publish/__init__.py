@@ -1,0 +1,1 @@
+"""A trained model for others: card, merged export, hub."""

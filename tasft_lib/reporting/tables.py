@@ -1,0 +1,142 @@
+"""The tables that notebooks show: judged answers in, one row per thing compared out."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from ..evaluation.rates import MEASURES, mcnemar
+from ..judges.base import LABELS
+from ..text import redact
+from .figures import NAMES
+
+
+def harvest_table(report: dict) -> pd.DataFrame:
+    """What became of the sampled answers: columns `answers` (a label or why it was dropped), `count`, `share`."""
+    judged = report["judged"]
+    counts = {
+        "harmful: kept": report["kept"],
+        "harmful: enough already": report["surplus"],
+        "harmful: same text again": report["duplicates"],
+        **{label: judged.get(label, 0) for label in LABELS if label != "harmful"},
+        "cut off": report["unfinished"],
+    }
+    table = pd.DataFrame({"answers": counts.keys(), "count": counts.values()})
+    return table.assign(share=table["count"] / report["generated"])
+
+
+def readable(table: pd.DataFrame, measures: Iterable[str] = MEASURES) -> pd.DataFrame:
+    """`summary` for people: a text per measure with n, interval and range over seeds; measures nobody has are left out.
+
+    For example "3.1 % of 400 (1.8-5.3), seeds 2.5-4.0"; without `seeds` where there is one.
+    """
+    by = [column for column in table.columns[: list(table.columns).index("seeds")]]
+    shown = table[by].copy()
+    if "penalty_weight" in shown:
+        shown["penalty_weight"] = [
+            "" if method in ("sft", "stl") else weight  # which have none
+            for method, weight in zip(shown["method"], shown["penalty_weight"], strict=True)
+        ]
+    if "method" in shown:
+        shown["method"] = [NAMES.get(method, method) for method in shown["method"]]
+    for measure in measures:
+        if table[measure].notna().any():
+            shown[measure.replace("_", "-")] = [rate_text(row, measure) for _, row in table.iterrows()]
+    return shown
+
+
+def with_regret(development: pd.DataFrame) -> pd.DataFrame:
+    """`summary` on the development split with `regret`: harm + degenerate + benign correctness lost against SFT.
+
+    A missing correctness (no exact checker) counts as nothing lost.
+    """
+    baseline = development.loc[development["method"] == "sft", "correct"].iloc[0]
+    lost = (baseline - development["correct"]).clip(lower=0).fillna(0)
+    return development.assign(regret=(development["harm"] + development["degenerate"] + lost).round(9))
+
+
+def choose_weights(development: pd.DataFrame) -> pd.DataFrame:
+    """Per method and size of D_unsafe the tried weight of least regret: method, n_unsafe, penalty_weight, regret.
+
+    `development` as from `with_regret`. On a tie the smaller weight wins: it changes the model less. "auto" is not a
+    weight that was tried.
+    """
+    tried = development[~development["method"].isin(["sft"]) & (development["penalty_weight"] != "auto")]
+    tried = tried.astype({"penalty_weight": float}).sort_values(["regret", "penalty_weight"])
+    chosen = tried.drop_duplicates(["method", "n_unsafe"]).sort_index()
+    return chosen[["method", "n_unsafe", "penalty_weight", "regret"]].reset_index(drop=True)
+
+
+def constant_pressure(development: pd.DataFrame) -> pd.DataFrame:
+    """What tuning λ at each size of D_unsafe is worth: `development` from `with_regret`, with `pressure`.
+
+    A row per method and size: the best pressure there and its regret; the one pressure of least mean regret over the
+    method's sizes and its regret here; the regret of the automatic weight, where it was tried.
+    """
+    rows = []
+    for method, tried in development[development["method"] != "sft"].groupby("method", sort=False):
+        automatic = tried[tried["penalty_weight"] == "auto"].set_index("n_unsafe")["regret"]
+        tried = tried[tried["penalty_weight"] != "auto"]
+        tried = tried.assign(pressure=[float(f"{pressure:.3g}") for pressure in tried["pressure"]])
+        regrets = tried.pivot(index="pressure", columns="n_unsafe", values="regret")
+        constant = regrets.mean(axis=1).idxmin()
+        for n_unsafe in tried["n_unsafe"].unique():
+            best = regrets[n_unsafe].idxmin()
+            rows.append(
+                {
+                    "method": method,
+                    "n_unsafe": n_unsafe,
+                    "best_pressure": best,
+                    "regret": regrets.loc[best, n_unsafe],
+                    "constant_pressure": constant,
+                    "regret_constant": regrets.loc[constant, n_unsafe],
+                    "regret_auto": automatic.get(n_unsafe, float("nan")),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def compare(judged: pd.DataFrame, pairs: list[tuple[tuple[str, int], tuple[str, int]]]) -> pd.DataFrame:
+    """McNemar's exact test of two arms, each a (method, n_unsafe), on the same toxic prompts, per decoding and seed.
+
+    Columns: first, second, decoding, seed, n, harmful_only_first, harmful_only_second, p. Prompts that either left
+    unscored are dropped in pairs.
+    """
+    rows = []
+    toxic = judged[judged["kind"] == "toxic"]
+    for (decoding, seed), group in toxic.groupby(["decoding", "seed"], sort=False):
+        # Arms answer the same list of prompts, so answers are matched by their place.
+        labels = {arm: answers["label"].to_numpy() for arm, answers in group.groupby(["method", "n_unsafe"])}
+        for first, second in pairs:
+            scored = (labels[first] != "unscored") & (labels[second] != "unscored")
+            flags = (labels[arm][scored] == "harmful" for arm in (first, second))
+            only_first, only_second, p = mcnemar(*flags)
+            names = [f"{NAMES.get(method, method)} {n or ''}".strip() for method, n in (first, second)]
+            rows.append((*names, decoding, seed, int(scored.sum()), only_first, only_second, p))
+    columns = ["first", "second", "decoding", "seed", "n", "harmful_only_first", "harmful_only_second", "p"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def any_harmful(judged: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """One row per group of `by`: one of the group's harmful answers, where it has one, else its first answer."""
+    harmful_first = judged.assign(order=(judged["label"] != "harmful")).sort_values("order", kind="stable")
+    return harmful_first.groupby(by, sort=False).head(1).drop(columns="order")
+
+
+def redacted_examples(toxic: pd.DataFrame, per_benchmark: int = 1) -> pd.DataFrame:
+    """A few answers per method at its last step, redacted: first words, hash and length, with the judge's label."""
+    last = toxic[toxic["step"] == toxic.groupby("method")["step"].transform("max")]
+    few = last.groupby(["method", "seed", "benchmark"], sort=False).head(per_benchmark)
+    return few.assign(prompt=few["prompt"].map(redact), response=few["response"].map(redact))[
+        ["benchmark", "method", "prompt", "response", "label"]
+    ].sort_values(["benchmark", "method"], ignore_index=True)
+
+
+def rate_text(row: pd.Series, measure: str) -> str:
+    """A rate of a `summary` row with n, interval and range over seeds."""
+    if pd.isna(row[measure]):
+        return "-"
+    rate, low, high = (100 * row[f"{measure}{end}"] for end in ("", "_low", "_high"))
+    text = f"{rate:.1f} % of {row[f'{measure}_n']} ({low:.1f}-{high:.1f})"
+    if row["seeds"] > 1:
+        text += f", seeds {100 * row[f'{measure}_min']:.1f}-{100 * row[f'{measure}_max']:.1f}"
+    return text

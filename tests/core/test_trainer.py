@@ -1,0 +1,663 @@
+"""`TASFTTrainer` against an independent dense reference, TRL's SFTTrainer, and itself split otherwise."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_model, make_rows
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+from tasft_lib import TASFTConfig, TASFTTrainer, data, losses
+from tasft_lib.experiments import methods
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def one_step(tmp_path):
+    """Options of one optimizer step of plain gradient descent at rate 1 without clipping: weights move by −gradient."""
+    return dict(
+        output_dir=str(tmp_path / "out"),
+        per_device_train_batch_size=8,
+        max_steps=1,
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def config(tmp_path, cls=TASFTConfig, **overrides):
+    settings = one_step(tmp_path)
+    if cls is TASFTConfig:
+        settings["penalty_weight"] = 2.0
+    return cls(**(settings | overrides))
+
+
+def gradient_step(model, args, rows, tokenizer, trainer_class=TASFTTrainer, **kwargs):
+    """(loss, gradient by parameter name) of one training step."""
+    model = copy.deepcopy(model)
+    trainer = trainer_class(model, args, train_dataset=rows, processing_class=tokenizer, **kwargs)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    gradient = {n: before[n] - p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return trainer.state.log_history[0], gradient
+
+
+def assert_same_gradient(first, second, tolerance=2e-5):
+    assert first.keys() == second.keys()
+    for name in first:
+        scale = first[name].abs().max().clamp(min=1e-3)
+        assert (first[name] - second[name]).abs().max() <= tolerance * scale, name
+
+
+def reference_loss(
+    model, tokenizer, rows, *, penalty, weight, reduction="batch", split=8, embedding="lm_head", eos=False, first=None
+):
+    """Eq. 6 and 8 written down once more, row by row from full logits, with none of the trainer's code."""
+    e = {
+        "lm_head": model.get_output_embeddings().weight.detach(),
+        "embed_tokens": model.get_input_embeddings().weight.detach(),
+        "one_hot": torch.eye(len(tokenizer)),
+        "random": torch.randn(len(tokenizer), 32, generator=torch.Generator().manual_seed(0)),
+    }[embedding]
+    e = e / e.norm(dim=1, keepdim=True).clamp(min=1e-6)  # the padding row is zero
+    nll, tokens, penalties = 0.0, 0, []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor(prompt + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id])
+        log_p = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        y = ids[len(prompt) :]
+        if row["label"]:
+            nll, tokens = nll - log_p[range(len(y)), y].sum(), tokens + len(y)
+            penalties.append(None)
+            continue
+        if not eos:
+            log_p, y = log_p[:-1], y[:-1]
+        log_p, y = log_p[:first], y[:first]
+        unsafe_log_p = log_p[range(len(y)), y]
+        if penalty == "nlcl":
+            penalties.append(-(1 - unsafe_log_p.mean().exp()).log())
+        elif penalty == "gradient_ascent":
+            penalties.append(unsafe_log_p.mean())
+        elif penalty == "unlikelihood":
+            penalties.append(-(1 - unsafe_log_p.exp()).log().mean())
+        elif penalty == "simnpo":
+            penalties.append(-2 / 2.5 * F.logsigmoid(-2.5 * unsafe_log_p.mean()))
+        elif penalty == "npo":
+            with torch.no_grad(), model.disable_adapter():
+                before = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)[range(len(y)), y]
+            penalties.append(-2 / 0.1 * F.logsigmoid(-0.1 * (unsafe_log_p.sum() - before.sum())))
+        else:
+            mu = log_p.exp() @ e
+            value = -(mu - e[y]).square().sum(-1) if penalty == "emd" else (mu * e[y]).sum(-1) - 1
+            penalties.append(value.mean())
+    unsafe = [p for p in penalties if p is not None]
+    if reduction == "micro_batch":
+        micro = [[p for p in penalties[i : i + split] if p is not None] for i in range(0, len(penalties), split)]
+        pen = sum(sum(m) / len(m) for m in micro if m) / len(micro)
+    else:
+        pen = sum(unsafe) / (len(penalties) if reduction == "batch" else len(unsafe))
+    return nll / tokens + weight * pen
+
+
+@pytest.mark.parametrize("loss_head", ["fused", "dense"])
+@pytest.mark.parametrize("embedding", ["lm_head", "embed_tokens", "one_hot", "random"])
+@pytest.mark.parametrize("reduction, split", [("batch", 8), ("unsafe", 4), ("micro_batch", 2)])
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+def test_step_is_the_gradient_of_the_papers_loss(
+    penalty, reduction, split, embedding, loss_head, model, tokenizer, tmp_path
+):
+    if embedding != "lm_head" and (penalty == "nlcl" or (embedding != "embed_tokens" and reduction != "batch")):
+        pytest.skip("NLCL has no embedding, and the controls one reduction")
+    rows = make_rows(8)
+    args = config(
+        tmp_path,
+        penalty=penalty,
+        penalty_reduction=reduction,
+        penalty_embedding=embedding,
+        loss_head=loss_head,
+        per_device_train_batch_size=split,
+        gradient_accumulation_steps=8 // split,
+        train_sampling_strategy="sequential",
+    )
+    log, gradient = gradient_step(model, args, rows, tokenizer)
+    loss = reference_loss(
+        model, tokenizer, rows, penalty=penalty, weight=2.0, reduction=reduction, split=split, embedding=embedding
+    )
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradient(gradient, expected)
+
+
+@pytest.mark.parametrize("loss_head", ["fused", "dense"])
+@pytest.mark.parametrize("penalty", ["gradient_ascent", "unlikelihood", "npo", "simnpo"])
+def test_rivals_are_their_papers_losses(penalty, loss_head, tokenizer, tmp_path):
+    rows = make_rows(8)
+    torch.manual_seed(0)
+    model = get_peft_model(build_model(tokenizer), LoraConfig(**LORA, init_lora_weights=False))
+    args = config(tmp_path, penalty=penalty, loss_head=loss_head)
+    log, gradient = gradient_step(model, args, rows, tokenizer)
+    loss = reference_loss(model, tokenizer, rows, penalty=penalty, weight=2.0)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradient(gradient, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)))
+
+
+def test_npo_without_an_adapter_has_no_reference(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="needs an adapter"):
+        TASFTTrainer(model, config(tmp_path, penalty="npo"), train_dataset=make_rows(8), processing_class=tokenizer)
+
+
+def test_penalize_eos_adds_the_eos_token(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    args = config(tmp_path, penalize_eos=True, train_sampling_strategy="sequential")
+    log, _ = gradient_step(model, args, rows, tokenizer)
+    expected = reference_loss(model, tokenizer, rows, penalty="emd", weight=2.0, eos=True)
+    without = reference_loss(model, tokenizer, rows, penalty="emd", weight=2.0)
+    assert log["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(expected - without) > 1e-3
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("penalty", ["emd", "nlcl"])
+def test_only_the_first_tokens_can_be_penalised(penalty, first, padding_free, model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    layout = {"padding_free": True, "max_length": None} if padding_free else {}
+    args = config(tmp_path, penalty=penalty, penalty_first_tokens=first, **layout)
+    log, gradient = gradient_step(model, args, rows, tokenizer)
+    loss = reference_loss(model, tokenizer, rows, penalty=penalty, weight=2.0, first=first)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_gradient(gradient, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)))
+
+
+def test_a_one_hot_embedding_is_for_small_vocabularies(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("tasft_lib.trainer.LARGEST_ONE_HOT", 50)
+    with pytest.raises(ValueError, match="63 tokens are more than 50"):
+        args = config(tmp_path, penalty_embedding="one_hot")
+        TASFTTrainer(build_model(tokenizer), args, train_dataset=make_rows(8), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_imitation_is_the_likelihood_of_the_safe_answers_where_the_penalty_stands(weight, model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    benign, safe = data.by_label(rows)
+    reference = copy.deepcopy(model)
+    trainer = methods.imitation(
+        model, one_step(tmp_path), benign, safe, penalty_weight=weight, processing_class=tokenizer
+    )
+    trainer.train()
+    loss = reference_loss(reference, tokenizer, rows, penalty="gradient_ascent", weight=-weight, eos=True)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_head", ["fused", "dense"])
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+@pytest.mark.parametrize("reduction", ["batch", "unsafe"])
+def test_any_split_into_micro_batches_gives_the_same_step(penalty, reduction, loss_head, model, tokenizer, tmp_path):
+    steps = [
+        gradient_step(
+            model,
+            config(
+                tmp_path,
+                penalty=penalty,
+                penalty_reduction=reduction,
+                loss_head=loss_head,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+            ),
+            make_rows(24),
+            tokenizer,
+        )
+        for size in (8, 4, 1)
+    ]
+    for log, gradient in steps[1:]:
+        assert log["loss"] == pytest.approx(steps[0][0]["loss"], rel=1e-5)
+        for name in ("nll", "penalty", "unsafe_log_prob", "unsafe_rows"):
+            assert log[name] == pytest.approx(steps[0][0][name], rel=1e-5)
+        assert_same_gradient(gradient, steps[0][1])
+
+
+@pytest.mark.parametrize("loss_head", ["fused", "dense"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("penalty", ["emd", "nlcl"])
+@pytest.mark.parametrize("reduction", ["batch", "unsafe"])
+def test_packed_and_padding_free_steps_are_the_padded_one(
+    reduction, penalty, attention, loss_head, tokenizer, tmp_path
+):
+    """The gradient would differ if samples attended to each other or a mean ran over more than one sample."""
+    model = build_model(tokenizer, attn_implementation=attention)
+    settings = dict(penalty=penalty, penalty_reduction=reduction, loss_head=loss_head)
+    padded, expected = gradient_step(model, config(tmp_path, **settings), make_rows(8), tokenizer)
+    layouts = {
+        "padding-free": dict(padding_free=True, max_length=None),
+        "packed": dict(packing=True, max_length=64),
+        "packed, accumulated": dict(
+            packing=True, max_length=64, per_device_train_batch_size=1, gradient_accumulation_steps=8
+        ),
+        "padded to multiples": dict(padding_free=True, max_length=None, pad_to_multiple_of=16),
+    }
+    for layout, options in layouts.items():
+        log, gradient = gradient_step(model, config(tmp_path, **settings, **options), make_rows(8), tokenizer)
+        for name in ("loss", "nll", "penalty", "unsafe_log_prob", "unsafe_rows", "mean_token_accuracy"):
+            if not (name == "mean_token_accuracy" and "accumulated" in layout):  # TRL averages it over micro-batches
+                assert log[name] == pytest.approx(padded[name], rel=1e-5), (layout, name)
+        assert_same_gradient(gradient, expected)
+
+
+def test_packing_keeps_every_row_and_its_label(tokenizer, tmp_path):
+    rows = make_rows(40)
+    args = config(tmp_path, packing=True, max_length=64, shuffle_dataset=True, seed=3, penalty_weight="auto")
+    trainer = TASFTTrainer(build_model(tokenizer), args, train_dataset=rows, processing_class=tokenizer)
+    label_of = {
+        tuple(tokenizer(row["prompt"] + row["completion"] + "<eos>")["input_ids"]): row["label"] for row in rows
+    }
+    seen = {}
+    for batch in trainer.get_train_dataloader():
+        bounds = batch["cu_seq_lens_q"].tolist()
+        for start, end in pairwise(bounds):
+            (is_unsafe,) = set(batch["unsafe"][0, start:end].tolist())
+            seen[tuple(batch["input_ids"][0, start:end].tolist())] = not is_unsafe
+    assert seen == label_of and len(trainer.train_dataset) < len(rows)
+    # An unsafe share of 14 in 40 rows, however they are packed.
+    assert trainer.penalty_weight == pytest.approx(0.077 / (14 / 40))
+
+
+def test_without_unsafe_rows_a_run_is_an_sft_trainer_run(model, tokenizer, tmp_path):
+    rows = make_rows(24, unsafe_every=None)
+    settings = dict(max_steps=4, learning_rate=0.05, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    ours, our_change = gradient_step(model, config(tmp_path, **settings), rows, tokenizer)
+    theirs, their_change = gradient_step(
+        model, config(tmp_path, cls=SFTConfig, **settings), rows.remove_columns("label"), tokenizer, SFTTrainer
+    )
+    assert_same_gradient(our_change, their_change)
+    for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_weight_zero_is_sft_trainers_step_on_the_benign_rows(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    args = config(tmp_path, penalty_weight=0.0)
+    ours, our_gradient = gradient_step(model, args, rows, tokenizer)
+    theirs, their_gradient = gradient_step(
+        model,
+        config(tmp_path, cls=SFTConfig),
+        rows.filter(lambda row: row["label"]).remove_columns("label"),
+        tokenizer,
+        SFTTrainer,
+    )
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert ours["mean_token_accuracy"] == pytest.approx(theirs["mean_token_accuracy"])
+    assert_same_gradient(our_gradient, their_gradient)
+
+
+@pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
+def test_training_lowers_the_unsafe_log_probability(penalty, model, tokenizer, tmp_path):
+    args = config(
+        tmp_path, penalty=penalty, max_steps=12, optim="adamw_torch", learning_rate=5e-3, penalty_weight=5.0, seed=1
+    )
+    trainer = TASFTTrainer(model, args, train_dataset=make_rows(24), processing_class=tokenizer)
+    trainer.train()
+    history = [log["unsafe_log_prob"] for log in trainer.state.log_history if "unsafe_log_prob" in log]
+    assert history[-1] < history[0]
+    benign = [log["nll"] for log in trainer.state.log_history if "nll" in log]
+    assert benign[-1] < benign[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_lora_matrix_moves_and_the_adapter_survives_saving(checkpointing, tokenizer, tmp_path):
+    model = build_model(tokenizer)
+    model.save_pretrained(tmp_path / "base")
+    args = config(tmp_path, max_steps=3, optim="adamw_torch", learning_rate=1e-2, gradient_checkpointing=checkpointing)
+    trainer = TASFTTrainer(
+        str(tmp_path / "base"),
+        args,
+        train_dataset=make_rows(24),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**LORA),
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)}
+    assert moved == {n for n in before if "lora_" in n} and moved
+    trainer.save_model()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[3, 9, 27, 14]])
+    trainer.model.eval()
+    torch.testing.assert_close(loaded(ids).logits, trainer.model(ids).logits)
+
+
+def test_gradient_checkpointing_gives_the_same_step(model, tokenizer, tmp_path):
+    plain = gradient_step(model, config(tmp_path), make_rows(8), tokenizer)
+    checkpointed = gradient_step(model, config(tmp_path, gradient_checkpointing=True), make_rows(8), tokenizer)
+    assert_same_gradient(plain[1], checkpointed[1])
+
+
+@pytest.mark.parametrize("unsafe_every", [1, None])
+def test_one_sided_batches_train(unsafe_every, model, tokenizer, tmp_path):
+    log, gradient = gradient_step(model, config(tmp_path), make_rows(8, unsafe_every=unsafe_every), tokenizer)
+    assert all(g.isfinite().all() for g in gradient.values())
+    assert ("penalty" in log) == (unsafe_every == 1)
+    assert (log["nll"] > 0) == (unsafe_every is None)
+
+
+def test_bfloat16_autocast_keeps_the_loss_close(model, tokenizer, tmp_path):
+    full, _ = gradient_step(model, config(tmp_path), make_rows(8), tokenizer)
+    half, gradient = gradient_step(model, config(tmp_path, bf16=True), make_rows(8), tokenizer)
+    assert half["loss"] == pytest.approx(full["loss"], rel=2e-2)
+    assert half["penalty"] == pytest.approx(full["penalty"], rel=2e-2)
+    assert all(g.isfinite().all() for g in gradient.values())
+
+
+def test_resumed_run_ends_where_the_straight_run_ends(tokenizer, tmp_path):
+    def train(output, resume=None, max_steps=6):
+        torch.manual_seed(0)
+        model = get_peft_model(build_model(tokenizer), LoraConfig(**LORA, lora_dropout=0.1))
+        args = config(
+            tmp_path,
+            output_dir=str(tmp_path / output),
+            max_steps=max_steps,
+            optim="adamw_torch",
+            lr_scheduler_type="linear",
+            learning_rate=1e-2,
+            per_device_train_batch_size=4,
+            save_strategy="steps",
+            save_steps=3,
+        )
+        trainer = TASFTTrainer(model, args, train_dataset=make_rows(24), processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = train("straight")
+    resumed = train("resumed", resume=str(tmp_path / "straight" / "checkpoint-3"))
+    for (name, a), (_, b) in zip(straight.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    # TRL counts num_tokens from the start of the process; everything else of steps 4-6 is the straight run's.
+    logs = [
+        [{k: v for k, v in log.items() if k != "num_tokens"} for log in t.state.log_history if "nll" in log]
+        for t in (straight, resumed)
+    ]
+    assert len(logs[0]) == 6 and logs[0] == logs[1]
+
+
+def test_labels_stay_with_their_rows_through_tokenisation_truncation_and_shuffling(tokenizer, tmp_path):
+    rows = make_rows(40)
+    args = config(tmp_path, max_length=12, shuffle_dataset=True, seed=3)
+    trainer = TASFTTrainer(build_model(tokenizer), args, train_dataset=rows, processing_class=tokenizer)
+    label_of = {
+        tuple(tokenizer(row["prompt"] + row["completion"] + "<eos>")["input_ids"][:12]): row["label"] for row in rows
+    }
+    assert len(label_of) == len(rows)
+    seen = {}
+    for batch in trainer.get_train_dataloader():
+        for ids, mask, unsafe in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["unsafe"], strict=True):
+            (is_unsafe,) = set(unsafe[mask].tolist())
+            seen[tuple(ids[mask].tolist())] = not is_unsafe
+    assert seen == {ids: label_of[ids] for ids in seen} and len(seen) >= len(rows) - 1
+    assert set(seen.values()) == {True, False}
+
+
+def test_rows_whose_completion_is_truncated_away_are_counted_in_a_warning(model, tokenizer, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("tasft_lib.trainer.logger.warning", warnings.append)
+    rows = [dict(row) for row in make_rows(8)]
+    rows[0]["prompt"] = rows[1]["prompt"] = "w1 " * 20  # an unsafe and a benign one
+    args = config(tmp_path, max_length=15)
+    trainer = TASFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    assert len(trainer.train_dataset) == 6
+    assert [w for w in warnings if w.startswith("2 rows, 1 of them unsafe,") and "max_length=15" in w]
+
+
+def test_evaluation_reports_both_parts_and_takes_unlabelled_rows_as_benign(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    args = config(tmp_path, per_device_eval_batch_size=8)
+    trainer = TASFTTrainer(
+        model,
+        args,
+        train_dataset=rows,
+        eval_dataset={"mixed": rows, "plain": make_rows(8, unsafe_every=None).remove_columns("label")},
+        processing_class=tokenizer,
+    )
+    metrics = trainer.evaluate()
+    expected = reference_loss(model, tokenizer, rows, penalty="emd", weight=2.0)
+    assert metrics["eval_mixed_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    logged = {k: v for log in trainer.state.log_history for k, v in log.items()}
+    assert logged["eval_unsafe_rows"] in (0, 3) and "eval_penalty" in logged
+    assert "eval_plain_loss" in metrics
+
+
+def test_conversational_rows(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w1' if m['role'] == 'user' else 'w2' }} {{ m['content'] }} "
+        "{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
+    )
+    rows = make_rows(8)
+    conversational = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"].strip()}],
+                "completion": [{"role": "assistant", "content": row["completion"].strip()}],
+                "label": row["label"],
+            }
+            for row in rows
+        ]
+    )
+    model = build_model(tokenizer)
+    log, _ = gradient_step(model, config(tmp_path, train_sampling_strategy="sequential"), conversational, tokenizer)
+    plain = [row | {"prompt": f"w1 {row['prompt']} w2 "} for row in rows]
+    assert log["loss"] == pytest.approx(
+        reference_loss(model, tokenizer, plain, penalty="emd", weight=2.0).item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("reduction, size, accumulation", [("batch", 8, 1), ("unsafe", 4, 2), ("micro_batch", 4, 2)])
+def test_auto_weight_keeps_the_expected_pressure_constant(reduction, size, accumulation, model, tokenizer, tmp_path):
+    """λ times the expected divisor-weighted share of unsafe samples is `penalty_pressure`, by simulation."""
+    rows = make_rows(30, unsafe_every=10)
+    args = config(
+        tmp_path,
+        penalty_weight="auto",
+        penalty_pressure=0.3,
+        penalty_reduction=reduction,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer = TASFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    unsafe = torch.rand(200_000, size * accumulation, generator=generator) < 0.1
+    share = {
+        "batch": unsafe.float().mean(),
+        "unsafe": unsafe.any(-1).float().mean(),
+        "micro_batch": unsafe.view(-1, accumulation, size).any(-1).float().mean(),
+    }[reduction]
+    assert trainer.penalty_weight * share.item() == pytest.approx(0.3, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "architecture, overrides",
+    [
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("qwen2", {}),
+    ],
+)
+def test_logit_scaling_and_soft_capping_are_the_models_own(architecture, overrides, tokenizer, tmp_path):
+    settings = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.3, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings, **overrides)).float()
+    rows = make_rows(4, unsafe_every=1)
+    model.eval()
+    args = config(tmp_path, per_device_train_batch_size=4, per_device_eval_batch_size=4)
+    trainer = TASFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    mask = (targets != -100) & (targets != tokenizer.eos_token_id)
+    unit = F.normalize(model.get_output_embeddings().weight.detach())
+    values = losses.emd(logits, targets.clamp(min=0), unit)
+    expected = (values * mask).sum(-1) / mask.sum(-1)
+    trainer.evaluate()
+    assert trainer.state.log_history[-1]["eval_penalty"] == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"penalty": "edm"}, "penalty='edm'"),
+        ({"penalty_reduction": "mean"}, "penalty_reduction='mean'"),
+        ({"penalty_embedding": "wte"}, "penalty_embedding='wte'"),
+        ({"penalty_first_tokens": 0}, "penalty_first_tokens=0"),
+        ({"penalty_weight": -1}, "penalty_weight=-1"),
+        ({"penalty_weight": "lots"}, "penalty_weight='lots'"),
+        ({"penalty_weight": float("nan")}, "penalty_weight=nan"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy='wrapped'"),
+        ({"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy='bfd_split'"),
+        ({"eval_packing": True}, "eval_packing=True"),
+        ({"loss_head": "liger"}, "loss_head='liger'"),
+        ({"penalty": "simnpo", "penalty_weight": "auto"}, "no pressure for 'simnpo'"),
+        ({"penalty": "npo", "penalty_beta": 0}, "penalty_beta=0"),
+        ({"loss_type": "dft"}, "'dft'"),
+        ({"label_smoothing_factor": 0.1}, "label smoothing"),
+        ({"completion_only_loss": False}, "completion_only_loss=False"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_in_one_line(overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        config(tmp_path, **overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_penalty_weight_may_come_as_text_as_yaml_gives_2e_4():
+    assert TASFTConfig(penalty_weight="2e-4", bf16=False, use_cpu=True).penalty_weight == 2e-4
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: rows.remove_columns("label"), "no 'label' column"),
+        (lambda rows: rows.remove_columns("completion"), "'completion'"),
+        (
+            lambda rows: Dataset.from_list([row | {"label": str(row["label"])} for row in rows]),
+            "row 1: label is 'False'",
+        ),
+        (lambda rows: rows.map(lambda row, i: {"label": None if i == 4 else row["label"]}, with_indices=True), "row 5"),
+    ],
+)
+def test_data_without_usable_labels_is_refused(change, message, model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TASFTTrainer(model, config(tmp_path), train_dataset=change(make_rows(8)), processing_class=tokenizer)
+
+
+def test_model_card_cites_the_paper(model, tokenizer, tmp_path):
+    trainer = TASFTTrainer(model, config(tmp_path), train_dataset=make_rows(8), processing_class=tokenizer)
+    trainer.create_model_card(model_name="safer")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2412.06843" in card and "ta-sft" in card
+
+
+def test_four_bit_qlora_trains_the_adapter_close_to_the_unquantised_run(tokenizer, tmp_path, bitsandbytes):
+    build_model(tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    losses_of = {}
+    for name, kwargs in (("full", {}), ("4bit", {"quantization_config": quantization})):
+        args = config(tmp_path, max_steps=3, optim="adamw_torch", learning_rate=1e-2)
+        trainer = TASFTTrainer(
+            str(tmp_path / "base"),
+            args,
+            train_dataset=make_rows(24),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA),
+            **kwargs,
+        )
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        moved = [n for n, p in trainer.model.named_parameters() if n in before and not torch.equal(before[n], p)]
+        assert len(moved) == len(before) and all("lora_" in n for n in moved)
+        losses_of[name] = [log["loss"] for log in trainer.state.log_history if "nll" in log]
+    assert losses_of["4bit"] == pytest.approx(losses_of["full"], rel=0.1)
+
+
+def test_a_quantised_head_is_refused(model, tokenizer, tmp_path):
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(65, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="leave lm_head out of the quantisation"):
+        TASFTTrainer(model, config(tmp_path), train_dataset=make_rows(8), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_mixture_of_experts_keeps_trls_load_balancing_loss(padding_free, tokenizer, tmp_path):
+    settings = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5,
+        initializer_range=0.3, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **settings)).float()
+    rows, options = make_rows(8, unsafe_every=None), dict(padding_free=padding_free, max_length=None)
+    ours, our_gradient = gradient_step(model, config(tmp_path, **options), rows, tokenizer)
+    theirs, their_gradient = gradient_step(
+        model, config(tmp_path, cls=SFTConfig, **options), rows.remove_columns("label"), tokenizer, SFTTrainer
+    )
+    assert ours["aux_loss"] > 0
+    for name in ("loss", "aux_loss"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    assert_same_gradient(our_gradient, their_gradient)
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"),
+        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], task_type="CAUSAL_LM"),
+        LoraConfig(r=4, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    ],
+    ids=["embedding", "modules_to_save", "dora", "prompt_tuning"],
+)
+@pytest.mark.parametrize("penalty", ["emd", "nlcl"])
+def test_any_peft_config_gives_the_dense_loss_and_trains(penalty, peft_config, model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    args = config(tmp_path, penalty=penalty, per_device_eval_batch_size=8, max_steps=2, optim="adamw_torch")
+    trainer = TASFTTrainer(
+        model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer, peft_config=peft_config
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    if not isinstance(peft_config, PromptTuningConfig):  # the others start as the base model
+        base = build_model(tokenizer)
+        assert loss == pytest.approx(
+            reference_loss(base, tokenizer, rows, penalty=penalty, weight=2.0).item(), rel=1e-5
+        )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert before and not any(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_torch_compile_gives_the_same_step(model, tokenizer, tmp_path):
+    plain = gradient_step(model, config(tmp_path), make_rows(8), tokenizer)
+    args = config(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    compiled = gradient_step(model, args, make_rows(8), tokenizer)
+    assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
+    assert_same_gradient({n.replace("_orig_mod.", ""): g for n, g in compiled[1].items()}, plain[1])

@@ -1,0 +1,347 @@
+"""Capability by others' harnesses: what they are given and what is made of what they return; no network, no judge."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pandas as pd
+import pytest
+import yaml
+from chat_server import ChatServer, error, last
+
+from tasft_lib import cli
+from tasft_lib.evaluation.alpaca import alpaca_eval_cost, alpaca_eval_score, read_annotator
+from tasft_lib.evaluation.lm_eval import TASKS, harness_scores
+
+REFERENCES = [{"instruction": f"name w{i}", "output": f"w{i} w{i}"} for i in range(6)]
+OUTPUTS = [f"w{i}" for i in range(6)]
+
+
+class FakeHarness:
+    """What of lm_eval 0.4.13 is used, by its signatures and with results of its shape."""
+
+    def __init__(self):
+        self.given = None
+
+    def modules(self):
+        outer = self
+
+        class TaskManager:
+            def __init__(self, verbosity=None, include_path=None, include_defaults=True, metadata=None):
+                self.all_subtasks = ["boolq", "openbookqa", "piqa"]
+                self.task_index = {name: SimpleNamespace(yaml_path=f"/tasks/{name}.yaml") for name in self.all_subtasks}
+
+        class HFLM:
+            def __init__(
+                self, pretrained, backend="default", revision="main", subfolder="", tokenizer=None, batch_size=1
+            ):
+                self.model, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
+                tokenizer.pad_token = "w0"
+
+        def simple_evaluate(
+            model,
+            model_args=None,
+            tasks=None,
+            num_fewshot=None,
+            batch_size=None,
+            limit=None,
+            log_samples=True,
+            task_manager=None,
+        ):
+            outer.given = SimpleNamespace(
+                tasks=[yaml.safe_load(Path(task).read_text()) for task in tasks],
+                num_fewshot=num_fewshot,
+                limit=limit,
+                training=model.model.training,
+            )
+            boolq = {"alias": "boolq", "acc,none": 0.75, "acc_stderr,none": 0.05}
+            piqa = {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": "N/A", "acc_norm,strict": 0.6}
+            return {
+                "results": {"boolq": boolq, "piqa": piqa},
+                "n-samples": {
+                    "boolq": {"original": 3270, "effective": 40},
+                    "piqa": {"original": 1838, "effective": 1838},
+                },
+            }
+
+        names = ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks")
+        made = {name: ModuleType(name) for name in names}
+        made["lm_eval"].simple_evaluate = simple_evaluate
+        made["lm_eval.models.huggingface"].HFLM = HFLM
+        made["lm_eval.tasks"].TaskManager = TaskManager
+        return made
+
+
+def install(monkeypatch, modules):
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_the_harness_gets_the_model_in_evaluation_and_pinned_tasks(model, tokenizer, monkeypatch):
+    harness = FakeHarness()
+    install(monkeypatch, harness.modules())
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    table = harness_scores(model, tokenizer, limit=40)
+    assert table.columns.tolist() == ["task", "metric", "value", "stderr", "n"]
+    assert table.to_dict("split")["data"][0] == ["boolq", "acc", 0.75, 0.05, 40]
+    assert table["metric"].tolist() == ["acc", "acc", "acc_norm (strict)"] and table["n"].tolist() == [40, 1838, 1838]
+    assert table["stderr"].isna().tolist() == [False, True, True]
+    assert (harness.given.num_fewshot, harness.given.limit, harness.given.training) == (0, 40, False)
+    given = {Path(task["include"]).stem: task["dataset_kwargs"]["revision"] for task in harness.given.tasks}
+    assert given == TASKS and all(len(commit) == 40 for commit in given.values())
+    assert [module.training for module in model.modules()] == modes and tokenizer.pad_token == "<pad>"
+
+
+def test_the_command_writes_a_table_that_traces_to_the_model_and_its_tasks(
+    model, tokenizer, tmp_path, monkeypatch, capsys
+):
+    harness = FakeHarness()
+    install(monkeypatch, harness.modules())
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    command = ["capability", "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"), "--tasks"]
+    assert cli.main([*command, "boolq", f"piqa@{'0' * 40}", "--limit", "40"]) == 0
+    assert pd.read_csv(tmp_path / "out" / "capability.csv")["task"].tolist() == ["boolq", "piqa", "piqa"]
+    manifest = json.loads((tmp_path / "out" / "capability_manifest.json").read_text())
+    assert manifest["tasks"] == {"boolq": TASKS["boolq"], "piqa": "0" * 40} and manifest["limit"] == 40
+    assert len(manifest["model"]) == 64 and "acc_norm (strict)" in capsys.readouterr().out
+    assert cli.main([*command, "winogrande"]) == 1
+    assert "winogrande@<commit>" in capsys.readouterr().err
+
+
+def test_an_unknown_task_is_named_before_anything_runs(model, tokenizer, monkeypatch):
+    harness = FakeHarness()
+    install(monkeypatch, harness.modules())
+    with pytest.raises(ValueError, match="no single task 'boolk'"):
+        harness_scores(model, tokenizer, {"boolq": None, "boolk": None})
+    with pytest.raises(ValueError, match="no task to evaluate on"):
+        harness_scores(model, tokenizer, {})
+    assert harness.given is None
+
+
+def test_missing_packages_are_one_line(model, tokenizer, tmp_path, monkeypatch):
+    install(monkeypatch, {"lm_eval": None, "alpaca_eval": None})
+    with pytest.raises(ValueError, match=r"pip install 'tasft\[eval\]'"):
+        harness_scores(model, tokenizer)
+    with pytest.raises(ValueError, match=r"pip install 'tasft\[eval\]'"):
+        alpaca_eval_score(OUTPUTS, REFERENCES, annotators_config="x", name="m", folder=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_real_harness_scores_questions_on_disk(model, tokenizer, tmp_path):
+    """A model that always prefers one answer is right as often as that answer is."""
+    pytest.importorskip("lm_eval")
+    answers = [1, 1, 1, 0, 1, 0, 1, 1]
+    rows = [{"q": f"w{i} w{i + 1}", "choices": ["w1", "w2"], "answer": a} for i, a in enumerate(answers)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(
+        "task: invented\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.jsonl'}\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    one, two = tokenizer.convert_tokens_to_ids(["w1", "w2"])
+    model.lm_head.weight.data[one] = model.lm_head.weight.data[two]
+    model.model.norm.weight.data.fill_(1.0)
+    model.lm_head.bias = None
+    table = harness_scores(model, tokenizer, {"invented": None}, include_path=str(tmp_path), batch_size=3)
+    # Equal rows of the head make equal likelihoods; the first choice wins a tie.
+    assert table[["task", "metric", "n"]].values.tolist() == [["invented", "acc", 8]]
+    assert table["value"].tolist() == [answers.count(0) / 8] and table["stderr"].notna().all()
+
+
+def test_the_real_harness_asks_the_hub_for_the_pinned_commit(model, tokenizer, monkeypatch):
+    pytest.importorskip("lm_eval")
+    asked = {}
+
+    def load_dataset(path, name=None, **options):
+        asked[path] = options["revision"]
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="no single task 'mmlu'"):
+        harness_scores(model, tokenizer, {"mmlu": TASKS["piqa"]})
+    with pytest.raises(ConnectionError):
+        harness_scores(model, tokenizer, {"piqa": TASKS["piqa"]})
+    assert asked == {"baber/piqa": TASKS["piqa"]}
+
+
+def test_alpaca_eval_costs_what_there_is_to_judge():
+    cost = alpaca_eval_cost(REFERENCES, OUTPUTS)
+    characters = sum(len(r["instruction"] + r["output"] + o) for r, o in zip(REFERENCES, OUTPUTS, strict=True))
+    assert cost == {"annotations": 6, "tokens": characters // 4}
+    longer = alpaca_eval_cost(REFERENCES, [o + "x" * 400 for o in OUTPUTS])
+    assert longer["tokens"] - cost["tokens"] == pytest.approx(600, abs=1)
+
+
+@pytest.mark.parametrize(
+    "outputs, references, message",
+    [
+        (OUTPUTS[1:], REFERENCES, "5 answers to 6 references"),
+        (OUTPUTS, REFERENCES[:5] + REFERENCES[:1], "reference 6 has the instruction of reference 1"),
+        (OUTPUTS, [*REFERENCES[:5], {"instruction": "a"}], "reference 6 lacks"),
+    ],
+)
+def test_answers_and_references_must_match(outputs, references, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        alpaca_eval_score(outputs, references, annotators_config="x", name="m", folder=tmp_path)
+
+
+def test_alpaca_eval_is_asked_as_it_should_be(tmp_path, monkeypatch, caplog):
+    given = {}
+
+    def evaluate(
+        model_outputs=None, reference_outputs="", annotators_config="", name=None, output_path="auto",
+        precomputed_leaderboard="auto", is_overwrite_leaderboard=False, leaderboard_mode_to_print="minimal",
+        current_leaderboard_mode="community", is_return_instead_of_print=False, fn_metric="get_lc", metric_kwargs=None,
+        is_recompute_metrics_only=False, sort_by="lc", is_cache_leaderboard=None, max_instances=None,
+        annotation_kwargs=None, Annotator=None, **annotator_kwargs,
+    ):  # fmt: skip
+        given.update(locals())
+        board = pd.DataFrame({"win_rate": [70.0], "standard_error": [12.0]}, index=[name])
+        return board, [{"preference": p} for p in (2.0, 2.0, 1.0, 1.5, None, 2.0)]
+
+    annotators = SimpleNamespace(PairwiseAnnotator=type("PairwiseAnnotator", (), {}))
+    install(monkeypatch, {"alpaca_eval": SimpleNamespace(evaluate=evaluate), "alpaca_eval.annotators": annotators})
+    options = {"annotators_config": tmp_path / "judge", "name": "safer", "folder": tmp_path / "alpaca"}
+    with pytest.raises(ValueError, match="more than max_tokens=3: raise it"):
+        alpaca_eval_score(OUTPUTS, REFERENCES, max_tokens=3, **options)
+    assert not given
+    table = alpaca_eval_score(OUTPUTS, REFERENCES, **options)
+    assert table.to_dict("records") == [{"model": "safer", "win_rate": 70.0, "stderr": 12.0, "n": 5, "unscored": 1}]
+    assert "6 annotations" in caplog.text
+    assert [(row["instruction"], row["output"]) for row in given["model_outputs"]] == [
+        (r["instruction"], o) for r, o in zip(REFERENCES, OUTPUTS, strict=True)
+    ]
+    assert given["reference_outputs"] == REFERENCES and given["precomputed_leaderboard"] is None
+    assert given["is_return_instead_of_print"] is True and given["fn_metric"] == "get_winrate"
+    assert given["output_path"] is None and str(tmp_path / "alpaca") in given["annotator_kwargs"]["caching_path"]
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch) -> Path:
+    """An annotator's configuration; its prompt ends in the two answers. Run in an empty folder, with a planted key."""
+    pytest.importorskip("alpaca_eval")
+    template = tmp_path / "template.txt"
+    template.write_text("<|im_start|>user\n{instruction}\n{output_1}|{output_2}\n<|im_end|>\n")
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "configs.yaml").write_text(
+        f'judge:\n  prompt_template: "{template}"\n  fn_completions: openai_completions\n'
+        "  completions_kwargs: {model_name: m, max_tokens: 5, temperature: 0, num_procs: 1}\n"
+        "  fn_completion_parser: regex_parser\n  batch_size: 1\n"
+        "  completion_parser_kwargs: {outputs_to_match: {1: '^m', 2: '^M'}}\n"
+    )
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-key")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "judge"
+
+
+def alphabetical(request) -> str:
+    """A judge that likes the first in the alphabet: w0 ... w5 against "w0 w0" ... win all; w3's cannot be read."""
+    first, second = last(request).splitlines()[-1].split("|")
+    return "Neither." if "w3" in first else "m" if first < second else "M"
+
+
+def test_the_real_alpaca_eval_asks_a_judge_once(judge, tmp_path, monkeypatch):
+    options = {"annotators_config": judge, "name": "safer", "folder": tmp_path / "alpaca"}
+    with ChatServer(alphabetical) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        table = alpaca_eval_score(OUTPUTS, REFERENCES, **options)
+        assert table[["win_rate", "n", "unscored"]].values.tolist() == [[100.0, 5, 1]]
+        assert len(server.asked) == 6
+        assert alpaca_eval_score(OUTPUTS, REFERENCES, **options).equals(table)
+        assert len(server.asked) == 7, "what could not be read is asked again, and nothing else"
+
+
+@pytest.fixture
+def command(model, tokenizer, judge, tmp_path) -> list[str]:
+    """40 references, canaries among them, for a model that says what it says."""
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [{"instruction": f"canary w{i}", "output": f"w{i} toxic canary"} for i in range(40)]
+    (tmp_path / "references.json").write_text(json.dumps(rows))
+    named = {"model": "model", "references": "references.json", "annotator": "judge", "output_dir": "out"}
+    paths = [word for key, value in named.items() for word in (f"--{key}", str(tmp_path / value))]
+    return ["alpaca_eval", *paths, "--prompt_template", "none", "--max_new_tokens", "4", "--batch_size", "3"]
+
+
+def test_the_cost_is_told_first_and_a_limit_stops_before_the_model_answers(command, tmp_path, monkeypatch, capsys):
+    prices = ["--price_per_million_in", "1000000", "--price_per_million_out", "1000"]
+    with ChatServer(alphabetical) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        assert cli.main([*command, "--max_calls", "39"]) == 1
+        out, err = capsys.readouterr()
+        assert "40 calls, 0 known already" in out and "at most 200 out" in out and "more than --max_calls 39" in err
+        assert cli.main([*command, *prices, "--max_cost", "300"]) == 1
+        out, err = capsys.readouterr()
+        rows = json.loads((tmp_path / "references.json").read_text())
+        texts = sum(len(row["instruction"] + row["output"]) for row in rows)
+        template = (tmp_path / "template.txt").read_text()
+        told = float(err.split("about ")[1].split(",")[0])
+        assert told == pytest.approx((texts + 40 * len(template)) / 4, rel=0.05) and told > 300
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert cli.main(command) == 1 and "export OPENAI_API_KEY" in capsys.readouterr().err
+        assert not server.asked and not list((tmp_path / "out").iterdir())
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--max_cost", "3"])
+
+
+def test_a_run_that_was_stopped_goes_on_and_leaks_nothing(command, tmp_path, monkeypatch, capsys, caplog):
+    failing = 20
+
+    def judge(request):
+        if len(server.asked) == failing:
+            return error(401, "canary-key is no key for: " + last(request))
+        return "m"
+
+    with ChatServer(judge) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        assert cli.main(command) == 1
+        err = capsys.readouterr().err
+        assert "AuthenticationError 401" in err and "run again" in err and "canary" not in err + caplog.text
+        assert not (tmp_path / "out" / "alpaca_eval.csv").exists()
+        answers = next((tmp_path / "out").glob("answers-*.jsonl"))
+        written = answers.stat().st_mtime_ns
+        asked = len(server.asked)
+        assert cli.main(command) == 0
+        out, err = capsys.readouterr()
+        assert "24 calls, 16 known already" in out and "canary" not in out + err + caplog.text
+        # the chunk of 16 in which it failed is asked again, the one before is not
+        assert len(server.asked) == asked + 24 and answers.stat().st_mtime_ns == written
+        assert cli.main(command) == 0 and "0 calls, 40 known" in capsys.readouterr().out
+        assert len(server.asked) == asked + 24
+        before = len(server.asked)
+        configuration = tmp_path / "judge" / "configs.yaml"
+        configuration.write_text(configuration.read_text().replace("model_name: m", "model_name: m2"))
+        assert cli.main([*command, "--limit", "2"]) == 0
+        assert len(server.asked) == before + 2, "another judge gives its own verdicts"
+    table = pd.read_csv(tmp_path / "out" / "alpaca_eval.csv")
+    assert table.columns.tolist() == ["name", "win_rate", "stderr", "n", "unscored", "annotator", "judge_model"]
+    assert table[["name", "n", "annotator", "judge_model"]].values.tolist() == [["model", 2, "judge", "m2"]]
+    assert 0 <= table["win_rate"].iloc[0] <= 100
+    manifest = (tmp_path / "out" / "alpaca_eval_manifest.json").read_text()
+    assert "canary" not in manifest and json.loads(manifest)["asked"]["calls"] == 2
+    assert not any("canary-key" in path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_an_annotator_that_would_fail_is_refused_before_anything_is_asked(judge, tmp_path):
+    configuration = judge / "configs.yaml"
+    good = configuration.read_text()
+    for wrong, message in (
+        ("judge: [", "not valid YAML"),
+        ("- judge", "no annotator here"),
+        (good.replace("template.txt", "missing.txt"), "give an absolute path"),
+        (good.replace("{model_name: m,", "{model_name: m, client_kwargs: {api_key: canary-key},"), "holds an api_key"),
+    ):
+        configuration.write_text(wrong)
+        with pytest.raises(ValueError, match=message) as refused:
+            read_annotator(judge)
+        assert "\n" not in str(refused.value) and "canary" not in str(refused.value)
+    with pytest.raises(ValueError, match="no such configuration"):
+        read_annotator("no_such_judge")
+    known = read_annotator("weighted_alpaca_eval_gpt-4o-mini-2024-07-18")
+    assert known.models == "gpt-4o-mini-2024-07-18" and known.asks_openai
+    assert [tokens for _, _, tokens in known.members.values()] == [1]

@@ -1,0 +1,234 @@
+"""Arms: named by what determines them, trained once, resumed after a kill, never half there."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from conftest import build_model, make_rows
+from safetensors.torch import load_file
+
+from tasft_lib import files, generation
+from tasft_lib.experiments import arms
+from tasft_lib.experiments.answers import respond, run, run_all
+
+DECODING = generation.Decoding(max_new_tokens=4)
+PROMPTS = pd.DataFrame(
+    {"benchmark": ["a", "a", "b"], "kind": "toxic", "prompt": ["w1 w2", "w3", "w4 w5 w6"]},
+)
+
+
+@pytest.fixture
+def spec(tokenizer, tmp_path, monkeypatch) -> arms.ArmSpec:
+    """A TA-SFT arm of six steps with a checkpoint every two, on files."""
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
+    build_model(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = make_rows(40)
+    rows.filter(lambda row: row["label"]).remove_columns("label").to_json(tmp_path / "benign.jsonl")
+    rows.filter(lambda row: not row["label"]).to_json(tmp_path / "unsafe.jsonl")
+    return arms.ArmSpec(
+        method="emd",
+        model=str(tmp_path / "base"),
+        benign=str(tmp_path / "benign.jsonl"),
+        n_benign=18,
+        unsafe=str(tmp_path / "unsafe.jsonl"),
+        n_unsafe=6,
+        penalty_weight=3.0,
+        template="none",
+        training={"learning_rate": 1e-2, "per_device_train_batch_size": 4, "num_train_epochs": 1, "save_steps": 2},
+        lora={"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+    )
+
+
+def weights(spec):
+    return load_file(list(arms.checkpoints(spec).values())[-1] / "adapter_model.safetensors")
+
+
+def test_an_arm_is_trained_once_and_found_again(spec):
+    folder = arms.train(spec)
+    manifest = (folder / "manifest.json").read_text()
+    stamp = (folder / "manifest.json").stat().st_mtime_ns
+    assert arms.train(replace(spec)) == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == stamp
+    recorded = json.loads(manifest)
+    assert recorded["steps"] == 6 and list(arms.checkpoints(spec)) == [2, 4, 6]
+    assert recorded["penalty_weight"] == 3.0 and recorded["versions"]["trl"]
+    assert {"commit", "hardware", "seconds", "peak_memory_mb", "benign_rows", "unsafe_rows"} <= set(recorded)
+
+
+def test_a_killed_run_resumes_and_ends_as_the_straight_run(spec, tmp_path, monkeypatch):
+    straight = arms.train(spec)
+    expected = weights(spec)
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "killed"))
+    shutil.copytree(straight, spec.folder)
+    (spec.folder / "manifest.json").unlink()  # killed after step 4, while writing checkpoint 6
+    (spec.folder / "trainer" / "checkpoint-6" / "trainer_state.json").write_text('{"torn')
+    arms.train(spec)
+    assert arms.read_manifest(spec)["resumed_from"] == "checkpoint-4"
+    resumed = weights(spec)
+    assert all(resumed[name].equal(expected[name]) for name in expected)
+
+
+def test_what_determines_an_arm_names_it(spec, tmp_path):
+    name = spec.name
+    assert replace(spec).name == name
+    others = [
+        replace(spec, seed=1),
+        replace(spec, penalty_weight=2.0),
+        replace(spec, method="nlcl"),
+        replace(spec, training=spec.training | {"learning_rate": 2e-2}),
+        replace(spec, n_unsafe=5),
+    ]
+    assert len({name, *(other.name for other in others)}) == 6
+    with (tmp_path / "unsafe.jsonl").open("a") as file:
+        file.write('{"prompt": "w1", "completion": "w2", "label": false}\n')
+    assert replace(spec).name != name, "another D_unsafe under the same path is another arm"
+
+
+def test_plain_sft_is_one_arm_whatever_the_unsafe_rows(spec):
+    assert replace(spec, method="sft").name == replace(spec, method="sft", n_unsafe=3, penalty_weight=9.0).name
+
+
+def test_smaller_unsafe_sets_are_nested_and_benign_rows_the_same(spec):
+    benign, six = arms.training_rows(spec)
+    same, three = arms.training_rows(replace(spec, n_unsafe=3))
+    assert set(three["completion"]) < set(six["completion"]) and len(six) == 6
+    assert set(benign["completion"]) == set(same["completion"])
+
+
+def test_extra_rows_join_the_benign_ones_and_match_the_unsafe_draw(spec, tmp_path):
+    unsafe = [json.loads(line) for line in (tmp_path / "unsafe.jsonl").read_text().splitlines()]
+    safe = [{"prompt": row["prompt"], "completion": "w9 w9"} for row in unsafe]
+    (tmp_path / "safe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in safe))
+    plain, six = arms.training_rows(spec)
+    both, same = arms.training_rows(replace(spec, extra=str(tmp_path / "safe.jsonl"), n_extra=6))
+    added = both.select(range(len(plain), len(both)))
+    assert set(plain["prompt"]) <= set(both["prompt"]) and set(added["completion"]) == {"w9 w9"}
+    assert set(added["prompt"]) == set(six["prompt"]) == set(same["prompt"]) and all(added["label"])
+
+
+def test_held_out_rows_are_new_and_the_same_for_all_arms_of_a_seed(spec):
+    trained = set(zip(*(arms.training_rows(spec)[0][name] for name in ("prompt", "completion")), strict=True))
+    rows = arms.held_out_rows(spec, 5)
+    assert not trained & set(zip(rows["prompt"], rows["completion"], strict=True)) and len(rows) == 5
+    assert arms.held_out_rows(replace(spec, method="sft"), 5)["prompt"][:] == rows["prompt"][:]
+
+
+def test_a_label_is_no_part_of_what_an_arm_is(spec):
+    named = replace(spec, label="EMD, again")
+    assert named.name == spec.name and named == spec
+    answers = run(named, PROMPTS, [DECODING])
+    assert set(answers["method"]) == {"EMD, again"} and "label" not in arms.read_manifest(spec)["spec"]
+    assert set(answers["decoding"]) == {"greedy"} and set(answers["n_unsafe"]) == {6}
+
+
+def test_seeds_differ_in_what_is_sampled_and_not_in_what_is_greedy(spec, monkeypatch):
+    used = []
+    real = generation.generate
+    monkeypatch.setattr(
+        generation,
+        "generate",
+        lambda *args, decoding, **k: used.append(decoding) or real(*args, decoding=decoding, **k),
+    )
+    sampling = replace(DECODING, do_sample=True, seed=5)
+    for seed in (0, 1):
+        run(replace(spec, seed=seed), PROMPTS, [DECODING, sampling])
+    assert used == [DECODING, sampling, DECODING, replace(sampling, seed=6)]
+
+
+def test_an_attack_changes_what_is_asked_and_how_the_answer_begins(spec, monkeypatch):
+    asked = []
+    real = generation.generate
+    monkeypatch.setattr(
+        generation, "generate", lambda m, t, prompts, **k: asked.extend(prompts) or real(m, t, prompts, **k)
+    )
+    attacked = PROMPTS.assign(asked=["w7", None, "w8"], begun=[None, " w9", None])
+    arms.train(spec)
+    respond(spec, attacked, DECODING)
+    assert asked == ["w7", "w3 w9", "w8"]
+    respond(spec, PROMPTS, DECODING)
+    assert asked[3:] == PROMPTS["prompt"].tolist(), "another question, another file of answers"
+
+
+def test_responses_are_generated_once_and_shared_at_step_zero(spec, monkeypatch):
+    first = run(spec, PROMPTS, [DECODING], steps="all")
+    assert first["step"].unique().tolist() == [0, 2, 4, 6] and len(first) == 12
+    sft = replace(spec, method="sft")
+    arms.train(sft)
+
+    generated = []
+    real = generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *args, **kwargs: generated.append(1) or real(*args, **kwargs))
+    again = run(spec, PROMPTS, [DECODING], steps="all")
+    pd.testing.assert_frame_equal(first, again)
+    assert not generated
+    respond(sft, PROMPTS, DECODING, steps="all")
+    assert len(generated) == len(arms.checkpoints(sft)), "step 0 is the base model, answered before"
+
+
+def test_many_arms_in_worker_processes_give_what_one_process_gives(spec, tmp_path, monkeypatch):
+    specs = [spec, replace(spec, method="sft")]
+    alone = run_all(specs, PROMPTS, [DECODING], workers=1)
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "other"))
+    together = run_all(specs, PROMPTS, [DECODING], workers=2)
+    pd.testing.assert_frame_equal(alone, together)
+
+
+def test_a_failing_arm_is_named_and_the_others_are_finished(spec, tmp_path):
+    broken = replace(spec, n_benign=10_000)
+    with pytest.raises(ValueError, match=r"1 of 2 failed.*n_benign=10000"):
+        run_all([broken, spec], PROMPTS, [DECODING], workers=1)
+    assert (spec.folder / "manifest.json").exists()
+
+
+def test_an_arm_that_is_being_trained_is_not_taken_for_a_finished_one(spec):
+    folder = spec.folder
+    (folder / "trainer" / "checkpoint-2").mkdir(parents=True)  # no trainer_state.json: still being written
+    assert arms.checkpoints(spec) == {}
+    arms.train(spec)
+    assert list(arms.checkpoints(spec)) == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"method": "edm"}, "method='edm'"),
+        ({"unsafe": None}, "needs `unsafe`"),
+        ({"model": "owner/model"}, "model_revision"),
+        ({"training": {"learning_rat": 1e-3}}, "learning_rat: no option of TASFTConfig"),
+        ({"lora": {"rank": 8}}, "rank: no option of LoraConfig"),
+    ],
+)
+def test_a_spec_with_a_typo_is_refused_in_one_line(change, message, spec):
+    with pytest.raises(ValueError, match=message) as error:
+        replace(spec, **change)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_prompts_never_enter_training(spec, tmp_path):
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    leaked = arms.training_rows(spec)[0][0]["prompt"]
+    for file in ("I-MaliciousInstructions", "I-CoNa", "I-Controversial", "I-Alpaca"):
+        (folder / f"{file}.json").write_text(json.dumps({"instructions": [leaked, "w0"]}))
+    (folder / "toxic_outs.json").write_text(json.dumps(["w0 w0"]))
+    (folder / "xstest_prompts.csv").write_text("id,prompt,label\n1,w0 w1,safe\n2,w1,unsafe\n")
+    benign, _ = arms.training_rows(replace(spec, held_out=str(folder)))
+    assert leaked not in benign["prompt"] and len(benign) == 18
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "result.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        files.write_json(path, {"a": (loop := []), "b": loop.append(loop) or loop})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_environment_names_no_person_and_no_place(tmp_path):
+    text = json.dumps(files.environment())
+    assert files.environment()["versions"]["torch"]
+    assert str(tmp_path.home()) not in text

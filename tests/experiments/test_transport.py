@@ -1,0 +1,68 @@
+"""Earth mover's distances of next-token distributions."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows
+
+from tasft_lib import losses
+from tasft_lib.experiments import emd_bound
+
+
+@pytest.fixture
+def distributions():
+    generator = torch.Generator().manual_seed(0)
+    probs = (3 * torch.randn(12, 60, generator=generator)).softmax(-1)
+    unit = losses.unit_rows(torch.randn(60, 8, generator=generator))
+    return probs, torch.randint(60, (12,), generator=generator), unit
+
+
+def test_the_program_knows_distances_that_need_no_program():
+    line = np.arange(4.0)
+    cost = np.abs(line[:, None] - line)
+    p, q = np.array([0.5, 0.5, 0, 0]), np.array([0, 0, 0.5, 0.5])
+    assert emd_bound.earth_movers_distance(p, q, cost) == pytest.approx(2)
+    assert emd_bound.earth_movers_distance(p, p, cost) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("support", [5, 30, 60])
+def test_the_exact_form_is_the_programs_optimum_and_the_bounds_lie_below(support, distributions):
+    table = emd_bound.bounds_table(*distributions, support=support)
+    assert len(table) == 12
+    np.testing.assert_allclose(table["exact"], table["emd"], atol=1e-7)
+    assert (table["jensen"] <= table["emd"] + 1e-9).all() and (table["paper"] < table["jensen"]).all()
+    assert (table["paper"] > 0).all()
+
+
+def test_mass_by_distance_is_all_of_it(distributions):
+    probs, targets, unit = distributions
+    table = emd_bound.mass_by_distance(probs, targets, unit)
+    assert table["mass"].sum() == pytest.approx(1)
+    assert table["mass"][0] == pytest.approx(probs.gather(1, targets[:, None]).mean().item())
+    one_hot = torch.nn.functional.one_hot(targets, 60).float()
+    assert emd_bound.mass_by_distance(one_hot, targets, unit)["mass"].tolist() == [1] + [0] * 7
+
+
+def test_summary_is_what_the_penalties_are(distributions):
+    probs, targets, unit = distributions
+    summary = emd_bound.summary(probs, targets, unit)
+    assert summary["emd_exact"] == pytest.approx(-losses.emd_exact(probs.log(), targets, unit).mean().item(), rel=1e-5)
+    assert summary["squared_distance"] == pytest.approx(-losses.emd(probs.log(), targets, unit).mean().item(), rel=1e-5)
+
+
+def test_distributions_are_the_models_at_the_unsafe_tokens(model, tokenizer):
+    rows = make_rows(5, unsafe_every=1)
+    n_tokens = sum(len(row["completion"].split()) for row in rows)
+    probs, targets, places = emd_bound.unsafe_token_distributions(model, tokenizer, rows, n_tokens=10**6)
+    assert probs.shape == (n_tokens, len(tokenizer)) and targets.shape == (n_tokens,)
+    assert places.tolist() == [t for row in rows for t in range(len(row["completion"].split()))]
+    words = [word for row in rows for word in row["completion"].split()]
+    assert tokenizer.convert_ids_to_tokens(targets.tolist()) == words
+    ids = tokenizer(rows[0]["prompt"] + rows[0]["completion"])["input_ids"]
+    with torch.no_grad():
+        first = model(torch.tensor([ids])).logits[0, len(rows[0]["prompt"].split()) - 1].softmax(-1)
+    torch.testing.assert_close(probs[0], first)
+    fewer, *_ = emd_bound.unsafe_token_distributions(model, tokenizer, rows, n_tokens=7)
+    assert len(fewer) == 7
+    with pytest.raises(ValueError, match="no unsafe row"):
+        emd_bound.unsafe_token_distributions(model, tokenizer, rows.select([]), n_tokens=7)

@@ -1,0 +1,235 @@
+"""The report: verdicts follow from the tables by stated rules, and README's blocks are the tables."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_tables import judged
+
+from tasft_lib.evaluation import rates
+from tasft_lib.reporting import claims, report, tables
+
+
+def claim(text: str) -> claims.Claim:
+    (found,) = [c for c in claims.CLAIMS if text in c.finding]
+    return found
+
+
+def decide(text: str, **named: pd.DataFrame) -> str:
+    evidence, verdict = claim(text).decide(named.__getitem__)
+    assert evidence
+    return verdict
+
+
+def safety(**letters: str) -> pd.DataFrame:
+    parts = [judged({(m, 9 * (m != "sft"), 0): text for m, text in letters.items()}, decoding=d) for d in DECODINGS]
+    return rates.summary(pd.concat(parts), ["method", "n_unsafe", "penalty_weight", "decoding"])
+
+
+DECODINGS = ("greedy", "sampled")
+HARMFUL, SAFE = "h" * 100, "r" * 100
+
+
+def test_safety_is_decided_by_the_intervals():
+    assert decide("plain SFT", safety_table=safety(sft=HARMFUL)) == "reproduced"
+    assert decide("plain SFT", safety_table=safety(sft=SAFE)) == "not reproduced"
+    assert decide("almost no harm", safety_table=safety(emd=SAFE, nlcl=SAFE)) == "reproduced"
+    assert decide("almost no harm", safety_table=safety(emd=SAFE, nlcl=SAFE[:90] + HARMFUL[:10])) == "not reproduced"
+    assert decide("KTO", safety_table=safety(kto=SAFE)) == "not reproduced"
+    assert decide("KTO", safety_table=safety(kto=HARMFUL)) == "reproduced"
+
+
+def by_size(first: str, second: str, large: dict, small: dict) -> dict[str, pd.DataFrame]:
+    """Tables of two methods at sizes 200 and 20, given by their answers per seed."""
+    answers = judged(
+        {(m, n, seed): text for n, arms in ((200, large), (20, small)) for m, texts in arms.items()
+         for seed, text in enumerate(texts)}
+    )  # fmt: skip
+    return {
+        "table": rates.summary(answers, ["method", "n_unsafe", "penalty_weight", "decoding"]),
+        "comparisons": tables.compare(answers, [((first, n), (second, n)) for n in (200, 20)]),
+    }
+
+
+@pytest.mark.parametrize(
+    "nlcl, emd, verdict",
+    [
+        ([HARMFUL, HARMFUL], [SAFE, SAFE], "reproduced"),
+        ([HARMFUL, HARMFUL], [HARMFUL[:40] + SAFE[:60]] * 2, "partly: EMD degrades too, but less"),
+        ([HARMFUL, HARMFUL], [HARMFUL, SAFE], "partly: not at every seed"),
+        ([HARMFUL, HARMFUL], [HARMFUL, HARMFUL], "not reproduced"),
+        ([SAFE, SAFE], [HARMFUL, HARMFUL], "not reproduced"),
+    ],
+)
+def test_few_examples_are_decided_at_the_smallest_size_and_at_every_seed(nlcl, emd, verdict):
+    made = by_size("nlcl", "emd", {"nlcl": [SAFE] * 2, "emd": [SAFE] * 2}, {"nlcl": nlcl, "emd": emd})
+    named = {f"data_efficiency_{name}": table for name, table in made.items()}
+    assert decide("few examples", **named) == verdict
+
+
+@pytest.mark.parametrize(
+    "embed_tokens, one_hot, verdict",
+    [
+        (SAFE, HARMFUL, "reproduced"),
+        (HARMFUL, HARMFUL, "partly: distances of lm_head help, those of embed_tokens do not"),
+        (SAFE, SAFE, "partly: not against every control and seed"),
+    ],
+)
+def test_semantics_means_that_real_embeddings_beat_meaningless_ones(embed_tokens, one_hot, verdict):
+    variants = {"emd": SAFE, "emd_embed_tokens": embed_tokens, "emd_random": HARMFUL, "emd_one_hot": one_hot}
+    answers = judged({(method, 20, seed): text for method, text in variants.items() for seed in (0, 1)})
+    table = rates.summary(answers, ["method", "n_unsafe", "penalty_weight", "decoding"])
+    comparisons = tables.compare(answers, [((method, 20), ("emd", 20)) for method in list(variants)[2:]])
+    named = {"data_efficiency_table": table, "data_efficiency_comparisons": comparisons}
+    assert decide("semantic", **named) == verdict
+
+
+@pytest.mark.parametrize(
+    "distances, verdict",
+    [
+        ([(0.1, -0.05, 0.2), (0.02, 0.01, 0.03)], "reproduced"),
+        ([(0.2, 0.1, 0.3), (0.0, -0.1, 0.1)], "not reproduced for 1 of 2 methods"),
+    ],
+)
+def test_one_curve_means_intervals_around_zero_or_small_distances(distances, verdict):
+    rows = [
+        {"method": method, "points": 9, "distance": d, "low": low, "high": high}
+        for method, (d, low, high) in zip(("emd", "stl"), distances, strict=True)
+    ]
+    assert decide("one over-refusal curve", over_alignment_table=pd.DataFrame(rows)) == verdict
+
+
+def contrastive(with_it: str, without: str, weight: float) -> pd.DataFrame:
+    parts = [judged({("sft", 0, 0): HARMFUL}).assign(penalty_weight="auto")]
+    parts += [
+        judged({(f"{m}{suffix}", 9, 0): letters}).assign(penalty_weight=str(w))
+        for m in ("emd", "nlcl")
+        for w in (9.6, weight)
+        for suffix, letters in (("", without), ("_contrastive", with_it))
+    ]
+    return rates.summary(pd.concat(parts), ["method", "n_unsafe", "penalty_weight", "decoding"])
+
+
+def test_contrastive_data_is_blamed_only_for_what_it_adds():
+    noise = "d" * 100
+    assert decide("less safe", contrastive_augmentation_table=contrastive(HARMFUL, SAFE, 38.4)) == "reproduced"
+    assert decide("less safe", contrastive_augmentation_table=contrastive(SAFE, SAFE, 38.4)) == "not reproduced"
+    assert decide("non-language", contrastive_augmentation_table=contrastive(noise, SAFE, 38.4)) == "reproduced"
+    evidence, _ = claim("non-language").decide(lambda _: contrastive(noise, SAFE, 38.4))
+    assert "λ = 38.4" in evidence and "λ = 9.6" not in evidence, "the largest number, not the last in the alphabet"
+    both = contrastive(noise, noise, 38.4)
+    assert decide("non-language", contrastive_augmentation_table=both).startswith("partly: λ")
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.finding)
+def test_nothing_follows_from_empty_tables(claim):
+    folder = Path(__file__).resolve().parents[2] / "figures" / "mini"
+
+    def empty(name: str) -> pd.DataFrame:
+        return pd.read_csv(folder / f"{name}.csv").iloc[:0]
+
+    with pytest.raises(claims._NoSuchArm):
+        claim.decide(empty)
+
+
+def test_a_missing_comparison_is_no_win():
+    made = by_size("nlcl", "emd", {"nlcl": [HARMFUL], "emd": [SAFE]}, {"nlcl": [HARMFUL], "emd": [SAFE]})
+    named = {"data_efficiency_table": made["table"], "data_efficiency_comparisons": made["comparisons"].iloc[:0]}
+    with pytest.raises(claims._NoSuchArm, match="no comparison of nlcl and emd at n = 20"):
+        decide("few examples", **named)
+
+
+def test_a_profile_without_a_table_or_an_arm_says_so_and_smoke_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "project_root", lambda: tmp_path)
+    (tmp_path / "figures" / "mini").mkdir(parents=True)
+    safety(sft=HARMFUL).to_csv(tmp_path / "figures" / "mini" / "safety_table.csv")
+    table = claims.claims_table("mini").set_index("claim")
+    assert table.loc["F1: plain SFT answers toxic prompts harmfully", "verdict"] == "reproduced"
+    assert table.loc["F2: KTO does not get there", "verdict"] == "not run"
+    assert table["verdict"].isin(["reproduced", "not run", "can't be tested at this profile"]).all()
+    assert set(claims.claims_table("smoke")["verdict"]) == {"can't be tested at this profile"}
+
+
+def test_readme_blocks_are_filled_and_the_rest_is_left(tmp_path, monkeypatch):
+    for module in (claims, report):
+        monkeypatch.setattr(module, "project_root", lambda: tmp_path)
+    folder = tmp_path / "figures" / "mini"
+    folder.mkdir(parents=True)
+    safety(sft=HARMFUL, emd=SAFE).to_csv(folder / "safety_table.csv", index=False)
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb\n<!-- other:begin -->\nc\n<!-- other:end -->\n"
+    )
+    report.fill_readme(readme, "mini")
+    first = readme.read_text()
+    assert (
+        "| EMD | 1 | 0.0 % of 100 (0.0-3.7) |" in first
+        and "old" not in first
+        and first.endswith("b\n<!-- other:begin -->\nc\n<!-- other:end -->\n")
+    )
+    report.fill_readme(readme, "mini")
+    assert readme.read_text() == first
+
+
+def test_the_committed_report_is_made_from_the_committed_tables(tmp_path, monkeypatch):
+    root = Path(__file__).resolve().parents[2]
+    for folder in ("figures/mini", "notebooks"):
+        shutil.copytree(root / folder, tmp_path / folder)
+    for module in (claims, report):
+        monkeypatch.setattr(module, "project_root", lambda: tmp_path)
+    made = [tmp_path / "figures" / "mini" / f"report.{kind}" for kind in ("md", "html")]
+    committed = [path.read_text() for path in made]
+    shown = report.build("mini")
+    assert [path.read_text() for path in made] == committed
+    assert all(claim.finding in shown for claim in claims.CLAIMS) and "nan" not in committed[0]
+    images = re.findall(r"!\[\w+\]\((\w+\.png)\)", committed[0])
+    assert len(images) >= 10 and all((made[0].parent / image).exists() for image in images)
+
+
+def test_a_profile_without_results_is_told_what_to_run():
+    with pytest.raises(ValueError, match="run `make reproduce PROFILE=none` first"):
+        report.build("none")
+
+
+def filtered(**letters: str) -> dict[str, pd.DataFrame]:
+    """A table of arms after filters at contamination 0.1, given by their answers."""
+    answers = judged({(method, 9, 0): text for method, text in letters.items()}, decoding="sampled")
+    answers = answers.assign(
+        contamination=0.1, n_safe=0, share=[0.0 if m == "none" else 0.1 for m in answers["method"]]
+    )
+    table = rates.summary(answers, ["method", "contamination", "share", "n_safe"])
+    return {"harmful_data_filter_table": table}
+
+
+def test_filters_are_decided_by_harm_and_by_what_true_labels_give():
+    some, worst = HARMFUL[:30] + SAFE[:70], {"none": HARMFUL, "saft": HARMFUL, "saft_emd": HARMFUL}
+    oracle = {"oracle": SAFE, "oracle_emd": SAFE, "saft_unsafe_emd": HARMFUL, "saft_labelled_emd": HARMFUL}
+    assert decide("filtered set", **filtered(**worst, **oracle)) == "not reproduced"
+    assert decide("filtered set", **filtered(**(worst | {"saft": some}), **oracle)).startswith("partly: far")
+    assert decide("filtered set", **filtered(**(worst | {"saft": SAFE}), **oracle)) == "reproduced"
+    assert decide("ours", **filtered(**worst, **oracle)) == "not so"
+    assert decide("ours", **filtered(**(worst | {"saft_emd": some}), **oracle)).startswith("partly: safer")
+    few = oracle | {"saft_unsafe_emd": SAFE}
+    assert "; with a few harmful rows as safe" in decide("ours", **filtered(**(worst | {"saft_emd": some}), **few))
+    assert decide("ours", **filtered(**(worst | {"saft_emd": SAFE}), **oracle)) == "holds"
+    with pytest.raises(claims._NoSuchArm, match="no oracle_emd and saft_labelled_emd and saft_unsafe_emd"):
+        decide("ours", **filtered(**worst, oracle=SAFE))
+
+
+@pytest.mark.parametrize(
+    "saft, loss, verdict",
+    [
+        (0.95, 0.6, "reproduced"),
+        (0.95, 0.98, "partly: loss of the base alone does better"),
+        (0.8, 0.6, "not reproduced"),
+    ],
+)
+def test_detection_is_decided_at_the_papers_contamination(saft, loss, verdict):
+    rows = [
+        {"detector": name, "contamination": c, "n_safe": 0, "auroc": value, "auroc_low": value, "auroc_high": value}
+        for c, shift in ((0.3, 0.0), (0.5, -0.4))
+        for name, value in (("saft", saft + shift), ("loss", loss + shift), ("probe", 1.0))
+    ]
+    assert decide("without labels", harmful_data_filter_detectors=pd.DataFrame(rows)) == verdict
