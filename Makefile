@@ -30,6 +30,7 @@ test: lint unit notebooks
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 # A file's tests stay in one process and in order: fixtures are shared, and a notebook's cells follow each other.
 unit: .venv/installed
