@@ -7,6 +7,7 @@ PROFILE ?= mini
 NB      ?=
 SEEDS   ?=
 ARGS    ?=
+NAMES   := $(or $(NB),$(shell ls notebooks | sed -n 's/^[0-9]*_\(.*\)\.ipynb$$/\1/p'))
 WORKERS ?= 2
 BIN     := .venv/bin
 
@@ -39,7 +40,7 @@ unit: .venv/installed
 # nbval cannot inject parameters, so papermill writes a parameterised copy first; its cells are then run and checked.
 notebooks: .venv/installed
 	$(BIN)/tasft reproduce --profile smoke --prepare-only $(if $(NB),--notebooks $(NB))
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-cell-timeout 300 $(addprefix runs/smoke/,$(addsuffix .ipynb,$(or $(NB),$(basename $(notdir $(wildcard notebooks/*.ipynb))))))
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-cell-timeout 300 $(NAMES:%=runs/smoke/%.ipynb)
 
 lab: .venv/installed
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (tasft)"

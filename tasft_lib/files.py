@@ -163,6 +163,12 @@ def project_root() -> Path:
     return next((p for p in (here, *here.parents) if (p / "pyproject.toml").exists() and (p / "params").exists()), here)
 
 
+def notebooks() -> dict[str, Path]:
+    """Name -> path of the project's notebooks in reading order; `notebooks/02_safety.ipynb` is called safety."""
+    paths = sorted((project_root() / "notebooks").glob("[0-9]*_*.ipynb"))
+    return {path.stem.split("_", 1)[1]: path for path in paths}
+
+
 def runs_folder() -> Path:
     """`$TASFT_RUNS`, else `runs/` in the project."""
     return Path(os.environ.get("TASFT_RUNS") or project_root() / "runs")

@@ -16,12 +16,14 @@ import pandas as pd
 import papermill
 import torch
 
+from .. import files
 from ..evaluation.worlds import MINIWORLDS
 from ..files import keep_freed_memory, project_root, runs_folder
-from ..reporting.report import ORDER
+from ..reporting import report
 from .arms import ArmSpec
 from .settings import check_file, coerce, declared_in
 
+FIRST = "build_unsafe_set"  # what it makes, all others start from, so it runs alone
 TIMED = ("performance", "performance_filter")  # nothing may run beside them
 
 
@@ -36,18 +38,18 @@ class Job:
 
 
 def jobs_of(profile: str, notebooks: list[str] | None = None, overrides: dict[str, Any] | None = None) -> list[Job]:
-    """`notebooks/<name>.ipynb` with `params/<profile>/<name>.yaml`, all checked; default: all the profile has.
+    """Notebooks (see `files.notebooks`) with their `params/<profile>/<name>.yaml`, all checked; default: all of a profile.
 
     `overrides` apply to every notebook that declares them. Raises `ValueError` for an unknown profile, notebook or
     parameter.
     """
     root = project_root()
     folder = root / "params" / profile
-    sources = {path.stem: path for path in (root / "notebooks").glob("*.ipynb")}
+    sources = files.notebooks()
     profiles = {p.parent.name for p in (root / "params").glob("*/*.yaml") if p.stem in sources}
     if profile not in profiles:
         raise ValueError(f"no profile {profile!r}; there are {', '.join(sorted(profiles))}.")
-    available = sorted((path.stem for path in folder.glob("*.yaml") if path.stem in sources), key=ORDER.index)
+    available = [name for name in sources if (folder / f"{name}.yaml").exists()]
     jobs = []
     for name in notebooks or available:
         if name not in available:
@@ -80,8 +82,8 @@ def reproduce(
             execute(job, prepare_only=True)
         return [job.output for job in jobs]
     started, failures = time.time(), []
-    first = [job for job in jobs if job.name == ORDER[0]]
-    others = [job for job in jobs if job.name not in (ORDER[0], *TIMED)]
+    first = [job for job in jobs if job.name == FIRST]
+    others = [job for job in jobs if job.name not in (FIRST, *TIMED)]
     for batch in (first, others, *([job] for job in jobs if job.name in TIMED)):
         # A second notebook loads its libraries while the first one trains.
         at_once = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
@@ -94,8 +96,6 @@ def reproduce(
                 print(f"{job.source.relative_to(project_root())} ({profile}): {done} -> {job.output}", flush=True)
         if failures:
             raise failures[0]
-    from ..reporting import report  # which imports ORDER from here
-
     print(report.build(profile))
     return [job.output for job in jobs]
 

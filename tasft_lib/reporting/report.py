@@ -10,7 +10,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from ..bench.tables import readme_performance
-from ..files import project_root, write_text
+from ..files import notebooks, project_root, write_text
 from ..text import markdown
 from . import tables
 from .claims import claims_table
@@ -30,7 +30,7 @@ def build(profile: str) -> str:
     Raises `ValueError` when the profile has no figures yet.
     """
     folder = project_root() / "figures" / profile
-    found = [name for name in ORDER if (folder / f"{name}_manifest.json").exists()]
+    found = [name for name in notebooks() if (folder / f"{name}_manifest.json").exists()]
     if not found:
         raise ValueError(f"{folder}: no results; run `make reproduce PROFILE={profile}` first.")
     verdicts = claims_table(profile)
@@ -96,7 +96,7 @@ def _preface(profile: str) -> str:
 
 def _section(folder: Path, name: str) -> str:
     manifest = json.loads((folder / f"{name}_manifest.json").read_text())
-    notebook = nbformat.read(project_root() / "notebooks" / f"{name}.ipynb", as_version=4)
+    notebook = nbformat.read(notebooks()[name], as_version=4)
     title, *prose = notebook.cells[0].source.split("\n\n")
     parts = [f"## {title.removeprefix('# ')}", prose[0], _provenance(name, manifest)]
     if (path := folder / f"{name}_table.csv").exists():
@@ -117,23 +117,3 @@ def _provenance(name: str, manifest: dict) -> str:
         f"Commit `{(manifest['commit'] or 'unknown')[:12]}`, {device}, {seeds} seed(s); {cost}"
         f"[manifest]({name}_manifest.json)"
     )
-
-
-# The order of running and of reporting. What the first makes, all others start from, so it runs alone.
-ORDER = (
-    "build_unsafe_set",
-    "safety",
-    "data_efficiency",
-    "stl_comparison",
-    "over_alignment",
-    "contrastive_augmentation",
-    "response_quality",
-    "jailbreak",
-    "harmful_data_filter",
-    "emd_bound",
-    "penalty_weight",
-    "degenerate_answers",
-    "performance",
-    "performance_filter",
-    "your_model",
-)

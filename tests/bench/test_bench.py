@@ -1,4 +1,4 @@
-"""`tasft bench` measures what it says. No timing is asserted here: `notebooks/performance.ipynb` has the numbers."""
+"""`tasft bench` measures what it says. No timing is asserted here: `notebooks/13_performance.ipynb` has the numbers."""
 
 import json
 import math

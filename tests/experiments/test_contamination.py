@@ -9,7 +9,7 @@ import pytest
 
 from tasft_lib.experiments import arms, harmful_data_filter, settings
 from tasft_lib.experiments.study import Study
-from tasft_lib.files import project_root
+from tasft_lib.files import notebooks, project_root
 from tasft_lib.judges import miniworld
 from tasft_lib.miniworld import FAMILIES, toxic_prompts
 
@@ -19,7 +19,7 @@ SOURCE = ("miniworld", 200)
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """The notebook's own study at the smoke profile, with its runs in a temporary folder."""
-    notebook = project_root() / "notebooks" / "harmful_data_filter.ipynb"
+    notebook = notebooks()["harmful_data_filter"]
     cells = json.loads(notebook.read_text())["cells"]
     source = "".join(next(c["source"] for c in cells if c["metadata"].get("tags") == ["parameters"]))
     names: dict = {}

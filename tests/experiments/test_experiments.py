@@ -14,17 +14,18 @@ from tasft_lib.experiments import arms as arms_module
 from tasft_lib.experiments import reproduce
 from tasft_lib.experiments.arms import ArmSpec
 from tasft_lib.experiments.study import Study
+from tasft_lib.files import notebooks
 from tasft_lib.reporting import paper
 
 ROOT = Path(__file__).resolve().parents[2]
 # which measure what is there
 UNTRAINED = (*reproduce.TIMED, "degenerate_answers")
-NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").glob("*.ipynb") if path.stem not in UNTRAINED)
+NOTEBOOKS = [name for name in notebooks() if name not in UNTRAINED]
 
 
 def study(tmp_path, **changes) -> Study:
     """A study at the smoke settings, with a D_unsafe of three mini-world rows."""
-    config = declared_values(ROOT / "notebooks" / "contrastive_augmentation.ipynb")
+    config = declared_values(notebooks()["contrastive_augmentation"])
     made = Study(SimpleNamespace(**(config | {"model": "miniworld-smoke"} | changes)))
     asked = ["How can I kill a marmow?", "How can I steal a marstone?", "How can I burn a mardome?"]
     made.unsafe = tmp_path / "unsafe.jsonl"
@@ -115,15 +116,15 @@ def test_every_arm_of_a_profile_can_be_listed_without_a_model(profile, monkeypat
     assert len(twice) == 2 * len(reproduce.plan(profile, ["safety"]))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_lists_its_arms_before_it_trains_them(path):
-    cells = nbformat.read(path, as_version=4).cells
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_lists_its_arms_before_it_trains_them(name):
+    cells = nbformat.read(notebooks()[name], as_version=4).cells
     tags = [tag for cell in cells for tag in cell.metadata.get("tags", [])]
     assert tags[:3] == ["parameters", "setup", "arms"]
-    arms = reproduce.arms_of(next(job for job in reproduce.jobs_of("smoke") if job.name == path.stem))
+    arms = reproduce.arms_of(next(job for job in reproduce.jobs_of("smoke") if job.name == name))
     assert arms and all(isinstance(arm, ArmSpec) for arm, _ in arms)
     named = [(arm.label, arm.n_unsafe, arm.n_extra, arm.penalty_weight, arm.seed) for arm, _ in arms]
-    if path.stem == "harmful_data_filter":  # whose tables name the set and the pressure too
+    if name == "harmful_data_filter":  # whose tables name the set and the pressure too
         told = [(arm.benign, arm.training.get("penalty_pressure")) for arm, _ in arms]
         named = list(zip(named, told, strict=True))
     assert len(set(named)) == len(named), "a table could not tell two arms apart"

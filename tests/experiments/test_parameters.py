@@ -9,9 +9,10 @@ import yaml
 
 from tasft_lib.experiments import reproduce
 from tasft_lib.experiments.settings import check_file, resolve
+from tasft_lib.files import notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = notebooks()
 FILES = sorted(path for path in (ROOT / "params").glob("*/*.yaml") if path.parent.name != "accelerate")
 # They train nothing, or on rows of their own.
 APART = (*reproduce.TIMED, "degenerate_answers", "your_model", "harmful_data_filter")
@@ -59,14 +60,14 @@ def test_the_cell_may_be_run_again_later_in_jupyterlab():
 
 
 def test_the_projects_have_notebooks_and_parameter_files():
-    assert {"build_unsafe_set", "safety"} <= {path.stem for path in NOTEBOOKS}
+    assert {"build_unsafe_set", "safety"} <= set(NOTEBOOKS)
     for profile in ("smoke", "mini", "local", "small", "paper"):
         assert {path.stem for path in FILES if path.parent.name == profile} >= {"build_unsafe_set", "safety"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_parameter_file_fits_its_notebook_and_says_what_it_costs(path):
-    values = check_file(path, ROOT / "notebooks" / f"{path.stem}.ipynb")
+    values = check_file(path, NOTEBOOKS[path.stem])
     assert values.get("profile") == path.parent.name
     header = path.read_text().splitlines()[0]
     assert header.startswith("# ") and header.count("|") >= 2, "header: command | hardware, memory | time"
@@ -79,7 +80,7 @@ def test_notebooks_that_share_arms_share_their_settings(path):
     profile = "mini" if path.parent.name == "search" else path.parent.name
     first = yaml.safe_load((ROOT / "params" / profile / "build_unsafe_set.yaml").read_text())
     other = yaml.safe_load(path.read_text()) | {"profile": profile}
-    defaults = [declared_values(ROOT / "notebooks" / f"{name}.ipynb") for name in ("build_unsafe_set", path.stem)]
+    defaults = [declared_values(NOTEBOOKS[name]) for name in ("build_unsafe_set", path.stem)]
     settings = [defaults[0] | first, defaults[1] | other]
     assert settings[0] == {name: settings[1][name] for name in settings[0]}
 
@@ -113,17 +114,17 @@ def test_a_faulty_parameter_file_is_named(text, message, tmp_path):
     path = tmp_path / "safety.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        check_file(path, ROOT / "notebooks" / "safety.ipynb")
+        check_file(path, NOTEBOOKS["safety"])
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_yaml_may_write_2e_4_though_yaml_reads_text(tmp_path):
     path = tmp_path / "safety.yaml"
     path.write_text("learning_rate: 2e-4")
-    assert check_file(path, ROOT / "notebooks" / "safety.ipynb") == {"learning_rate": "2e-4"}
+    assert check_file(path, NOTEBOOKS["safety"]) == {"learning_rate": "2e-4"}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=NOTEBOOKS)
 def test_notebook_contract(path):
     """Prose between short cells, logic in the library, no stored outputs, one kernel name."""
     notebook = nbformat.read(path, as_version=4)

@@ -104,9 +104,9 @@ def files(tmp_path, monkeypatch) -> Path:
 
 def paper_study(base: str, model: Path, files: Path, **changes) -> Study:
     """The paper's safety notebook with its own parameters, on files and shortened."""
-    values = settings.check_file(ROOT / "params/paper/safety.yaml", ROOT / "notebooks/safety.ipynb")
+    values = settings.check_file(ROOT / "params/paper/safety.yaml", ROOT / "notebooks/02_safety.ipynb")
     names: dict = {"__annotations__": {}}
-    cells = json.loads((ROOT / "notebooks" / "safety.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "notebooks/02_safety.ipynb").read_text())["cells"]
     exec("".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))), names)
     table = pd.read_csv(ROOT / values["penalty_weights"])
     table = table[(table["model"] == base) & (table["n_unsafe"] == 1000)].assign(model=str(model), n_unsafe=6)
