@@ -38,7 +38,7 @@ class Job:
 
 
 def jobs_of(profile: str, notebooks: list[str] | None = None, overrides: dict[str, Any] | None = None) -> list[Job]:
-    """Notebooks (see `files.notebooks`) with their `params/<profile>/<name>.yaml`, all checked; default: all of a profile.
+    """Notebooks (see `files.notebooks`) with their `params/<profile>/<name>.yaml`, all checked; default: all it has.
 
     `overrides` apply to every notebook that declares them. Raises `ValueError` for an unknown profile, notebook or
     parameter.
