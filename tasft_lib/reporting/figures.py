@@ -62,12 +62,10 @@ MEASURE_NAMES = {
 
 
 def use_style() -> None:
-    """The style of all figures; fixed ids, so that a figure drawn twice is the same file."""
+    """The style of all figures."""
     sns.set_theme(context="paper", style="ticks", font_scale=1.1)
     mpl.rcParams.update(
         {
-            "svg.hashsalt": "tasft",
-            "svg.fonttype": "none",
             "figure.dpi": 110,
             "savefig.dpi": 160,
             "axes.spines.top": False,
@@ -502,12 +500,11 @@ def detector_name(name: str, labels: int = 0) -> str:
 
 
 def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> list[Path]:
-    """Write `<name>.png`, `.svg` and the `.csv` it was drawn from; the same table gives the same bytes."""
+    """Write `<name>.png` and the `.csv` it was drawn from; the same table gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg", "csv")]
+    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "csv")]
     figure.savefig(paths[0], metadata={"Software": None}, bbox_inches="tight")
-    figure.savefig(paths[1], metadata={"Date": None}, bbox_inches="tight")
-    table.to_csv(paths[2], index=False, float_format="%.6g")
+    table.to_csv(paths[1], index=False, float_format="%.6g")
     return paths
 
 

@@ -98,11 +98,13 @@ def _section(folder: Path, name: str) -> str:
     manifest = json.loads((folder / f"{name}_manifest.json").read_text())
     notebook = nbformat.read(notebooks()[name], as_version=4)
     title, *prose = notebook.cells[0].source.split("\n\n")
+    files = manifest.get("files", [])
     parts = [f"## {title.removeprefix('# ')}", prose[0], _provenance(name, manifest)]
-    if (path := folder / f"{name}_table.csv").exists():
-        table = pd.read_csv(path)
+    if (file := f"{name}_table.csv") in files:
+        table = pd.read_csv(folder / file)
         parts.append(markdown(tables.readable(table) if "seeds" in table else table))
-    parts += [f"![{path.stem}]({path.name})" for path in sorted(folder.glob(f"{name}_*.png"))]
+    drawn = sorted(file for file in files if file.endswith(".png"))
+    parts += [f"![{file.removesuffix('.png')}]({file})" for file in drawn]
     return "\n\n".join(parts)
 
 

@@ -153,7 +153,7 @@ def test_no_key_and_no_text_is_written_where_it_travels(made, shared):
             for line in path.read_text().splitlines()]  # fmt: skip
     notebook = nbformat.read(folder / "runs" / "local" / "your_model.ipynb", as_version=4)
     shown = json.dumps([cell.get("outputs") for cell in notebook.cells], ensure_ascii=False)
-    texts = [path.read_text() for path in (folder / "figures").glob("*.*") if path.suffix in (".csv", ".json", ".svg")]
+    texts = [path.read_text() for path in (folder / "figures").glob("*.*") if path.suffix in (".csv", ".json")]
     texts += [shown, *(path.read_text() for path in (folder / "runs" / "unsafe").glob("*/README.md"))]
     for canary in [text for text in (*asked, *said) if len(text.split()) > 6]:
         assert not any(canary in text for text in texts)

@@ -179,13 +179,15 @@ def test_the_committed_report_is_made_from_the_committed_tables(tmp_path, monkey
         shutil.copytree(root / folder, tmp_path / folder)
     for module in (claims, report):
         monkeypatch.setattr(module, "project_root", lambda: tmp_path)
-    made = [tmp_path / "figures" / "mini" / f"report.{kind}" for kind in ("md", "html")]
-    committed = [path.read_text() for path in made]
+    page = tmp_path / "figures" / "mini" / "report.md"
+    committed = page.read_text()
+    (page.parent / "safety_left_over.png").touch()
     shown = report.build("mini")
-    assert [path.read_text() for path in made] == committed
-    assert all(claim.finding in shown for claim in claims.CLAIMS) and "nan" not in committed[0]
-    images = re.findall(r"!\[\w+\]\((\w+\.png)\)", committed[0])
-    assert len(images) >= 10 and all((made[0].parent / image).exists() for image in images)
+    assert page.read_text() == committed and page.with_suffix(".html").exists()
+    assert all(claim.finding in shown for claim in claims.CLAIMS) and "nan" not in committed
+    images = re.findall(r"!\[\w+\]\((\w+\.png)\)", committed)
+    assert len(images) >= 10 and all((page.parent / image).exists() for image in images)
+    assert "safety_left_over.png" not in images, "a file that no manifest names"
 
 
 def test_a_profile_without_results_is_told_what_to_run():

@@ -36,7 +36,7 @@ def test_published_numbers_trace_to_a_manifest_of_a_clean_commit(path):
     assert manifest["versions"]["trl"] and manifest["hardware"]["cores"]
     if path.parent.name == "mini":
         assert manifest["parameters"]["n_seeds"] == 3, "the published figures come from three seeds"
-        assert (path.parent / "report.html").exists() and "report.md" in README
+        assert (path.parent / "report.md").exists() and "report.md" in README
 
 
 def test_the_published_arms_were_trained_with_the_weights_that_the_search_chose():

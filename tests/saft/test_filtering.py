@@ -313,7 +313,7 @@ def test_the_histogram_counts_every_row_on_its_side(kind, threshold, tmp_path):
     assert table["harmful"].sum() == harmful.sum() and (table["high"] > table["low"]).all()
     assert not ((table["kept"] > 0) & (table["dropped"] > 0)).any(), "a bin on both sides of the threshold"
     figures.save_figure(figures.plot_scores(table, threshold, caption="c"), tmp_path, "scores", table)
-    assert {path.name for path in tmp_path.iterdir()} == {"scores.png", "scores.svg", "scores.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.png", "scores.csv"}
 
 
 # --- files
