@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = notebooks()
 FILES = sorted(path for path in (ROOT / "params").glob("*/*.yaml") if path.parent.name != "accelerate")
 # They train nothing, or on rows of their own.
-APART = (*reproduce.TIMED, "degenerate_answers", "your_model", "harmful_data_filter")
+APART = ("method", *reproduce.TIMED, "degenerate_answers", "your_model", "harmful_data_filter")
 ARMS = [path for path in FILES if path.stem not in APART]
 
 
