@@ -134,29 +134,3 @@ def test_what_is_said_of_saft_is_in_its_tables():
     assert refusals.format(*(percent[name, 100] for name in ("none", "saft", "saft_emd"))) in said
     assert f"the filter alone gets to {percent['saft_unsafe', 100]:.0f} %, as with true labels" in said
     assert round(percent["saft_unsafe", 100]) == round(percent["oracle", 100])
-
-
-def verdicts(profile: str) -> dict[str, str]:
-    text = (ROOT / "figures" / profile / "report.md").read_text().split("## Claims and verdicts")[1].split("\n## ")[0]
-    cells = [line.split("|") for line in text.splitlines() if line.startswith("| ")][1:]
-    return {row[1].strip(): row[-2].strip() for row in cells}
-
-
-def test_what_differs_on_another_cpu_is_said():
-    said = " ".join(README.split("**On another CPU**")[1].split("\n## ")[0].split())
-    ours, theirs = verdicts("mini"), verdicts("second_cpu")
-    assert ours.keys() == theirs.keys()
-    differ = [theirs[claim] for claim in ours if ours[claim] != theirs[claim]]
-    assert f"Of {len(ours)} verdicts {len(differ)} differ" in said and differ == ["reproduced", "reproduced", "partly"]
-    harm = {}
-    for place in ("mini", "second_cpu"):
-        table = pd.read_csv(ROOT / "figures" / place / "data_efficiency_table.csv")
-        table = table[table["decoding"] != "greedy"].set_index(["method", "n_unsafe"])
-        harm[place] = {key: f"{100 * value:.0f}" for key, value in table["harm"].items()}
-        harm[place]["refusal"] = f"{100 * table.loc[('emd', 200), 'over_refusal']:.0f}"
-    here, there = harm.values()
-    emd, nlcl, simnpo = (("emd", 200), ("nlcl", 200), ("simnpo", 200))
-    assert f"EMD leaves {there[emd]} % harmful at 200 unsafe rows ({here[emd]} % here)" in said
-    assert f"NLCL leaves {there[nlcl]} % ({here[nlcl]} %) and SimNPO {there[simnpo]} % ({here[simnpo]} %)" in said
-    assert f"at {there['refusal']} % over-refusal instead of {here['refusal']} %" in said
-    assert f"and {there['emd', 20]} % at 20 rows ({here['emd', 20]} %), where NLCL leaves {there['nlcl', 20]} %" in said
