@@ -32,8 +32,7 @@ def main(argv: list[str]) -> None:
     judge = load_judge(args.judge)
     if args.red_team:
         prompts = catalogue.red_team_prompts(args.prompts)
-        published = next(p for p in catalogue.DATA_SETS if p.name == "hh-rlhf red team")
-        asked = files.named(args.prompts, published.revision)
+        asked = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)
     elif args.prompts_revision:
         prompts = data.read_prompts(args.prompts, revision=args.prompts_revision)
         asked = args.prompts, args.prompts_revision

@@ -1,4 +1,4 @@
-"""Every published data set that the experiments can use: where it lies, how many rows it has, under which licence.
+"""Every published data set that the experiments can use (catalogue.yaml): where it lies, its rows, its licence.
 
 Only `fetch` downloads, one file of a fixed commit, so that a set has one form wherever it lies. Two sets whose form
 `data.read_rows` does not understand have their reader here: BeaverTails and the red-team transcripts of hh-rlhf.
@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pandas as pd
+import yaml
 from datasets import Dataset
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -32,11 +33,7 @@ from ..evaluation.prompts import (
 from ..text import shown
 
 logger = logging.getLogger(__name__)
-
-_GITHUB = "https://raw.githubusercontent.com"
-_STL_LICENCE = "CC BY-NC 4.0"
-_TOXIC = TOXIC_FILES
-_PHYSICAL = HARVEST_FILE.replace("training/safety_only_data_Instructions", "evaluation/I-PhysicalSafety{}")
+RED_TEAM = "hh-rlhf red team"
 
 
 @dataclass(frozen=True)
@@ -75,120 +72,26 @@ class Published:
         return f"run `{command}`, or save it as {self.local} in --folder"
 
 
-def _web(name: str, role: str, rows: int, licence: str, url: str) -> Published:
-    return Published(name, role, rows, licence, url.rsplit("/", 1)[-1], url=url)
+def _published(name: str, *, hub: str | None = None, url: str | None = None, **fields) -> Published:
+    """An entry of catalogue.yaml."""
+    if hub is None:
+        url = url or _BENCHMARKS[name]
+        fields.setdefault("local", url.rsplit("/", 1)[-1])
+    return Published(name=name, hub=hub, url=url, **fields)
 
 
-DATA_SETS = (
-    Published(
-        "Alpaca 52k",
-        "training",
-        52_002,  # 28 of them have no output
-        "CC BY-NC 4.0",
-        "alpaca_data.json",
-        hub="tatsu-lab/alpaca",
-        revision="dce01c9b08f87459cf36a430d809084718273017",
-        file="data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
-    ),
-    Published(
-        "BeaverTails 30k",
-        "training",
-        27_186,
-        "CC BY-NC 4.0",
-        "beavertails_30k_train.jsonl.gz",
-        hub="PKU-Alignment/BeaverTails",
-        revision="8401fe609d288129cc684a9b3be6a93e41cfe678",
-        file="round0/30k/train.jsonl.gz",
-    ),
-    Published(
-        "hh-rlhf red team",
-        "toxic prompts",
-        38_961,
-        "MIT",
-        "red_team_attempts.jsonl.gz",
-        hub="Anthropic/hh-rlhf",
-        revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
-        file="red-team-attempts/red_team_attempts.jsonl.gz",
-    ),
-    _web("I-MaliciousInstructions", "toxic prompts", 100, _STL_LICENCE, _TOXIC["I-MaliciousInstructions"]),
-    _web("I-CoNa", "toxic prompts", 178, _STL_LICENCE, _TOXIC["I-CoNa"]),
-    _web("I-Controversial", "toxic prompts", 40, _STL_LICENCE, _TOXIC["I-Controversial"]),
-    _web("HarmfulQ", "toxic prompts", 200, "MIT", _TOXIC["HarmfulQ"]),
-    _web("Q-Harm", "toxic prompts", 100, _STL_LICENCE, DEVELOPMENT_FILES["Q-Harm"]),
-    _web("I-PhysicalSafety unsafe", "toxic prompts", 100, "as SafeText", _PHYSICAL.format("Unsafe")),
-    _web("I-PhysicalSafety safe", "benign", 100, "as SafeText", _PHYSICAL.format("Safe")),
-    _web("I-Alpaca", "benign", 50, _STL_LICENCE, BENIGN_FILES["I-Alpaca"]),
-    Published(
-        "AlpacaEval",
-        "benign",
-        805,
-        "CC BY-NC 4.0",
-        "text_davinci_003_model_outputs.json",
-        hub="tatsu-lab/alpaca_eval",
-        revision="2edc6fad8be6b14ea7230aabfd08188da6b8b814",
-        file="alpaca_eval.json",
-    ),
-    _web("XSTest", "over-refusal", 450, "CC BY 4.0", XSTEST_FILE),  # 250 safe, 200 unsafe
-    Published(
-        "OR-Bench hard",
-        "over-refusal",
-        1_319,
-        "CC BY 4.0",
-        "or-bench-hard-1k.csv",
-        hub="bench-llm/or-bench",
-        revision="e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
-        file="or-bench-hard-1k.csv",
-    ),
-    _web("STL safe answers", "safe answers", 2_483, _STL_LICENCE, HARVEST_FILE),
-    _web(
-        "PAIR's AdvBench 50",
-        "jailbreak goals",
-        50,
-        "MIT",
-        f"{_GITHUB}/patrickrchao/JailbreakingLLMs/6379ef705a0fc745530f7d895963510c021b496a/data/harmful_behaviors_custom.csv",
-    ),
-    Published(
-        "JailbreakBench",
-        "jailbreak goals",
-        100,
-        "MIT",
-        "behaviors_harmful.csv",
-        hub="JailbreakBench/JBB-Behaviors",
-        revision="886acc352a31533ffbcf4ef22c744658688086fc",
-        file="data/harmful-behaviors.csv",
-    ),
-    # What lm-evaluation-harness loads; its tasks name the hub ids, and it downloads by itself.
-    Published(
-        "BoolQ",
-        "capability",
-        3_270,
-        "CC BY-SA 3.0",
-        "boolq/test.json",
-        hub="aps/super_glue",
-        revision="3de24cf8022e94f4ee4b9d55a6f539891524d646",
-        file="boolq/validation-00000-of-00001.parquet",
-    ),
-    Published(
-        "PIQA",
-        "capability",
-        1_838,
-        "AFL 3.0",
-        "piqa/test.json",
-        hub="baber/piqa",
-        revision="142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
-        file="piqa_validation.parquet",
-    ),
-    Published(
-        "OpenBookQA",
-        "capability",
-        500,
-        "Apache-2.0",
-        "openbookqa/test.json",
-        hub="allenai/openbookqa",
-        revision="388097ea7776314e93a529163e0fea805b8a6454",
-        file="main/test-00000-of-00001.parquet",
-    ),
-)
+_BENCHMARKS = TOXIC_FILES | DEVELOPMENT_FILES | BENIGN_FILES
+_BENCHMARKS |= {"XSTest": XSTEST_FILE, "STL safe answers": HARVEST_FILE}
+_ENTRIES = yaml.safe_load(Path(__file__).with_name("catalogue.yaml").read_text(encoding="utf-8"))
+DATA_SETS = tuple(_published(**entry) for entry in _ENTRIES)
+
+
+def named(name: str) -> Published:
+    """The set of that name, whatever its case. Raises `ValueError` for an unknown one."""
+    for published in DATA_SETS:
+        if published.name.lower() == name.lower():
+            return published
+    raise ValueError(f"no published set {name!r}; there are {', '.join(p.name for p in DATA_SETS)}")
 
 
 def find(published: Published, folder: Path | None = None) -> Path | None:
@@ -210,9 +113,7 @@ def fetch(name: str, folder: Path | None = None) -> Path:
 
     Raises `ValueError` for an unknown name and where the download fails, a gated set included, with the remedy.
     """
-    published = next((p for p in DATA_SETS if p.name.lower() == name.lower()), None)
-    if published is None:
-        raise ValueError(f"no published set {name!r}; there are {', '.join(p.name for p in DATA_SETS)}")
+    published = named(name)
     if found := find(published, folder):
         return found
     if published.url:
@@ -300,7 +201,7 @@ def red_team_prompts(source: Source, *, max_harmlessness: float | None = None) -
 
     Transcripts without a human turn are left out, and logged. Raises `ValueError` where that leaves none.
     """
-    published = next(p for p in DATA_SETS if p.name == "hh-rlhf red team")
+    published = named(RED_TEAM)
     rows = read_rows(fetch(published.name) if str(source) == published.hub else source)
     score = "min_harmlessness_score_transcript"
     _need(rows, ("transcript", score), source)
