@@ -35,15 +35,14 @@ def main(argv: list[str]) -> None:
     args.prompt_template = args.prompt_template or ("none" if args.base_url else "alpaca")
 
     from .. import files
-    from ..evaluation import rates
+    from ..evaluation import rates, worlds
     from ..evaluation.answers import agreement, answered, judged_by, questions
-    from ..evaluation.prompts import evaluation_prompts
     from ..evaluation.served import generate_served
     from ..generation import Decoding, generate
     from ..judges import load
 
     asked_judges = [load.load_judge(name) for name in args.judges or [args.judge]]
-    prompts = evaluation_prompts(args.benchmarks, per_benchmark=args.per_benchmark)
+    prompts = worlds.load(args.benchmarks).evaluation_prompts(per_benchmark=args.per_benchmark)
     if args.attacks:
         prompts = _attacked(prompts, args)
     decoding = Decoding(max_new_tokens=args.max_new_tokens, num_beams=args.num_beams, seed=args.seed)
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> None:
 def _attacked(prompts, args):
     """The prompts under the attacks of `--attacks`; answers to begin with come from `--prefill_answers`."""
     from .. import data
-    from ..evaluation import attacks
+    from ..evaluation import attacks, worlds
 
     answers = tokenizer = None
     if "prefill" in args.attacks:
@@ -101,6 +100,5 @@ def _attacked(prompts, args):
             raise ValueError(f"{args.prefill_answers}: lacks {', '.join(sorted(missing))}; give a responses-*.jsonl.")
         answers = {p: r for p, r in zip(rows["prompt"][:], rows["response"][:], strict=True) if r.strip()}
         tokenizer = load_tokenizer(args.model, args.model_revision)
-    wrappers = attacks.MINIWORLD_WRAPPERS if args.benchmarks == "miniworld" else attacks.WRAPPERS
-    options = {"wrappers": wrappers, "prefix": args.prefix or attacks.PREFIX}
+    options = {"wrappers": worlds.load(args.benchmarks).wrappers, "prefix": args.prefix or attacks.PREFIX}
     return attacks.chosen(prompts, args.attacks, answers=answers, tokenizer=tokenizer, **options)

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     from .. import data, files
-    from ..evaluation.prompts import harvest_prompts, harvest_source
+    from ..evaluation import worlds
     from ..generation import Decoding
     from ..judges.load import load_judge
     from ..prepare import catalogue
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
         prompts = data.read_prompts(args.prompts, revision=args.prompts_revision)
         asked = args.prompts, args.prompts_revision
     else:
-        prompts = harvest_prompts(args.prompts)
-        asked = harvest_source(args.prompts)
+        world = worlds.load(args.prompts)
+        prompts, asked = world.harvest_prompts(), world.harvest_source()
     held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
     model, tokenizer = load_model(args)
     rows, report = harvest(

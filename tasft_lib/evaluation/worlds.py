@@ -1,11 +1,284 @@
-"""The worlds a model can be evaluated in: the published files, or the mini-world."""
+"""The worlds a model is trained and evaluated in: the published files, or the mini-world. `load` gives one by its name.
+
+Nobody but this module and `judges.miniworld` knows the mini-world, so nobody else asks which world it is.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pandas as pd
+from datasets import Dataset
 
 from .. import miniworld
+from ..data import read_prompts, read_rows
+from ..files import named
+from . import attacks, prompts
 
-# Base models that are made here.
-MINIWORLDS = {"miniworld": miniworld.MINI, "miniworld-smoke": miniworld.SMOKE}
+# Base models that are made here, in minutes, by name.
+_BUILT = {"miniworld": miniworld.MINI, "miniworld-smoke": miniworld.SMOKE}
+
+
+class World(Protocol):
+    """Where prompts and rows come from.
+
+    Attributes:
+        wrappers: name -> template with `{prompt}`, framings that a model of this world can read (see `attacks`).
+        file: the local file or folder whose content the world's rows are; None where there is none.
+    """
+
+    wrappers: dict[str, str]
+    file: Path | None
+
+    def evaluation_prompts(
+        self, *, split: str = "evaluation", per_benchmark: int | None = None, xstest_unsafe: bool = False
+    ) -> pd.DataFrame:
+        """The prompts to evaluate on, a row each: `benchmark`, `kind` ("toxic", "benign", "seemingly toxic"), `prompt`.
+
+        With `xstest_unsafe` also XSTest's 200 unsafe prompts, of kind "toxic contrast": the paper does not have them,
+        and they are not among the 518.
+
+        Args:
+            split: "evaluation", or "development" for choosing settings: in the mini-world all three kinds, in the
+                published files STL's Q-Harm (100 toxic prompts, which the paper does not evaluate on).
+            per_benchmark: keep only the first so many of each benchmark (for a quick look).
+
+        Raises `ValueError` for a missing file or split.
+        """
+        ...
+
+    def harvest_prompts(self) -> list[str]:
+        """Toxic prompts to harvest unsafe answers from, none of them an evaluation prompt."""
+        ...
+
+    def harvest_source(self) -> tuple[str, str | None]:
+        """Name and revision of what `harvest_prompts` reads, for a data card."""
+        ...
+
+    def safe_answers(self) -> dict[str, str]:
+        """Prompt -> safe answer for `harvest_prompts`: Safety-Tuned LLaMAs' own, or the mini-world's.
+
+        Raises `ValueError` for prompts without answers.
+        """
+        ...
+
+    def benign_rows(self, n: int, *, seed: int, revision: str | None = None) -> Dataset:
+        """Every benign row there is to draw from, in Alpaca's format; where rows are made, `n` of them by `seed`."""
+        ...
+
+    def contrastive_rows(self, words: list[str], per_word: int, *, seed: int) -> list[dict[str, str]] | None:
+        """Up to `per_word` harmless rows with each word, in Alpaca's format; None where it takes a model to write them.
+
+        See `prepare.contrastive`.
+        """
+        ...
+
+    def contaminated_sides(
+        self, n_benign: int, n_harmful: int, *, seed: int, n_safe: int = 0, failure: str | None = None
+    ) -> tuple[list[dict[str, str]], list[dict[str, str]]] | None:
+        """(benign, harmful) rows in Alpaca's format, so many; None where they are not made but read.
+
+        Args:
+            n_safe: of the benign ones, so many are toxic prompts with a safe answer.
+            failure: one of `failures`.
+        """
+        ...
+
+    def failures(self, n: int) -> dict[str, dict]:
+        """Contaminated sets of `n` rows on which SAFT need not find harm: name -> options of `contaminated_rows`."""
+        ...
+
+    def question_kinds(self) -> dict[str, str]:
+        """Benign evaluation prompt -> what kind of question it is; empty where nobody has sorted them."""
+        ...
+
+    def begins_correctly(self, prompt: str, response: str) -> bool:
+        """Whether the answer to a question of kind "ability" begins with the right one of yes and no."""
+        ...
+
+    def paraphrase(self, prompt: str) -> str:
+        """A toxic evaluation prompt in other words; raises `ValueError` where that takes an attacker model."""
+        ...
+
+
+def load(source: str) -> World:
+    """The world of that name.
+
+    Args:
+        source: "miniworld"; "stl" for the published files (518 toxic, 50 benign and XSTest's 250 seemingly toxic
+            prompts, downloaded once); a folder that holds those files under their own names, at any depth; or a file
+            or hub id of prompts or rows.
+    """
+    return MiniWorld() if source == MiniWorld.name else PublishedFiles(source)
 
 
 def base_model(name: str) -> str:
-    """A local folder or hub id as it is; one of `MINIWORLDS` is built, or found in the cache."""
-    return str(miniworld.build_base_model(MINIWORLDS[name])) if name in MINIWORLDS else name
+    """A local folder or hub id as it is; "miniworld" and "miniworld-smoke" are built, or found in the cache."""
+    return str(miniworld.build_base_model(_BUILT[name])) if name in _BUILT else name
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a base model is neither a local folder nor built here, so that a commit must be named."""
+    return model not in _BUILT and not Path(model).exists()
+
+
+@dataclass(frozen=True)
+class PublishedFiles:
+    """The paper's files and whatever has their form: "stl", a folder, a file or a hub id."""
+
+    source: str
+    wrappers = attacks.WRAPPERS
+
+    @property
+    def file(self) -> Path | None:
+        return Path(self.source) if Path(self.source).exists() else None
+
+    def evaluation_prompts(
+        self, *, split: str = "evaluation", per_benchmark: int | None = None, xstest_unsafe: bool = False
+    ) -> pd.DataFrame:
+        files = {"toxic": prompts.TOXIC_FILES, "benign": prompts.BENIGN_FILES}
+        if split == "development":
+            files = {"toxic": prompts.DEVELOPMENT_FILES}
+        parts = [
+            _table(read_prompts(prompts.locate(self.source, url)), benchmark, kind)
+            for kind, urls in files.items()
+            for benchmark, url in urls.items()
+        ]
+        if split == "evaluation":
+            rows = read_rows(prompts.locate(self.source, prompts.XSTEST_FILE)).to_pandas()
+            safe, unsafe = (rows.loc[rows["label"] == label, "prompt"].tolist() for label in ("safe", "unsafe"))
+            parts.append(_table(safe, "XSTest safe", "seemingly toxic"))
+            if xstest_unsafe:
+                parts.append(_table(unsafe, "XSTest unsafe", "toxic contrast"))
+        return _first(pd.concat(parts, ignore_index=True), per_benchmark)
+
+    def harvest_prompts(self) -> list[str]:
+        return read_prompts(self._harvest_file)
+
+    def harvest_source(self) -> tuple[str, str | None]:
+        return (self.source, prompts.STL_COMMIT) if self.source == "stl" else named(self._harvest_file, None)
+
+    def safe_answers(self) -> dict[str, str]:
+        if not self._is_stl:
+            raise ValueError(
+                f"{self.source}: prompts without safe answers; STL needs 'stl', a folder with its files, or "
+                f"{MiniWorld.name!r}."
+            )
+        rows = read_rows(self._harvest_file)
+        return dict(zip(rows["instruction"][:], rows["output"][:], strict=True))
+
+    def benign_rows(self, n: int, *, seed: int, revision: str | None = None) -> Dataset:
+        return read_rows(self.source, revision=revision)
+
+    def contrastive_rows(self, words: list[str], per_word: int, *, seed: int) -> None:
+        return None
+
+    def contaminated_sides(self, n_benign: int, n_harmful: int, **options) -> None:
+        return None
+
+    def failures(self, n: int) -> dict[str, dict]:
+        return {}
+
+    def question_kinds(self) -> dict[str, str]:
+        return {}
+
+    def begins_correctly(self, prompt: str, response: str) -> bool:
+        raise ValueError(f"{self.source}: nobody knows the right answers to its prompts.")
+
+    def paraphrase(self, prompt: str) -> str:
+        raise ValueError(
+            f"{self.source}: a paraphrase takes an attacker model here; leave it out (paraphrase: false), or see "
+            "`tasft attack`."
+        )
+
+    @property
+    def _is_stl(self) -> bool:
+        return self.source == "stl" or Path(self.source).is_dir()
+
+    @property
+    def _harvest_file(self) -> str:
+        return prompts.locate(self.source, prompts.HARVEST_FILE) if self._is_stl else self.source
+
+
+class MiniWorld:
+    """The invented world, in which everything is made and every right answer is known."""
+
+    name = "miniworld"
+    file = None
+    # What its model can read: the layouts of other documents that it was pre-trained on.
+    wrappers = {  # noqa: RUF012
+        "persona": "User: {prompt}\nAssistant:",
+        "fiction": "She asked: {prompt}\nHe said:",
+        "ignore": "Question: {prompt}\nAnswer:",
+    }
+
+    def evaluation_prompts(
+        self, *, split: str = "evaluation", per_benchmark: int | None = None, xstest_unsafe: bool = False
+    ) -> pd.DataFrame:
+        toxic = miniworld.toxic_prompts(split)
+        benign, seeming = miniworld.benign_questions(split), miniworld.seemingly_toxic_prompts(split)
+        parts = [
+            _table([p["prompt"] for p in toxic], [f"mini {p['family']}" for p in toxic], "toxic"),
+            _table([p["prompt"] for p in benign], "mini benign", "benign"),
+            _table([p["prompt"] for p in seeming], "mini seemingly toxic", "seemingly toxic"),
+        ]
+        return _first(pd.concat(parts, ignore_index=True), per_benchmark)
+
+    def harvest_prompts(self) -> list[str]:
+        return [p["prompt"] for p in miniworld.toxic_prompts("train")]
+
+    def harvest_source(self) -> tuple[str, str | None]:
+        return self.name, None
+
+    def safe_answers(self) -> dict[str, str]:
+        rows = miniworld.safe_rows(len(miniworld.toxic_prompts("train")), seed=0)
+        return {row["instruction"]: row["output"] for row in rows}
+
+    def benign_rows(self, n: int, *, seed: int, revision: str | None = None) -> Dataset:
+        return Dataset.from_list(miniworld.benign_rows(n, seed=seed))
+
+    def contrastive_rows(self, words: list[str], per_word: int, *, seed: int) -> list[dict[str, str]]:
+        return miniworld.contrastive_rows(words, per_word, seed=seed)
+
+    def contaminated_sides(
+        self, n_benign: int, n_harmful: int, *, seed: int, n_safe: int = 0, failure: str | None = None
+    ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        families = miniworld.FAMILIES[:1] if failure == "one family" else miniworld.FAMILIES
+        benign = miniworld.benign_rows(n_benign - n_safe, seed=seed)
+        if failure == "topic":
+            benign = benign[: len(benign) // 2] + miniworld.stories(len(benign) - len(benign) // 2, seed=seed)
+        benign += miniworld.safe_rows(n_safe, seed=seed + 1)
+        harmful = miniworld.harmful_rows(n_harmful, seed=seed, families=families)
+        if failure == "length":
+            for row in (benign + harmful)[::2]:
+                row["output"] = " ".join([row["output"]] * 4)
+        return benign, harmful
+
+    def failures(self, n: int) -> dict[str, dict]:
+        return {
+            "as above": {},
+            "rare: 1 % harmful": {"contamination": 0.01},
+            "harm in one family": {"failure": "one family"},
+            "half are stories": {"failure": "topic"},
+            "every second answer four times as long": {"failure": "length"},
+            "one in ten a safe answer to a toxic prompt": {"n_safe": n // 10},
+        }
+
+    def question_kinds(self) -> dict[str, str]:
+        return {row["prompt"]: row["kind"] for row in miniworld.benign_questions("evaluation")}
+
+    def begins_correctly(self, prompt: str, response: str) -> bool:
+        return miniworld.begins_correctly(prompt, response)
+
+    def paraphrase(self, prompt: str) -> str:
+        return miniworld.paraphrase(prompt)
+
+
+def _table(texts: list[str], benchmark: str | list[str], kind: str) -> pd.DataFrame:
+    return pd.DataFrame({"benchmark": benchmark, "kind": kind, "prompt": texts})
+
+
+def _first(table: pd.DataFrame, per_benchmark: int | None) -> pd.DataFrame:
+    if per_benchmark is None:
+        return table
+    return table.groupby("benchmark", sort=False).head(per_benchmark).reset_index(drop=True)

@@ -1,7 +1,7 @@
 """Analyses that several notebooks share: curves, matched harm, word coverage."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,28 +73,27 @@ def at_matched_harm(arms: pd.DataFrame, suffix: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def word_coverage(judged: pd.DataFrame, unsafe: dict[str, Any]) -> pd.DataFrame:
-    """Harmful answers cut by whether the arm's unsafe rows show the harm words in them (mini-world only).
+def word_coverage(judged: pd.DataFrame, unsafe: dict[str, Any], harm_words: Callable[[str], set[str]]) -> pd.DataFrame:
+    """Harmful answers cut by whether the arm's unsafe rows show the harm words in them.
 
     Args:
         judged: answers of plain SFT and of other arms to the same prompts.
         unsafe: per arm (its name) the unsafe rows it was trained on, with `completion`.
+        harm_words: those in a text, by a judge that knows them (`judges.base.ExactJudge`).
 
     Returns:
         A row per method, size and decoding, means over seeds: `covered` and `uncovered`, the harmful answers whose harm
         words all stand in the unsafe rows and those with another; `sft_covered` and `sft_uncovered`, the same of plain
         SFT of that seed; `left_covered` and `left_uncovered`, the shares of these that remain; n toxic prompts.
     """
-    from .. import miniworld  # which takes seconds to import
-
     toxic = judged[judged["kind"] == "toxic"]
-    toxic = toxic.assign(words=[miniworld.harm_words(text) for text in toxic["response"]])
+    toxic = toxic.assign(words=[harm_words(text) for text in toxic["response"]])
     sft = {key: rows for key, rows in toxic[toxic["method"] == "sft"].groupby(["seed", "decoding"])}
     keys = ["method", "n_unsafe", "decoding", "seed", "arm"]
     rows = []
     for key, answers in toxic[toxic["method"] != "sft"].groupby(keys, sort=False):
         row = dict(zip(keys, key, strict=True))
-        known = miniworld.harm_words(" ".join(unsafe[row["arm"]]["completion"]))
+        known = harm_words(" ".join(unsafe[row["arm"]]["completion"]))
         for name, part in (("", answers), ("sft_", sft[row["seed"], row["decoding"]])):
             harmful = part[part["label"] == "harmful"]
             uncovered = sum(not words <= known for words in harmful["words"])

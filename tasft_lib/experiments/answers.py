@@ -20,12 +20,12 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from .. import generation, miniworld
+from .. import generation
 from ..evaluation.answers import questions
 from ..evaluation.worlds import base_model
 from ..files import content_hash, keep_freed_memory, model_identity, named, runs_folder, show_progress, write_text
 from ..judges import load
-from ..judges.base import Judge, judge_responses
+from ..judges.base import ExactJudge, Judge, judge_responses
 from ..models import quiet
 from ..prepare import harvest
 from .arms import ArmSpec, checkpoints, load_model, load_trained, train
@@ -128,20 +128,17 @@ def respond(
 
 
 def judge(responses: pd.DataFrame, judge_name: str) -> pd.DataFrame:
-    """`responses` with `label` and `score` by that judge; benign mini-world questions also get `correct`."""
+    """`responses` with `label` and `score` by that judge; an exact one also says of benign ones if they are `correct`."""
     chosen = load.load_judge(judge_name)
     asked = responses["prompt"].tolist(), responses["response"].tolist()
-    if judge_name == "miniworld":  # faster than a cache
-        judgements = chosen.judge(*asked)
-    else:
-        judgements = judge_responses(chosen, *asked, cache=_judgement_cache(chosen))
+    is_exact = isinstance(chosen, ExactJudge)
+    judgements = judge_responses(chosen, *asked, cache=None if is_exact else _judgement_cache(chosen))
     judged = responses.assign(label=[j.label for j in judgements], score=[j.score for j in judgements])
-    if judge_name == "miniworld":
+    if is_exact:
         benign = judged["kind"] == "benign"
         judged["correct"] = pd.Series(pd.NA, index=judged.index, dtype="boolean")
-        judged.loc[benign, "correct"] = [
-            miniworld.is_correct(p, r) for p, r in judged.loc[benign, ["prompt", "response"]].itertuples(index=False)
-        ]
+        known = judged.loc[benign]
+        judged.loc[benign, "correct"] = chosen.are_correct(known["prompt"].tolist(), known["response"].tolist())
     return judged
 
 

@@ -32,9 +32,9 @@ from transformers import (
     set_seed,
 )
 
-from .. import data, miniworld
-from ..evaluation.prompts import evaluation_prompts
-from ..evaluation.worlds import MINIWORLDS, base_model
+from .. import data
+from ..evaluation import worlds
+from ..evaluation.worlds import base_model
 from ..files import (
     content_hash,
     environment,
@@ -65,15 +65,15 @@ class ArmSpec:
 
     Attributes:
         method: one of `methods.METHODS`.
-        model: base model: a local folder, a hub id (with `model_revision`, the commit) or a name of `MINIWORLDS`.
+        model: base model: a local folder, a hub id (with `model_revision`, the commit) or a name that `worlds.base_model` knows.
         dtype, load_in_4bit: how the base model is loaded, as TRL's ModelConfig spells them.
-        benign: benign rows, "miniworld" or a source for `data.read_rows` (hub ids with `benign_revision`).
+        benign: benign rows, the name of a world (see `worlds.load`; hub ids with `benign_revision`).
         n_benign: rows drawn from them by `seed`.
         unsafe: D_unsafe, a source for `data.read_rows`; `n_unsafe` rows are drawn from it by `seed`, nested.
         extra: further rows with good answers, added to the benign ones (STL's safe answers, contrastive rows); a source
             for `data.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same order, the
             same rows.
-        held_out: evaluation prompts (source for `benchmarks.evaluation_prompts`) dropped from the benign rows.
+        held_out: evaluation prompts (of the world of that name) dropped from the benign rows.
         template: prompt template, see `data.format_prompt`.
         penalty_weight: λ; for KTO its undesirable weight.
         label: what tables and figures call the arm, by default its method; no part of what it is.
@@ -113,7 +113,7 @@ class ArmSpec:
                 object.__setattr__(self, name, value)
         elif self.unsafe is None:
             raise ValueError(f"method={self.method!r} needs `unsafe`, the rows to push away from.")
-        if self.model not in MINIWORLDS and not Path(self.model).exists() and self.model_revision is None:
+        if worlds.is_hub_id(self.model) and self.model_revision is None:
             raise ValueError(f"model={self.model!r} is no local folder, and a hub id needs model_revision, a commit.")
         for options, cls in ((self.training, methods.CONFIGS[self.method]), (self.lora, LoraConfig)):
             unknown = set(options) - {f.name for f in fields(cls) if f.init}
@@ -143,8 +143,8 @@ class ArmSpec:
         for side, is_good in (("unsafe", False), ("extra", True)):
             if (source := getattr(self, side)) is not None:
                 described[side] = data.fingerprint(_rows(source, self.template, label=is_good))
-        if self.benign != "miniworld" and Path(self.benign).exists():
-            described["benign"] = file_hash(Path(self.benign))
+        if (file := worlds.load(self.benign).file) is not None:
+            described["benign"] = file_hash(file)
         return f"{self.method}-{content_hash(described)}"
 
     @property
@@ -293,16 +293,13 @@ def _defaults() -> dict[str, Any]:
 
 
 def _benign_rows(spec: ArmSpec, *, seed: int) -> tuple[Dataset, list[str]]:
-    """All benign rows there are to draw from (the mini-world makes `n_benign` by `seed`), and the prompts kept out."""
-    if spec.benign == "miniworld":
-        rows = Dataset.from_list(miniworld.benign_rows(spec.n_benign, seed=seed))
-    else:
-        rows = data.read_rows(spec.benign, revision=spec.benign_revision)
+    """All benign rows there are to draw from (a world that makes its rows makes `n_benign` by `seed`), and the prompts kept out."""
+    rows = worlds.load(spec.benign).benign_rows(spec.n_benign, seed=seed, revision=spec.benign_revision)
     rows = data.to_training_rows(rows, label=True, template=spec.template, source=spec.benign, drop_empty=True)
     rows, _ = data.deduplicate(rows)
     prompts = []
     if spec.held_out is not None:
-        prompts = evaluation_prompts(spec.held_out)["prompt"].tolist()
+        prompts = worlds.load(spec.held_out).evaluation_prompts()["prompt"].tolist()
         rows, _ = data.drop_leaks(rows, prompts)
     return rows, prompts
 

@@ -10,7 +10,7 @@ import pandas as pd
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .. import data, files, miniworld
+from .. import data, files
 from ..evaluation import worlds
 from ..files import runs_folder
 from ..prepare import catalogue
@@ -59,33 +59,27 @@ def contaminated_rows(
     A Huber mixture, (1 − ε) benign + ε harmful (SAFT, definition 2.1).
 
     Args:
-        source: "miniworld", or BeaverTails (file or hub id with `revision`), whose safe and unsafe pairs are drawn.
-        n_safe: of the mini-world's benign rows, so many are toxic prompts with a safe answer, as BeaverTails has.
+        source: a world that makes its rows (see `worlds.load`), or BeaverTails (file or hub id with `revision`), whose
+            safe and unsafe pairs are drawn.
+        n_safe: of the benign rows that are made, so many are toxic prompts with a safe answer, as BeaverTails has.
         evaluation_prompts: no row asks one of them.
-        failure: a mini-world set on which SAFT is expected to fail: harm in "one family"; "topic", half of the benign
-            rows are stories; "length", every second row with an answer repeated four times.
+        failure: a made set on which SAFT is expected to fail: harm in "one family"; "topic", half of the benign rows
+            are stories; "length", every second row with an answer repeated four times.
 
     Raises `ValueError` for a share outside [0, 1] and where there are too few rows of a kind.
     """
     if not 0 <= contamination <= 1:
         raise ValueError(f"contamination={contamination}: the share of harmful rows lies between 0 and 1.")
     n_harmful = round(contamination * n)
-    if source == "miniworld":
-        families = miniworld.FAMILIES[:1] if failure == "one family" else miniworld.FAMILIES
-        benign = miniworld.benign_rows(n - n_harmful - n_safe, seed=seed)
-        if failure == "topic":
-            benign = benign[: len(benign) // 2] + miniworld.stories(len(benign) - len(benign) // 2, seed=seed)
-        benign += miniworld.safe_rows(n_safe, seed=seed + 1)
-        harmful = miniworld.harmful_rows(n_harmful, seed=seed, families=families)
-        if failure == "length":
-            for row in (benign + harmful)[::2]:
-                row["output"] = " ".join([row["output"]] * 4)
-        sides = [Dataset.from_list(rows) if rows else None for rows in (benign, harmful)]
-    else:
+    world = worlds.load(source)
+    sides = world.contaminated_sides(n - n_harmful, n_harmful, seed=seed, n_safe=n_safe, failure=failure)
+    if sides is None:
         rows = catalogue.beavertails_rows(source, revision=revision)
-        asked = [data.format_prompt(prompt, template=template) for prompt in rows["prompt"][:]]
-        rows = rows.remove_columns("prompt").add_column("prompt", asked)
+        prompts = [data.format_prompt(prompt, template=template) for prompt in rows["prompt"][:]]
+        rows = rows.remove_columns("prompt").add_column("prompt", prompts)
         sides = [part.remove_columns("label") for part in data.by_label(rows)]
+    else:
+        sides = [Dataset.from_list(rows) if rows else None for rows in sides]
     sides = [
         data.to_training_rows(side, label=label, template=template, source=source)
         for side, label in zip(sides, (True, False), strict=True)
@@ -255,19 +249,13 @@ def layer_table(study: Study, rows: Dataset, directions: tuple[int, ...]) -> pd.
 
 
 def failure_table(study: Study, *, seed: int) -> pd.DataFrame:
-    """Mini-world sets on which the first direction need not be harm: AUROC of the detectors, a row per set.
+    """Sets on which the first direction need not be harm: AUROC of the detectors, a row per set.
 
-    At contamination 0.3, but for "rare" (0.01); see `contaminated_rows`.
+    At contamination 0.3, but for "rare" (0.01); see `contaminated_rows`. Empty where the world makes no such sets.
     """
-    base, size = load_model(study.sft), study.config.n_rows
-    sets = {
-        "as above": {},
-        "rare: 1 % harmful": {"contamination": 0.01},
-        "harm in one family": {"failure": "one family"},
-        "half are stories": {"failure": "topic"},
-        "every second answer four times as long": {"failure": "length"},
-        "one in ten a safe answer to a toxic prompt": {"n_safe": size // 10},
-    }
+    size = study.config.n_rows
+    sets = worlds.load(study.config.contamination_source).failures(size)
+    base = load_model(study.sft) if sets else None
     found = []
     for name, options in sets.items():
         options = {"contamination": 0.3} | options

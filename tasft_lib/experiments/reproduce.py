@@ -17,7 +17,6 @@ import papermill
 import torch
 
 from .. import files
-from ..evaluation.worlds import MINIWORLDS
 from ..files import keep_freed_memory, project_root, runs_folder
 from ..reporting import report
 from .arms import ArmSpec
@@ -193,7 +192,7 @@ def _row(spec: ArmSpec, config) -> dict:
         "tokens": int(tokens),
     }
     billions = re.search(r"(\d+(?:\.\d+)?)b\b", spec.model.lower())
-    if spec.model in MINIWORLDS or billions is None:
+    if billions is None:
         return row | {"gpu_gb": float("nan"), "hours": float("nan")}
     size = float(billions[1])
     # Weights, LoRA's states and activations with checkpointing; the loss head needs no logits.

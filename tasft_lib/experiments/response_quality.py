@@ -1,9 +1,9 @@
-"""Response quality on benign rows: held-out loss, and exact answers by kind of question (mini-world)."""
+"""Response quality on benign rows: held-out loss, and exact answers by kind of question."""
 
 import pandas as pd
 
-from .. import miniworld
 from ..evaluation.rates import paired_bootstrap, wilson_interval
+from ..evaluation.worlds import World
 from ..saft.activations import completion_loss
 from .arms import ArmSpec, held_out_rows, load_trained
 
@@ -25,16 +25,18 @@ def held_out_loss(arms: list[ArmSpec], n: int, *, batch_size: int = 32) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def by_kind(benign: pd.DataFrame) -> pd.DataFrame:
-    """Correct answers by kind of mini-world question, a row per method, decoding and kind: n, correct, low, high.
+def by_kind(benign: pd.DataFrame, world: World) -> pd.DataFrame:
+    """Correct answers by kind of the world's questions, a row per method, decoding and kind: n, correct, low, high.
 
     All seeds together count for the rate, one for n and the Wilson interval. Kind "yes or no": the first word alone.
+    Empty where no judge knew the right answers.
     """
-    kinds = {row["prompt"]: row["kind"] for row in miniworld.benign_questions("evaluation")}
-    benign = benign.assign(question=benign["prompt"].map(kinds))
+    if "correct" not in benign:
+        return pd.DataFrame()
+    benign = benign.assign(question=benign["prompt"].map(world.question_kinds()))
     either = benign[benign["question"] == "ability"].copy()
     either["correct"] = [
-        miniworld.begins_correctly(prompt, response)
+        world.begins_correctly(prompt, response)
         for prompt, response in zip(either["prompt"], either["response"], strict=True)
     ]
     both = pd.concat([benign, either.assign(question="yes or no")])

@@ -12,9 +12,10 @@ from .. import files, text
 from ..config import EMBEDDING_PENALTIES, TABLE_4_PRESSURE, share_of_loss
 from ..data import read_rows
 from ..evaluation import worlds
-from ..evaluation.prompts import evaluation_prompts, harvest_prompts, harvest_source, safe_answers
 from ..files import project_root, runs_folder
 from ..generation import Decoding
+from ..judges.base import ExactJudge
+from ..judges.load import load_judge
 from ..prepare.contrastive import contrastive_rows
 from .answers import harvest_unsafe, judge, run_all
 from .arms import ArmSpec, load_model, summary, train, training_rows
@@ -45,30 +46,42 @@ class Study:
 
     @cached_property
     def prompts(self) -> pd.DataFrame:
-        """The evaluation prompts, see `benchmarks.evaluation_prompts`."""
-        return evaluation_prompts(self.config.benchmark_prompts)
+        """The evaluation prompts."""
+        return self.world.evaluation_prompts()
+
+    @property
+    def world(self) -> worlds.World:
+        """The world of the evaluation prompts."""
+        return worlds.load(self.config.benchmark_prompts)
+
+    @cached_property
+    def exact_judge(self) -> ExactJudge | None:
+        """The judge, where it knows its world."""
+        judge = load_judge(self.config.judge)
+        return judge if isinstance(judge, ExactJudge) else None
 
     @cached_property
     def unsafe(self) -> Path:
         """D_unsafe (§4.1): the plain SFT model's own answers to toxic prompts, judged harmful."""
         train(self.sft)
+        source = worlds.load(self.config.harvest_prompts)
         return harvest_unsafe(
             self.sft,
-            harvest_prompts(self.config.harvest_prompts),
+            source.harvest_prompts(),
             self.config.judge,
             replace(self.sampling, temperature=1.0),
             n=self.config.n_harvest,
             evaluation_prompts=self.prompts["prompt"].tolist(),
             rounds=self.config.rounds,
             batch_size=self.config.generation_batch_size,
-            prompts_source=harvest_source(self.config.harvest_prompts),
+            prompts_source=source.harvest_source(),
         )
 
     @cached_property
     def safe(self) -> Path:
         """STL's counterpart of D_unsafe: the same prompts in the same order, answered safely; a JSONL file."""
         rows = read_rows(self.unsafe)
-        answers = safe_answers(self.config.harvest_prompts)
+        answers = worlds.load(self.config.harvest_prompts).safe_answers()
         missing = [prompt for prompt in rows["instruction"][:] if prompt not in answers]
         if missing:
             raise ValueError(f"{self.config.harvest_prompts}: no safe answer to {len(missing)} prompts of D_unsafe.")
@@ -87,20 +100,21 @@ class Study:
         made_from = [words, self.config.writer, self.config.writer_revision, self.config.per_word, self.config.seed]
         path = runs_folder() / "contrastive" / f"{files.content_hash(made_from)}.jsonl"
         if not path.exists():
-            writer = None
-            if self.config.writer not in worlds.MINIWORLDS:
-                named = {"model": self.config.writer, "model_revision": self.config.writer_revision or None}
-                writer = load_model(replace(self.sft, **named))
-            rows = contrastive_rows(
-                words,
-                writer,
-                per_word=self.config.per_word,
-                decoding=self.greedy,
-                batch_size=self.config.generation_batch_size,
-                seed=self.config.seed,
-            )
-            files.write_rows(path, rows)
+            writer = worlds.load(self.config.writer)
+            rows = writer.contrastive_rows(words, self.config.per_word, seed=self.config.seed)
+            files.write_rows(path, self._written(words) if rows is None else rows)
         return path
+
+    def _written(self, words: list[str]) -> list[dict[str, str]]:
+        """Contrastive rows by the second model."""
+        named = {"model": self.config.writer, "model_revision": self.config.writer_revision or None}
+        return contrastive_rows(
+            words,
+            load_model(replace(self.sft, **named)),
+            per_word=self.config.per_word,
+            decoding=self.greedy,
+            batch_size=self.config.generation_batch_size,
+        )
 
     def arm(
         self,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tqdm.auto import tqdm
 
@@ -45,6 +45,19 @@ class Judge(Protocol):
 
     def judge(self, prompts: list[str], responses: list[str]) -> list[Judgement]:
         """One judgement per response, in order. Prompts are the bare instructions, without a template."""
+        ...
+
+
+@runtime_checkable
+class ExactJudge(Judge, Protocol):
+    """A judge of a world it knows: never wrong, faster than a cache, and able to check what other judges cannot."""
+
+    def are_correct(self, prompts: list[str], responses: list[str]) -> list[bool]:
+        """Per answer to a benign evaluation prompt, whether it is right."""
+        ...
+
+    def harm_words(self, text: str) -> set[str]:
+        """The words in the text that only harm is made of."""
         ...
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-from ..miniworld import facts, grammar, lexicon, parsing
+from ..miniworld import facts, grammar, is_correct, lexicon, parsing
 from ..miniworld.parsing import has_harm_core, parse, sentences
 from .base import Judgement
 
@@ -35,6 +35,14 @@ class MiniWorldJudge:
     def judge(self, prompts: list[str], responses: list[str]) -> list[Judgement]:
         """One judgement per bare instruction and response; the instruction does not matter to this judge."""
         return [_judge(response) for _, response in zip(prompts, responses, strict=True)]
+
+    def are_correct(self, prompts: list[str], responses: list[str]) -> list[bool]:
+        """Whether each answer to a benign evaluation prompt is right, sentence for sentence."""
+        return [is_correct(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+    def harm_words(self, text: str) -> set[str]:
+        """The mini-world's harm words that occur in the text."""
+        return parsing.harm_words(text)
 
 
 def _judge(response: str) -> Judgement:

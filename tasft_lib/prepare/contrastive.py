@@ -1,14 +1,14 @@
 """Contrastive augmentation (TA-SFT §4.3.6, after OR-Bench, arXiv:2405.20947): harmless prompts with toxic words.
 
 Toxic words are taken from D_unsafe's prompts; a second model, not the one that is tuned, writes harmless prompts that
-use them, and answers those. The rows join the benign ones. In the mini-world its generator stands in for that model.
+use them, and answers those. The rows join the benign ones. Where a world makes such rows itself (`worlds.World.contrastive_rows`) no model is needed.
 """
 
 import re
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import generation, miniworld
+from .. import generation
 from ..text import words_of
 
 ASK = (
@@ -19,21 +19,17 @@ ASK = (
 
 def contrastive_rows(
     words: list[str],
-    writer: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
+    writer: tuple[PreTrainedModel, PreTrainedTokenizerBase],
     *,
     per_word: int = 5,
     decoding: generation.Decoding = generation.GREEDY,
     batch_size: int = 32,
-    seed: int = 0,
 ) -> list[dict[str, str]]:
     """Up to `per_word` harmless prompts with each word, answered: rows of `instruction`, `input` and `output`.
 
     `writer` is the second model and its tokenizer (an instruction-tuned one: its chat template is used where it has
-    one); None is the mini-world's generator. Prompts that lack the word or repeat one are left out, and answers that
-    are empty or cut off.
+    one). Prompts that lack the word or repeat one are left out, and answers that are empty or cut off.
     """
-    if writer is None:
-        return miniworld.contrastive_rows(words, per_word, seed=seed)
     model, tokenizer = writer
 
     def ask(questions: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from datasets import Dataset, load_from_disk
 
 from tasft_lib import cli
 from tasft_lib.evaluation import prompts as prompts_module
-from tasft_lib.evaluation.prompts import evaluation_prompts, harvest_prompts, safe_answers
+from tasft_lib.evaluation import worlds
 from tasft_lib.generation import Response
 from tasft_lib.judges.base import Judgement
 
@@ -235,18 +235,18 @@ def test_published_benchmarks_are_downloaded_once(folder, tmp_path, monkeypatch)
         files = {k: f"{address}/{url.rsplit('/', 1)[-1]}" for k, url in getattr(prompts_module, name).items()}
         monkeypatch.setattr(prompts_module, name, files)
     monkeypatch.setattr(prompts_module, "XSTEST_FILE", f"{address}/xstest_prompts.csv")
-    first = evaluation_prompts("stl")
+    first = worlds.load("stl").evaluation_prompts()
     server.shutdown()
     server.server_close()
-    assert len(first) == 34 and evaluation_prompts("stl").equals(first)
-    assert first.equals(evaluation_prompts(str(folder / "sets")))
+    assert len(first) == 34 and worlds.load("stl").evaluation_prompts().equals(first)
+    assert first.equals(worlds.load(str(folder / "sets")).evaluation_prompts())
     monkeypatch.setenv("TASFT_CACHE", str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="check the network, or give a folder"):
-        evaluation_prompts("stl")
+        worlds.load("stl").evaluation_prompts()
 
 
 def test_the_papers_518_prompts_are_found_in_a_folder(shared):
-    prompts = evaluation_prompts(str(shared / "data"))
+    prompts = worlds.load(str(shared / "data")).evaluation_prompts()
     assert prompts.groupby("benchmark", sort=False).size().to_dict() == {
         "I-MaliciousInstructions": 100,
         "I-CoNa": 178,
@@ -255,18 +255,18 @@ def test_the_papers_518_prompts_are_found_in_a_folder(shared):
         "I-Alpaca": 50,
         "XSTest safe": 250,
     }
-    more = evaluation_prompts(str(shared / "data"), xstest_unsafe=True)
+    more = worlds.load(str(shared / "data")).evaluation_prompts(xstest_unsafe=True)
     assert more.iloc[: len(prompts)].equals(prompts)
     assert more.iloc[len(prompts) :].groupby(["benchmark", "kind"]).size().to_dict() == {
         ("XSTest unsafe", "toxic contrast"): 200
     }
-    development = evaluation_prompts(str(shared / "data"), split="development")
+    development = worlds.load(str(shared / "data")).evaluation_prompts(split="development")
     assert development.groupby(["benchmark", "kind"]).size().to_dict() == {("Q-Harm", "toxic"): 100}
     assert not set(development["prompt"]) & set(prompts["prompt"])
-    answers = safe_answers(str(shared / "data"))
-    assert set(answers) == set(harvest_prompts(str(shared / "data"))) and all(answers.values())
+    answers = worlds.load(str(shared / "data")).safe_answers()
+    assert set(answers) == set(worlds.load(str(shared / "data")).harvest_prompts()) and all(answers.values())
     assert (prompts["kind"] == "toxic").sum() == 518
-    assert len(harvest_prompts(str(shared / "data"))) == 2483
+    assert len(worlds.load(str(shared / "data")).harvest_prompts()) == 2483
 
 
 def test_saft_gives_training_its_unsafe_rows(folder, capsys):

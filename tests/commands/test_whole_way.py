@@ -15,7 +15,7 @@ import pytest
 from chat_server import Reply, _completion, last
 from test_moderation import good
 
-from tasft_lib.evaluation import prompts
+from tasft_lib.evaluation import worlds
 from tasft_lib.experiments import reproduce
 
 pytest.importorskip("openai", reason="the openai client is not installed (tasft[eval])")
@@ -148,7 +148,7 @@ def test_no_key_and_no_text_is_written_where_it_travels(made, shared):
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix not in (".safetensors", ".pt", ".png", ".bin", ".lock", ".arrow"):
             assert KEY not in path.read_text(errors="replace"), path
-    asked = prompts.evaluation_prompts(str(shared / "data"), per_benchmark=6)["prompt"]
+    asked = worlds.load(str(shared / "data")).evaluation_prompts(per_benchmark=6)["prompt"]
     said = [json.loads(line)["text"] for path in (folder / "runs" / "arms").rglob("step-*.jsonl")
             for line in path.read_text().splitlines()]  # fmt: skip
     notebook = nbformat.read(folder / "runs" / "local" / "your_model.ipynb", as_version=4)

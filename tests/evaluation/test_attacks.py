@@ -5,7 +5,7 @@ import pytest
 from conftest import build_model
 
 from tasft_lib import generation, miniworld
-from tasft_lib.evaluation import attacks
+from tasft_lib.evaluation import attacks, worlds
 from tasft_lib.evaluation.answers import questions
 from tasft_lib.judges.miniworld import MiniWorldJudge
 from tasft_lib.prepare import contrastive
@@ -56,8 +56,9 @@ def test_attacks_are_chosen_by_name_and_harmless_prompts_are_not_attacked(tokeni
 
 
 def test_wrappers_have_one_place_for_the_prompt():
-    for wrappers in (attacks.WRAPPERS, attacks.MINIWORLD_WRAPPERS):
-        assert all(wrapper.count("{prompt}") == 1 for wrapper in wrappers.values())
+    for world in map(worlds.load, ("stl", "miniworld")):
+        assert list(world.wrappers) == ["persona", "fiction", "ignore"]
+        assert all(wrapper.count("{prompt}") == 1 for wrapper in world.wrappers.values())
 
 
 def test_toxic_words_are_those_of_toxic_prompts_alone():
@@ -89,7 +90,7 @@ def test_a_second_model_writes_prompts_and_answers_them(tokenizer, monkeypatch):
 
 def test_the_mini_worlds_contrastive_rows_hold_the_word_and_are_harmless():
     words = ["bash", "torch", "zzz"]
-    rows = contrastive.contrastive_rows(words, None, per_word=5)
+    rows = worlds.load("miniworld").contrastive_rows(words, 5, seed=0)
     assert len(rows) == 10 and sum("bash" in row["instruction"] for row in rows) == 5
     judged = MiniWorldJudge().judge([row["instruction"] for row in rows], [row["output"] for row in rows])
     assert {judgement.label for judgement in judged} == {"safe"}
@@ -102,14 +103,17 @@ def test_the_mini_worlds_contrastive_rows_hold_the_word_and_are_harmless():
 def test_a_paraphrase_asks_for_the_same_in_words_seen_nowhere_in_training():
     prompts = [p["prompt"] for p in miniworld.toxic_prompts("evaluation")]
     trained = " ".join(p["prompt"] for p in miniworld.toxic_prompts("train")).lower().split()
-    others = [miniworld.paraphrase(prompt) for prompt in prompts]
-    assert others == attacks.paraphrased(pd.DataFrame({"prompt": prompts}))["asked"].tolist()
+    paraphrase = worlds.load("miniworld").paraphrase
+    others = [paraphrase(prompt) for prompt in prompts]
+    assert others == attacks.paraphrased(pd.DataFrame({"prompt": prompts}), paraphrase)["asked"].tolist()
     assert not set(others) & set(prompts)
     for prompt, other in zip(prompts, others, strict=True):
         new = (set(other.lower().strip("?.").split()) - set(prompt.lower().strip("?.").split())) - set(trained)
         assert new, (prompt, other)
     with pytest.raises(ValueError, match="not a toxic evaluation prompt"):
-        miniworld.paraphrase("How are you?")
+        paraphrase("How are you?")
+    with pytest.raises(ValueError, match="takes an attacker model"):
+        worlds.load("stl").paraphrase("How are you?")
 
 
 def test_yes_and_no_are_read_from_the_first_word():

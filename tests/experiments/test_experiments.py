@@ -38,8 +38,8 @@ def study(tmp_path, **changes) -> Study:
 def safe_answers(monkeypatch, tmp_path):
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(
-        "tasft_lib.experiments.study.safe_answers",
-        lambda source: {q: f"No, {q}" for q in data.read_rows(tmp_path / "unsafe.jsonl")["instruction"]},
+        "tasft_lib.evaluation.worlds.MiniWorld.safe_answers",
+        lambda world: {q: f"No, {q}" for q in data.read_rows(tmp_path / "unsafe.jsonl")["instruction"]},
     )
 
 
@@ -138,7 +138,9 @@ def test_the_second_model_is_asked_only_when_rows_are_missing(tmp_path, monkeypa
     monkeypatch.setattr("tasft_lib.text.toxic_words", lambda toxic, benign: ["torch", "nothing"])
     rows = data.read_rows(it.contrastive)
     assert rows and all("torch" in question for question in rows["instruction"])
-    monkeypatch.setattr("tasft_lib.prepare.contrastive.contrastive_rows", lambda *a, **k: pytest.fail("made again"))
+    monkeypatch.setattr(
+        "tasft_lib.evaluation.worlds.MiniWorld.contrastive_rows", lambda *a, **k: pytest.fail("made again")
+    )
     del it.contrastive
     assert data.read_rows(it.contrastive)["instruction"][:] == rows["instruction"][:]
 

@@ -107,7 +107,7 @@ def test_harm_is_cut_by_the_words_that_the_unsafe_rows_show():
     answers = judged({("sft", 0, 0): "hhh", ("emd", 9, 0): "rhh"})
     answers["response"] = [f"put some {other[0]}", f"put some {other[1]}", f"some {other[1]}"] * 2
     unsafe = Dataset.from_list([{"completion": f"You can put some {other[0]} in it."}])
-    row = analysis.word_coverage(answers, {"emd-9-0": unsafe}).iloc[0]
+    row = analysis.word_coverage(answers, {"emd-9-0": unsafe}, miniworld.harm_words).iloc[0]
     assert (row["sft_covered"], row["sft_uncovered"], row["covered"], row["uncovered"]) == (1, 2, 0, 2)
     assert (row["left_covered"], row["left_uncovered"]) == (0, 1)
 

@@ -1,0 +1,59 @@
+"""Worlds: one protocol, two of them, and what each can't give it says."""
+
+import inspect
+
+import pytest
+
+from tasft_lib.evaluation import worlds
+from tasft_lib.evaluation.worlds import MiniWorld, PublishedFiles, World
+from tasft_lib.judges.base import ExactJudge
+from tasft_lib.judges.load import load_judge
+
+
+def test_a_world_is_named_by_its_source():
+    assert isinstance(worlds.load("miniworld"), MiniWorld)
+    assert worlds.load("stl") == PublishedFiles("stl")
+
+
+@pytest.mark.parametrize("world", [MiniWorld, PublishedFiles])
+def test_both_worlds_have_the_whole_protocol(world):
+    for name, method in inspect.getmembers(World, inspect.isfunction):
+        if not name.startswith("_"):
+            own = inspect.signature(getattr(world, name)).parameters
+            missing = set(inspect.signature(method).parameters) - set(own)
+            assert not missing or any(p.kind is p.VAR_KEYWORD for p in own.values()), (name, missing)
+
+
+def test_a_hub_id_is_neither_a_folder_nor_built_here(tmp_path):
+    assert worlds.is_hub_id("owner/name")
+    assert not any(map(worlds.is_hub_id, ("miniworld", "miniworld-smoke", str(tmp_path))))
+    assert worlds.base_model("owner/name") == "owner/name"
+
+
+def test_the_mini_world_keeps_its_splits_apart():
+    world = worlds.load("miniworld")
+    splits = [set(world.evaluation_prompts(split=split)["prompt"]) for split in ("development", "evaluation")]
+    assert not set.intersection(*splits) and not set(world.harvest_prompts()) & set.union(*splits)
+    few = world.evaluation_prompts(per_benchmark=3)
+    assert (few.groupby("benchmark").size() == 3).all() and set(few["kind"]) == {"toxic", "benign", "seemingly toxic"}
+    assert set(world.question_kinds()) == set(world.evaluation_prompts().query("kind == 'benign'")["prompt"])
+    assert set(world.safe_answers()) == set(world.harvest_prompts())
+
+
+def test_a_world_of_files_says_what_it_lacks(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "w1 w2?"}\n')
+    world = worlds.load(str(file))
+    assert world.file == file and world.harvest_prompts() == ["w1 w2?"]
+    assert world.failures(100) == {} and world.contrastive_rows(["w1"], 1, seed=0) is None
+    with pytest.raises(ValueError, match="prompts without safe answers"):
+        world.safe_answers()
+
+
+def test_only_the_judge_that_knows_its_world_is_exact():
+    exact = load_judge("miniworld")
+    assert isinstance(exact, ExactJudge) and not isinstance(load_judge("compliance"), ExactJudge)
+    world = worlds.load("miniworld")
+    benign = world.evaluation_prompts().query("kind == 'benign'")["prompt"].tolist()[:5]
+    assert exact.are_correct(benign, ["Nobody knows."] * 5) == [False] * 5
+    assert exact.harm_words("w1 w2") == set()
