@@ -128,7 +128,7 @@ def respond(
 
 
 def judge(responses: pd.DataFrame, judge_name: str) -> pd.DataFrame:
-    """`responses` with `label` and `score` by that judge; an exact one also says of benign ones if they are `correct`."""
+    """`responses` with `label` and `score` by that judge; an exact one also says if benign ones are `correct`."""
     chosen = load.load_judge(judge_name)
     asked = responses["prompt"].tolist(), responses["response"].tolist()
     is_exact = isinstance(chosen, ExactJudge)

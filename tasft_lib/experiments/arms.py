@@ -65,7 +65,8 @@ class ArmSpec:
 
     Attributes:
         method: one of `methods.METHODS`.
-        model: base model: a local folder, a hub id (with `model_revision`, the commit) or a name that `worlds.base_model` knows.
+        model: base model: a local folder, a hub id (with `model_revision`, the commit) or one that is built here, see
+            `worlds.base_model`.
         dtype, load_in_4bit: how the base model is loaded, as TRL's ModelConfig spells them.
         benign: benign rows, the name of a world (see `worlds.load`; hub ids with `benign_revision`).
         n_benign: rows drawn from them by `seed`.
@@ -293,7 +294,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _benign_rows(spec: ArmSpec, *, seed: int) -> tuple[Dataset, list[str]]:
-    """All benign rows there are to draw from (a world that makes its rows makes `n_benign` by `seed`), and the prompts kept out."""
+    """All benign rows there are to draw from (made ones: `n_benign`, by `seed`), and the prompts kept out."""
     rows = worlds.load(spec.benign).benign_rows(spec.n_benign, seed=seed, revision=spec.benign_revision)
     rows = data.to_training_rows(rows, label=True, template=spec.template, source=spec.benign, drop_empty=True)
     rows, _ = data.deduplicate(rows)

@@ -1,22 +1,24 @@
 """A judge by its name."""
 
+from importlib import import_module
 from pathlib import Path
 
 from .base import Judge
-from .compliance import ComplianceJudge, XSTestJudge
 
-# What `load_judge` takes. MODEL is a folder of a checkpoint, or a hub id and its commit: owner/name@<40 hex digits>.
-JUDGES = (
-    "miniworld",
-    "compliance",
-    "xstest",
-    "openai-moderation",
-    "harmfulness:MODEL",
-    "qwen3guard:MODEL",
-    "wildguard:MODEL",
-    "llamaguard:MODEL",
-    "harmbench:MODEL",
-)
+# Name -> module and class, imported when asked for: a help text must not load transformers.
+# MODEL is a folder of a checkpoint, or a hub id and its commit: owner/name@<40 hex digits>.
+_CLASSES = {
+    "miniworld": ("miniworld", "MiniWorldJudge"),
+    "compliance": ("compliance", "ComplianceJudge"),
+    "xstest": ("compliance", "XSTestJudge"),
+    "openai-moderation": ("moderation", "OpenAIModeration"),
+    "harmfulness:MODEL": ("guards", "HarmfulnessRegressor"),
+    "qwen3guard:MODEL": ("guards", "Qwen3Guard"),
+    "wildguard:MODEL": ("guards", "WildGuard"),
+    "llamaguard:MODEL": ("guards", "LlamaGuard"),
+    "harmbench:MODEL": ("guards", "HarmBenchClassifier"),
+}
+JUDGES = tuple(_CLASSES)
 
 
 def load_judge(name: str) -> Judge:
@@ -26,39 +28,13 @@ def load_judge(name: str) -> Judge:
     folder and has no commit.
     """
     kind, _, source = name.partition(":")
+    known = f"{kind}:MODEL" if source else kind
+    if known not in _CLASSES:
+        raise ValueError(f"unknown judge {name!r}: choose one of {', '.join(JUDGES)}")
+    module, judge = _CLASSES[known]
+    cls = getattr(import_module(f".{module}", __package__), judge)
+    if not source:
+        return cls()
     # A folder's own name may hold an @.
     model, _, commit = (source, "", "") if Path(source).expanduser().is_dir() else source.partition("@")
-    match kind, bool(source):
-        case "miniworld", False:
-            from .miniworld import MiniWorldJudge
-
-            return MiniWorldJudge()
-        case "compliance", False:
-            return ComplianceJudge()
-        case "xstest", False:
-            return XSTestJudge()
-        case "openai-moderation", False:
-            from .moderation import OpenAIModeration
-
-            return OpenAIModeration()
-        case "harmfulness", True:
-            from .guards import HarmfulnessRegressor
-
-            return HarmfulnessRegressor(model, commit or None)
-        case "qwen3guard", True:
-            from .guards import Qwen3Guard
-
-            return Qwen3Guard(model, commit or None)
-        case "wildguard", True:
-            from .guards import WildGuard
-
-            return WildGuard(model, commit or None)
-        case "llamaguard", True:
-            from .guards import LlamaGuard
-
-            return LlamaGuard(model, commit or None)
-        case "harmbench", True:
-            from .guards import HarmBenchClassifier
-
-            return HarmBenchClassifier(model, commit or None)
-    raise ValueError(f"unknown judge {name!r}: choose one of {', '.join(JUDGES)}")
+    return cls(model, commit or None)

@@ -1,7 +1,8 @@
 """Contrastive augmentation (TA-SFT §4.3.6, after OR-Bench, arXiv:2405.20947): harmless prompts with toxic words.
 
 Toxic words are taken from D_unsafe's prompts; a second model, not the one that is tuned, writes harmless prompts that
-use them, and answers those. The rows join the benign ones. Where a world makes such rows itself (`worlds.World.contrastive_rows`) no model is needed.
+use them, and answers those. The rows join the benign ones. Some worlds make such rows themselves, see
+`worlds.World.contrastive_rows`.
 """
 
 import re
