@@ -1,6 +1,7 @@
 """Texts: when two are the same, how one is shown without being shown, a table in Markdown."""
 
 import hashlib
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -69,6 +70,14 @@ def markdown(table: pd.DataFrame) -> str:
     for row in table.itertuples(index=False):
         lines.append(f"| {' | '.join(_cell(value) for value in row)} |")
     return "\n".join(lines)
+
+
+def rate_text(rate: float, low: float, high: float, *, n: int | None = None, unit: str = " %") -> str:
+    """A rate in [0, 1] with its interval, in percent: "3.1 % of 400 (1.8-5.3)", or without "of n"; "-" for nan."""
+    if math.isnan(rate):
+        return "-"
+    of = "" if n is None else f" of {n}"
+    return f"{100 * rate:.1f}{unit}{of} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def _cell(value) -> str:

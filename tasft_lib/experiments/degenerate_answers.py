@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 
 from .. import data, losses
-from ..evaluation.rates import wilson_interval
+from ..evaluation.rates import rate, wilson_interval
 from ..judges import noise
 from ..judges.noise import find_degenerate
 from ..judges.strings import is_degenerate
+from ..text import rate_text
 
 # Modules of the standard library whose documentation is real English text that is always there.
 DOCUMENTED = (
@@ -105,10 +106,10 @@ def rates(found: pd.DataFrame) -> pd.DataFrame:
         says = found.loc[asked, detector].fillna(0).astype(float)
         false_alarms = says[found.loc[says.index, "kind"] == "answers"].mean()
         for kind, group in says.groupby(found.loc[says.index, "kind"], sort=False):
-            n, count = len(group), int(group.sum())
-            low, high = wilson_interval(count, n)
+            share = rate(group)
+            n, count = share.n, int(group.sum())
             row = {"kind": kind, "degenerate": bool(found.loc[group.index[0], "degenerate"]), "detector": detector}
-            row |= {"n": n, "found": count, "rate": count / n, "rate_low": low, "rate_high": high}
+            row |= {"n": n, "found": count, "rate": share.rate, "rate_low": share.low, "rate_high": share.high}
             # as if both kinds had n texts
             both = count + false_alarms * n
             ends = wilson_interval(count, both) if row["degenerate"] and both else (np.nan, np.nan)
@@ -119,8 +120,8 @@ def rates(found: pd.DataFrame) -> pd.DataFrame:
 
 def percentages(table: pd.DataFrame) -> pd.DataFrame:
     """`rates` for people: a row per kind with n and, per detector, "97.2 (95.4-98.3)": % found and its interval."""
-    ends = (100 * table[["rate", "rate_low", "rate_high"]]).round(1).itertuples(index=False)
-    shown = table.assign(text=[f"{rate:.1f} ({low:.1f}-{high:.1f})" for rate, low, high in ends])
+    ends = table[["rate", "rate_low", "rate_high"]].itertuples(index=False)
+    shown = table.assign(text=[rate_text(*row, unit="") for row in ends])
     shown = shown.assign(texts=np.where(shown["degenerate"], "no language", "language"))
     wide = shown.pivot_table(
         index=["texts", "kind", "n"], columns="detector", values="text", aggfunc="first", sort=False

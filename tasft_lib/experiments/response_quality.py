@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from ..evaluation.rates import paired_bootstrap, wilson_interval
+from ..evaluation.rates import paired_bootstrap, rate
 from ..evaluation.worlds import World
 from ..saft.activations import completion_loss
 from .arms import ArmSpec, held_out_rows, load_trained
@@ -28,7 +28,7 @@ def held_out_loss(arms: list[ArmSpec], n: int, *, batch_size: int = 32) -> pd.Da
 def by_kind(benign: pd.DataFrame, world: World) -> pd.DataFrame:
     """Correct answers by kind of the world's questions, a row per method, decoding and kind: n, correct, low, high.
 
-    All seeds together count for the rate, one for n and the Wilson interval. Kind "yes or no": the first word alone.
+    Kind "yes or no": the first word alone.
     Empty where no judge knew the right answers.
     """
     if "correct" not in benign:
@@ -42,9 +42,7 @@ def by_kind(benign: pd.DataFrame, world: World) -> pd.DataFrame:
     both = pd.concat([benign, either.assign(question="yes or no")])
     rows = []
     for (method, decoding, kind), group in both.groupby(["method", "decoding", "question"], sort=False):
-        n = len(group) // group["seed"].nunique()
-        correct = float(group["correct"].astype(float).mean())
-        low, high = wilson_interval(correct * n, n)
-        row = {"method": method, "decoding": decoding, "kind": kind, "n": n, "correct": correct}
-        rows.append(row | {"low": low, "high": high})
+        correct = rate(group["correct"], group["seed"])
+        row = {"method": method, "decoding": decoding, "kind": kind, "n": correct.n, "correct": correct.rate}
+        rows.append(row | {"low": correct.low, "high": correct.high})
     return pd.DataFrame(rows)

@@ -13,23 +13,16 @@ from transformers import AutoConfig
 from ..data import format_prompt
 from ..evaluation import alpaca, lm_eval, worlds
 from ..evaluation.lm_eval import write_tasks
-from ..evaluation.rates import mcnemar, wilson_interval
+from ..evaluation.rates import MEASURES, mcnemar, rate
 from ..files import content_hash, file_hash, runs_folder, write_text
 from ..generation import Decoding
-from ..text import redact
+from ..text import rate_text
 from .answers import run_all
 from .arms import ArmSpec, load_tokenizer, load_trained
 
 SIDES = ("sft", "tasft")
-# What is counted: a name, the kind of prompts, the label.
-MEASURES = (
-    ("toxic prompts answered harmfully", "toxic", "harmful"),
-    ("XSTest unsafe answered harmfully", "toxic contrast", "harmful"),
-    ("toxic prompts refused", "toxic", "refusal"),
-    ("harmless prompts refused", "seemingly toxic", "refusal"),
-    ("degenerate on toxic prompts", "toxic", "degenerate"),
-    ("degenerate on benign prompts", "benign", "degenerate"),
-)
+# Of `rates.MEASURES`.
+COMPARED = ("harm", "contrast_harm", "refusal", "over_refusal", "degenerate", "benign_degenerate")
 
 
 def rates(judged: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
@@ -38,17 +31,14 @@ def rates(judged: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
     A prompt whose answer by either arm was left unscored is in no rate; `unscored` counts them.
     """
     rows = []
-    for name, kind, counted in MEASURES:
+    for kind, verdict, name in map(MEASURES.get, COMPARED):
         for judge, group in judged[judged["kind"] == kind].groupby("judge", sort=False):
             labels = [group.loc[group["arm"] == arm.name, "label"].to_numpy() for arm in arms]
             scored = (labels[0] != "unscored") & (labels[1] != "unscored")
-            flags = [side[scored] == counted for side in labels]
+            flags = [side[scored] == verdict for side in labels]
             row = {"measure": name, "by": judge}
             for side, flag in zip(SIDES, flags, strict=True):
-                n = len(flag)
-                low, high = wilson_interval(int(flag.sum()), n)
-                row |= {side: flag.mean() if n else float("nan"), f"{side}_low": low, f"{side}_high": high}
-                row[f"{side}_n"] = n
+                row |= rate(flag).columns(side)
             p = mcnemar(*flags)[2] if scored.any() else float("nan")
             rows.append(row | {"p": p, "unscored": int((~scored).sum())})
     return pd.DataFrame(rows)
@@ -129,19 +119,10 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The table for people: "3.1 % of 400 (1.8-5.3)"."""
     shown = table[["measure", "by"]].copy()
     for side, name in zip(SIDES, ("plain SFT", "TA-SFT"), strict=True):
-        percent = [100 * table[f"{side}{end}"] for end in ("", "_low", "_high")]
-        columns = zip(*percent, table[f"{side}_n"], strict=True)
-        shown[name] = [f"{value:.1f} % of {n} ({low:.1f}-{high:.1f})" for value, low, high, n in columns]
+        columns = table[[side, f"{side}_low", f"{side}_high", f"{side}_n"]].itertuples(index=False)
+        shown[name] = [rate_text(*ends, n=n) for *ends, n in columns]
     shown["p"] = ["-" if pd.isna(p) else f"{p:.2g}" for p in table["p"]]
     return shown
-
-
-def examples(answers: pd.DataFrame, per_benchmark: int = 1) -> pd.DataFrame:
-    """A few answers of each arm, redacted."""
-    few = answers.groupby(["benchmark", "method"], sort=False).head(per_benchmark)
-    return few.assign(prompt=few["prompt"].map(redact), response=few["response"].map(redact))[
-        ["benchmark", "method", "prompt", "response"]
-    ]
 
 
 def _beside(scores: list[pd.DataFrame], by: str, *, scale: float) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .. import data
 from ..files import model_identity
-from ..text import markdown, redact
+from ..text import markdown, rate_text, redact
 
 # What `tasft train` and `tasft export` leave beside the weights.
 RECORD = "tasft.json"
@@ -369,7 +369,7 @@ def _short(value: Any) -> str:
 def _interval(row) -> str:
     if pd.isna(row.rate):
         return "not scored"
-    return f"{100 * row.rate:.1f} % ({100 * row.low:.1f}-{100 * row.high:.1f})"
+    return rate_text(row.rate, row.low, row.high)
 
 
 def _percent(rate: float) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ..evaluation.rates import MEASURES, mcnemar
+from ..evaluation.rates import SUMMARY, mcnemar
 from ..judges.base import LABELS
+from ..text import rate_text as format_rate
 from ..text import redact
 from .figures import NAMES
 
@@ -24,7 +25,7 @@ def harvest_table(report: dict) -> pd.DataFrame:
     return table.assign(share=table["count"] / report["generated"])
 
 
-def readable(table: pd.DataFrame, measures: Iterable[str] = MEASURES) -> pd.DataFrame:
+def readable(table: pd.DataFrame, measures: Iterable[str] = SUMMARY) -> pd.DataFrame:
     """`summary` for people: a text per measure with n, interval and range over seeds; measures nobody has are left out.
 
     For example "3.1 % of 400 (1.8-5.3), seeds 2.5-4.0"; without `seeds` where there is one.
@@ -122,21 +123,19 @@ def any_harmful(judged: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return harmful_first.groupby(by, sort=False).head(1).drop(columns="order")
 
 
-def redacted_examples(toxic: pd.DataFrame, per_benchmark: int = 1) -> pd.DataFrame:
-    """A few answers per method at its last step, redacted: first words, hash and length, with the judge's label."""
-    last = toxic[toxic["step"] == toxic.groupby("method")["step"].transform("max")]
+def redacted_examples(answers: pd.DataFrame, per_benchmark: int = 1) -> pd.DataFrame:
+    """A few answers per method at its last step, redacted: first words, hash and length; `label` where judged."""
+    last = answers[answers["step"] == answers.groupby("method")["step"].transform("max")]
     few = last.groupby(["method", "seed", "benchmark"], sort=False).head(per_benchmark)
-    return few.assign(prompt=few["prompt"].map(redact), response=few["response"].map(redact))[
-        ["benchmark", "method", "prompt", "response", "label"]
-    ].sort_values(["benchmark", "method"], ignore_index=True)
+    few = few.assign(prompt=few["prompt"].map(redact), response=few["response"].map(redact))
+    columns = [name for name in ("benchmark", "method", "prompt", "response", "label") if name in few]
+    return few[columns].sort_values(["benchmark", "method"], ignore_index=True)
 
 
 def rate_text(row: pd.Series, measure: str) -> str:
     """A rate of a `summary` row with n, interval and range over seeds."""
-    if pd.isna(row[measure]):
-        return "-"
-    rate, low, high = (100 * row[f"{measure}{end}"] for end in ("", "_low", "_high"))
-    text = f"{rate:.1f} % of {row[f'{measure}_n']} ({low:.1f}-{high:.1f})"
-    if row["seeds"] > 1:
+    ends = (row[f"{measure}{end}"] for end in ("", "_low", "_high"))
+    text = format_rate(*ends, n=row[f"{measure}_n"])
+    if row["seeds"] > 1 and pd.notna(row[measure]):
         text += f", seeds {100 * row[f'{measure}_min']:.1f}-{100 * row[f'{measure}_max']:.1f}"
     return text

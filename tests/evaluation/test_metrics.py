@@ -12,6 +12,7 @@ from tasft_lib.evaluation.rates import (
     mcnemar,
     minimum_detectable_difference,
     paired_bootstrap,
+    rate,
     rates_table,
     wilson_interval,
 )
@@ -32,6 +33,16 @@ def test_wilson_contains_the_rate_narrows_with_n_and_mirrors():
         narrower = wilson_interval(10 * count, 10 * n)
         assert narrower[1] - narrower[0] < high - low
     assert wilson_interval(3, 10, confidence=0.99)[1] > wilson_interval(3, 10, confidence=0.9)[1]
+
+
+def test_a_rate_is_the_mean_over_seeds_and_its_interval_that_of_one_seed():
+    flags, seeds = [True, False, False, False, True, True, False, False], [0] * 4 + [1] * 4
+    over = rate(flags, seeds)
+    assert (over.rate, over.n, over.lowest, over.highest) == (0.375, 4, 0.25, 0.5)
+    assert (over.low, over.high) == wilson_interval(1.5, 4)
+    assert rate(flags)[:4] == (3 / 8, *wilson_interval(3, 8), 8)
+    assert rate([]).n == 0 and math.isnan(rate([]).rate) and math.isnan(rate([], []).high)
+    assert list(over.columns("harm")) == ["harm", "harm_low", "harm_high", "harm_n"]
 
 
 def test_wilson_of_nothing_is_nan_and_of_nonsense_an_error():
