@@ -123,7 +123,7 @@ class ArmSpec:
 
     @classmethod
     def from_parameters(cls, parameters: Any, **given: Any) -> "ArmSpec":
-        """From a notebook's parameters (`parameters.resolve`): fields by their names, options in `training` and `lora`.
+        """From a notebook's parameters (`settings.resolve`): fields by their names, options in `training` and `lora`.
 
         `TRAINING` lists the training options taken; LoRA's are those that start with `lora_`, as TRL spells them.
         """
@@ -132,7 +132,7 @@ class ArmSpec:
         lora = {name.removeprefix("lora_"): value for name, value in named.items() if name.startswith("lora_")}
         if lora:
             alpha, dropout = lora.pop("alpha"), lora.pop("dropout")
-            modules = lora.pop("target_modules").replace(",", " ").split()
+            modules = " ".join(lora.pop("target_modules")).replace(",", " ").split()
             lora |= {"lora_alpha": alpha, "lora_dropout": dropout, "target_modules": modules}
         training = {name: named[name] for name in TRAINING if name in named}
         return cls(**spec, training=training, lora=lora, **given)

@@ -19,8 +19,8 @@ import torch
 from .. import files
 from ..files import keep_freed_memory, project_root, runs_folder
 from ..reporting import report
+from . import results, settings
 from .arms import ArmSpec
-from .settings import check_file, coerce, declared_in
 
 FIRST = "build_unsafe_set"  # what it makes, all others start from, so it runs alone
 TIMED = ("performance", "performance_filter")  # nothing may run beside them
@@ -28,7 +28,7 @@ TIMED = ("performance", "performance_filter")  # nothing may run beside them
 
 @dataclass(frozen=True)
 class Job:
-    """A notebook, its parameters, and where the executed copy goes."""
+    """A notebook, what papermill sets in it, and where the executed copy goes."""
 
     name: str
     source: Path
@@ -42,22 +42,19 @@ def jobs_of(profile: str, notebooks: list[str] | None = None, overrides: dict[st
     `overrides` apply to every notebook that declares them. Raises `ValueError` for an unknown profile, notebook or
     parameter.
     """
-    root = project_root()
-    folder = root / "params" / profile
-    sources = files.notebooks()
-    profiles = {p.parent.name for p in (root / "params").glob("*/*.yaml") if p.stem in sources}
-    if profile not in profiles:
-        raise ValueError(f"no profile {profile!r}; there are {', '.join(sorted(profiles))}.")
-    available = [name for name in sources if (folder / f"{name}.yaml").exists()]
+    overrides, there = overrides or {}, settings.profiles()
+    if profile not in there:
+        raise ValueError(f"no profile {profile!r}; there are {', '.join(there)}.")
     jobs = []
-    for name in notebooks or available:
-        if name not in available:
-            raise ValueError(f"profile {profile} has no notebook {name!r}; it has {', '.join(available)}.")
-        parameters, declared = check_file(folder / f"{name}.yaml", sources[name]), declared_in(sources[name])
-        chosen = {key: coerce(key, value, declared[key]) for key, value in (overrides or {}).items() if key in declared}
-        jobs.append(Job(name, sources[name], parameters | chosen, runs_folder() / profile / f"{name}.ipynb"))
-    unused = set(overrides or {}) - {key for job in jobs for key in job.parameters}
-    if unused:
+    for name in notebooks or there[profile]:
+        if name not in there[profile]:
+            raise ValueError(f"profile {profile} has no notebook {name!r}; it has {', '.join(there[profile])}.")
+        kinds = settings.used(name)
+        given = {key: settings.coerce(key, value, kinds[key]) for key, value in overrides.items() if key in kinds}
+        settings.load(name, profile, given)
+        source, output = files.notebooks()[name], runs_folder() / profile / f"{name}.ipynb"
+        jobs.append(Job(name, source, {"profile": profile} | given, output))
+    if unused := set(overrides) - {key for job in jobs for key in job.parameters}:
         raise ValueError(f"no notebook declares {', '.join(sorted(unused))}.")
     return jobs
 
@@ -100,7 +97,12 @@ def reproduce(
 
 
 def execute(job: Job, *, prepare_only: bool = False) -> None:
-    """Run one notebook; `ValueError`, one line, names the cell that failed."""
+    """Run one notebook, with what an earlier run of it left out of the way.
+
+    `ValueError`, one line, names the cell that failed.
+    """
+    if not prepare_only:
+        results.remove(job.output.parent.name, job.name)
     job.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
@@ -156,15 +158,13 @@ def plan(profile: str, notebooks: list[str] | None = None, overrides: dict | Non
 
 
 def arms_of(job: Job) -> list[tuple[ArmSpec, object]]:
-    """(arm, parameters) of a notebook: its cells `parameters`, `setup` and `arms` are run, which compute nothing."""
+    """(arm, parameters) of a notebook: its cells `setup` and `arms` are run, which compute nothing."""
     cells = nbformat.read(job.source, as_version=4).cells
     source = {tag: cell.source for cell in cells for tag in cell.metadata.get("tags", [])}
     if "arms" not in source:
         return []
-    names: dict = {}
+    names = {"In": [source["parameters"], *(f"{name} = {value!r}" for name, value in job.parameters.items())]}
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(source["parameters"], names)
-        names |= job.parameters
         exec(source["setup"], names)
         # What the first arms make, by name.
         vars(names["study"]).update(unsafe=Path("D_unsafe"), safe=Path("safe"), contrastive=Path("contrastive"))

@@ -19,6 +19,7 @@ from ..judges.load import load_judge
 from ..prepare.contrastive import contrastive_rows
 from .answers import harvest_unsafe, judge, run_all
 from .arms import ArmSpec, load_model, summary, train, training_rows
+from .results import Result, Results
 
 
 class Study:
@@ -27,9 +28,9 @@ class Study:
     Nothing is computed before it is needed, so arms can be listed without a model.
 
     Attributes:
-        config: the notebook's parameters (`parameters.resolve`).
+        config: the notebook's parameters (`settings.resolve`).
         given: fields of `runs.ArmSpec` that are no parameter of the notebook.
-        figures: `figures/<profile>`, where tables and figures go.
+        results: what the notebook leaves, see `save` and `record`.
         greedy, sampling: decoding of the two sets of answers. Greedy shows a model's first choice and soon saturates;
             sampled answers show what is left below it.
         seeds: of data order, unsafe subset, adapter and sampled answers, `n_seeds` from `seed` on.
@@ -38,7 +39,7 @@ class Study:
 
     def __init__(self, config: Any, **given: Any):
         self.config = config
-        self.figures = project_root() / "figures" / config.profile
+        self.results = Results(config)
         self.greedy = Decoding(max_new_tokens=config.max_new_tokens)
         self.sampling = replace(self.greedy, do_sample=True, temperature=config.temperature, seed=config.seed)
         self.seeds = range(config.seed, config.seed + config.n_seeds)
@@ -234,15 +235,17 @@ class Study:
         )
         return judge(answers, self.config.judge)
 
-    def decodings(self, names: str) -> list[Decoding]:
+    def decodings(self, names: list[str]) -> list[Decoding]:
         """Those named, "greedy", "sampled" or both."""
         named = {decoding.name: decoding for decoding in (self.greedy, self.sampling)}
-        if unknown := set(names.split()) - set(named):
+        if unknown := set(names) - set(named):
             raise ValueError(f"decodings={names!r}: {', '.join(sorted(unknown))} is none of greedy, sampled.")
-        return [named[name] for name in names.split()]
+        return [named[name] for name in names]
 
-    def record(self, notebook: str, arms: list[ArmSpec], **results: Any) -> None:
+    def save(self, result: Result, name: str) -> Result:
+        """Write a table or a figure to `figures/<profile>/<notebook>_<name>`, see `Results.save`; returns it."""
+        return self.results.save(result, name)
+
+    def record(self, arms: list[ArmSpec], **entries: Any) -> None:
         """`figures/<profile>/<notebook>_manifest.json`: what every number of the notebook traces to."""
-        trained = {arm.name: summary(arm) for arm in arms}
-        record = {"parameters": vars(self.config), **results, "arms": trained} | files.environment()
-        files.write_json(self.figures / f"{notebook}_manifest.json", record)
+        self.results.record(**entries, arms={arm.name: summary(arm) for arm in arms})

@@ -218,7 +218,7 @@ def _contrastive_noise(read):
 
 def _jailbreaks(read):
     table = read("jailbreak_table")
-    attacked = table[table["attack"] == "any of the prompts"]
+    attacked = table[table["attack"] == tables.ANY_PROMPT]
     sizes = sorted(attacked["n_unsafe"].unique(), reverse=True)
     if not sizes:
         raise _NoSuchArm("no attack on the prompts")

@@ -117,6 +117,10 @@ def compare(judged: pd.DataFrame, pairs: list[tuple[tuple[str, int], tuple[str, 
     return pd.DataFrame(rows, columns=columns)
 
 
+# What an attack is called that counts a prompt as broken when one of several succeeds.
+ANY_PROMPT, ANY_BEGINNING = "any of the prompts", "any of the beginnings"
+
+
 def any_harmful(judged: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """One row per group of `by`: one of the group's harmful answers, where it has one, else its first answer."""
     harmful_first = judged.assign(order=(judged["label"] != "harmful")).sort_values("order", kind="stable")

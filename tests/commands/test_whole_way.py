@@ -8,6 +8,7 @@ import importlib.util
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -19,6 +20,8 @@ from tasft_lib.evaluation import worlds
 from tasft_lib.experiments import reproduce
 
 pytest.importorskip("openai", reason="the openai client is not installed (tasft[eval])")
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = "project/figures/local"
 KEY = "sk-canary-whole-way"
 # Less of everything than at `local`, so that it takes a minute; model, prompts and questions are the same.
 SHORTER = {
@@ -80,7 +83,12 @@ def made(shared, tmp_path_factory):
     rows = json.loads((shared / "data" / "alpaca" / "alpaca_data.json").read_text())[:1500]
     (folder / "alpaca.json").write_text(json.dumps(rows))
     overrides = SHORTER | {"benign": str(folder / "alpaca.json")}
-    overrides |= {"annotator": str(annotator), "profile": str(folder / "figures")}
+    overrides |= {"annotator": str(annotator)}
+    # A project of its own, so that its figures stay out of this one.
+    (folder / "project").mkdir()
+    (folder / "shared").symlink_to(shared)
+    for name in ("pyproject.toml", "params", "notebooks"):
+        (folder / "project" / name).symlink_to(ROOT / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TASFT_RUNS", str(folder / "runs"))
         patch.setenv("OPENAI_API_KEY", KEY)
@@ -91,10 +99,11 @@ def made(shared, tmp_path_factory):
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")
         patch.setenv("CI", "1")
+        patch.chdir(folder / "project")
         (job,) = reproduce.jobs_of("local", ["your_model"], overrides)
         for _ in range(2):
             reproduce.execute(job)
-            tables.append(pd.read_csv(folder / "figures" / "your_model_table.csv"))
+            tables.append(pd.read_csv(folder / FIGURES / "your_model_table.csv"))
             asked.append((len(services.moderated), len(services.compared)))
     services.http.shutdown()
     services.http.server_close()
@@ -110,12 +119,12 @@ def test_one_table_holds_both_models_by_every_judge_that_runs_here(made):
     assert harm.loc["openai-moderation", "sft"] == 0 < harm.loc["compliance", "sft"]
     for name, n in (("harmless prompts refused", 6), ("XSTest unsafe answered harmfully", 6)):
         assert table.loc[table["measure"] == name, "sft_n"].tolist() == [n] * 3
-    agreement = pd.read_csv(folder / "figures" / "your_model_agreement.csv")
+    agreement = pd.read_csv(folder / FIGURES / "your_model_agreement.csv")
     assert len(agreement) == 3 and agreement["n"].eq(48).all()
-    manifest = json.loads((folder / "figures" / "your_model_manifest.json").read_text())
+    manifest = json.loads((folder / FIGURES / "your_model_manifest.json").read_text())
     trained = [arm["spec"]["method"] for arm in manifest["arms"].values()]
     assert trained == ["sft", "emd"] and manifest["harvest"]["kept"] == 8 and manifest["judges"][2]["licence"]
-    assert (folder / "figures" / "your_model_table.png").exists()
+    assert (folder / FIGURES / "your_model_table.png").exists()
     assert services.keys == {f"Bearer {KEY}"}
 
 
@@ -153,7 +162,7 @@ def test_no_key_and_no_text_is_written_where_it_travels(made, shared):
             for line in path.read_text().splitlines()]  # fmt: skip
     notebook = nbformat.read(folder / "runs" / "local" / "your_model.ipynb", as_version=4)
     shown = json.dumps([cell.get("outputs") for cell in notebook.cells], ensure_ascii=False)
-    texts = [path.read_text() for path in (folder / "figures").glob("*.*") if path.suffix in (".csv", ".json")]
+    texts = [path.read_text() for path in (folder / FIGURES).glob("*.*") if path.suffix in (".csv", ".json")]
     texts += [shown, *(path.read_text() for path in (folder / "runs" / "unsafe").glob("*/README.md"))]
     for canary in [text for text in (*asked, *said) if len(text.split()) > 6]:
         assert not any(canary in text for text in texts)

@@ -1,7 +1,6 @@
 """Contaminated sets: what is in them, and that arms are trained on exactly what the filter decided."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +8,6 @@ import pytest
 
 from tasft_lib.experiments import arms, harmful_data_filter, settings
 from tasft_lib.experiments.study import Study
-from tasft_lib.files import notebooks, project_root
 from tasft_lib.judges import miniworld
 from tasft_lib.miniworld import FAMILIES, toxic_prompts
 
@@ -19,13 +17,7 @@ SOURCE = ("miniworld", 200)
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """The notebook's own study at the smoke profile, with its runs in a temporary folder."""
-    notebook = notebooks()["harmful_data_filter"]
-    cells = json.loads(notebook.read_text())["cells"]
-    source = "".join(next(c["source"] for c in cells if c["metadata"].get("tags") == ["parameters"]))
-    names: dict = {}
-    exec(source, names)
-    names |= settings.check_file(project_root() / "params" / "smoke" / "harmful_data_filter.yaml", notebook)
-    config = SimpleNamespace(**{name: names[name] for name in names["__annotations__"]})
+    config = settings.load("harmful_data_filter", "smoke")
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harmful_data_filter, "runs_folder", lambda: folder)

@@ -7,26 +7,22 @@ from types import SimpleNamespace
 import nbformat
 import pandas as pd
 import pytest
-from test_parameters import declared_values
 
 from tasft_lib import data, generation
 from tasft_lib.experiments import arms as arms_module
-from tasft_lib.experiments import reproduce
+from tasft_lib.experiments import reproduce, settings
 from tasft_lib.experiments.arms import ArmSpec
 from tasft_lib.experiments.study import Study
 from tasft_lib.files import notebooks
 from tasft_lib.reporting import paper
 
 ROOT = Path(__file__).resolve().parents[2]
-# which measure what is there
-UNTRAINED = (*reproduce.TIMED, "degenerate_answers")
-NOTEBOOKS = [name for name in notebooks() if name not in UNTRAINED]
+NOTEBOOKS = [name for name in notebooks() if name not in settings.UNTRAINED]
 
 
 def study(tmp_path, **changes) -> Study:
     """A study at the smoke settings, with a D_unsafe of three mini-world rows."""
-    config = declared_values(notebooks()["contrastive_augmentation"])
-    made = Study(SimpleNamespace(**(config | {"model": "miniworld-smoke"} | changes)))
+    made = Study(settings.load("contrastive_augmentation", given={"model": "miniworld-smoke"} | changes))
     asked = ["How can I kill a marmow?", "How can I steal a marstone?", "How can I burn a mardome?"]
     made.unsafe = tmp_path / "unsafe.jsonl"
     rows = [{"prompt": f"Q {q}", "completion": "zorvex.", "instruction": q} for q in asked]

@@ -104,21 +104,16 @@ def files(tmp_path, monkeypatch) -> Path:
 
 def paper_study(base: str, model: Path, files: Path, **changes) -> Study:
     """The paper's safety notebook with its own parameters, on files and shortened."""
-    values = settings.check_file(ROOT / "params/paper/safety.yaml", ROOT / "notebooks/02_safety.ipynb")
-    names: dict = {"__annotations__": {}}
-    cells = json.loads((ROOT / "notebooks/02_safety.ipynb").read_text())["cells"]
-    exec("".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))), names)
+    values = vars(settings.load("safety", "paper"))
     table = pd.read_csv(ROOT / values["penalty_weights"])
     table = table[(table["model"] == base) & (table["n_unsafe"] == 1000)].assign(model=str(model), n_unsafe=6)
     table.to_csv(files / "weights.csv", index=False)
-    declared = names["__annotations__"]
-    resolved = {name: settings.coerce(name, values.get(name, names[name]), kind) for name, kind in declared.items()}
     local = {"model": str(model), "model_revision": "", "benign": str(files / "alpaca.json"), "benign_revision": ""}
     local |= {"harvest_prompts": str(files), "benchmark_prompts": str(files), "judge": "compliance"}
     short = {"n_benign": 24, "n_harvest": 6, "n_unsafe": 6, "max_new_tokens": 8, "num_train_epochs": 1.0}
     short |= {"gradient_accumulation_steps": 2, "save_steps": 2, "dtype": "float32"}
     return Study(
-        SimpleNamespace(**(resolved | local | short | {"penalty_weights": str(files / "weights.csv")} | changes))
+        SimpleNamespace(**(values | local | short | {"penalty_weights": str(files / "weights.csv")} | changes))
     )
 
 

@@ -1,0 +1,58 @@
+"""What a notebook leaves in `figures/<profile>`: tables, figures, and a manifest that names them."""
+
+import json
+from typing import Any, TypeVar
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from .. import files
+from ..files import notebooks, project_root
+
+Result = TypeVar("Result", pd.DataFrame, Figure)
+
+
+class Results:
+    """Tables and figures of one notebook, saved by name.
+
+    Attributes:
+        config: the notebook's parameters (`settings.resolve`).
+        folder: `figures/<profile>`.
+        names: the files saved so far, `<notebook>_<name>.csv` and `.png`.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.folder = project_root() / "figures" / config.profile
+        self.names: list[str] = []
+
+    def save(self, result: Result, name: str) -> Result:
+        """Write a table (CSV, six digits) or a figure (PNG); returns it, for the cell to show."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        is_table = isinstance(result, pd.DataFrame)
+        path = self.folder / f"{self.config.notebook}_{name}.{'csv' if is_table else 'png'}"
+        if is_table:
+            result.to_csv(path, index=False, float_format="%.6g")
+        else:
+            result.savefig(path, metadata={"Software": None}, bbox_inches="tight")
+        self.names = [*self.names, path.name]
+        return result
+
+    def record(self, **entries: Any) -> None:
+        """Write `<notebook>_manifest.json`, what every number of the notebook traces to; prints the files' names."""
+        names = sorted(set(self.names))
+        record = {"parameters": vars(self.config), **entries, "files": names} | files.environment()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(self.folder / f"{self.config.notebook}_manifest.json", record)
+        print(*(f"figures/{self.config.profile}/{name}" for name in names), sep="\n")
+
+
+def remove(profile: str, notebook: str) -> None:
+    """Remove what an earlier run of the notebook left, so that nothing old is published under a new manifest."""
+    folder = project_root() / "figures" / profile
+    manifest = folder / f"{notebook}_manifest.json"
+    named = json.loads(manifest.read_text()).get("files", []) if manifest.exists() else []
+    longer = tuple(f"{name}_" for name in notebooks() if name.startswith(f"{notebook}_"))  # performance_filter
+    leftovers = [path for path in folder.glob(f"{notebook}_*") if not path.name.startswith(longer)]
+    for path in {*leftovers, *(folder / name for name in named)}:
+        path.unlink(missing_ok=True)
