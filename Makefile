@@ -10,6 +10,9 @@ ARGS    ?=
 NAMES   := $(or $(NB),$(shell ls notebooks | sed -n 's/^[0-9]*_\(.*\)\.ipynb$$/\1/p'))
 WORKERS ?= 2
 BIN     := .venv/bin
+# Metadata that Jupyter and papermill add.
+UNSEEN  := $(addprefix metadata.language_info.,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version) \
+           metadata.papermill metadata.widgets cell.metadata.papermill cell.metadata.execution cell.metadata.trusted
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -42,8 +45,10 @@ notebooks: .venv/installed
 	$(BIN)/tasft reproduce --profile smoke --prepare-only $(if $(NB),--notebooks $(NB))
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-cell-timeout 300 $(NAMES:%=runs/smoke/%.ipynb)
 
+# What running a notebook writes into it, git does not see from here on: nbstripout takes it out on the way (.gitattributes).
 lab: .venv/installed
-	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (tasft)"
+	-git config filter.nbstripout.clean '"$(CURDIR)/$(BIN)/python" -m nbstripout --keep-id --extra-keys "$(UNSEEN)"'
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ipykernel)"
 	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
 
 clean:

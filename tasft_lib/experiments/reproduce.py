@@ -102,6 +102,7 @@ def execute(job: Job, *, prepare_only: bool = False) -> None:
     `ValueError`, one line, names the cell that failed.
     """
     if not prepare_only:
+        results.publish()
         results.remove(job.output.parent.name, job.name)
     job.output.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,13 +1,15 @@
-"""What a notebook leaves in `figures/<profile>`: tables, figures, and a manifest that names them."""
+"""What a notebook leaves: tables, figures, and a manifest that names them."""
 
 import json
+import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from .. import files
-from ..files import notebooks, project_root
+from ..files import notebooks, project_root, runs_folder
 
 Result = TypeVar("Result", pd.DataFrame, Figure)
 
@@ -17,13 +19,13 @@ class Results:
 
     Attributes:
         config: the notebook's parameters (`settings.resolve`).
-        folder: `figures/<profile>`.
+        folder: see `folder_of`.
         names: the files saved so far, `<notebook>_<name>.csv` and `.png`.
     """
 
     def __init__(self, config: Any):
         self.config = config
-        self.folder = project_root() / "figures" / config.profile
+        self.folder = folder_of(config.profile)
         self.names: list[str] = []
 
     def save(self, result: Result, name: str) -> Result:
@@ -44,12 +46,22 @@ class Results:
         record = {"parameters": vars(self.config), **entries, "files": names} | files.environment()
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write_json(self.folder / f"{self.config.notebook}_manifest.json", record)
-        print(*(f"figures/{self.config.profile}/{name}" for name in names), sep="\n")
+        print(*(self.folder / name for name in names), sep="\n")
+
+
+def folder_of(profile: str) -> Path:
+    """`figures/<profile>` for `publish`; else, run by hand, `runs/figures/<profile>`, so that git sees no change."""
+    return Path(os.environ.get("TASFT_FIGURES") or runs_folder() / "figures") / profile
+
+
+def publish() -> None:
+    """Let notebooks that this process starts write to `figures/`, unless `$TASFT_FIGURES` names another folder."""
+    os.environ.setdefault("TASFT_FIGURES", str(project_root() / "figures"))
 
 
 def remove(profile: str, notebook: str) -> None:
     """Remove what an earlier run of the notebook left, so that nothing old is published under a new manifest."""
-    folder = project_root() / "figures" / profile
+    folder = folder_of(profile)
     manifest = folder / f"{notebook}_manifest.json"
     named = json.loads(manifest.read_text()).get("files", []) if manifest.exists() else []
     longer = tuple(f"{name}_" for name in notebooks() if name.startswith(f"{notebook}_"))  # performance_filter

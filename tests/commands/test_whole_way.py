@@ -8,7 +8,6 @@ import importlib.util
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -20,8 +19,7 @@ from tasft_lib.evaluation import worlds
 from tasft_lib.experiments import reproduce
 
 pytest.importorskip("openai", reason="the openai client is not installed (tasft[eval])")
-ROOT = Path(__file__).resolve().parents[2]
-FIGURES = "project/figures/local"
+FIGURES = "figures/local"
 KEY = "sk-canary-whole-way"
 # Less of everything than at `local`, so that it takes a minute; model, prompts and questions are the same.
 SHORTER = {
@@ -84,13 +82,9 @@ def made(shared, tmp_path_factory):
     (folder / "alpaca.json").write_text(json.dumps(rows))
     overrides = SHORTER | {"benign": str(folder / "alpaca.json")}
     overrides |= {"annotator": str(annotator)}
-    # A project of its own, so that its figures stay out of this one.
-    (folder / "project").mkdir()
-    (folder / "shared").symlink_to(shared)
-    for name in ("pyproject.toml", "params", "notebooks"):
-        (folder / "project" / name).symlink_to(ROOT / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TASFT_RUNS", str(folder / "runs"))
+        patch.setenv("TASFT_FIGURES", str(folder / "figures"))
         patch.setenv("OPENAI_API_KEY", KEY)
         patch.setenv("OPENAI_BASE_URL", services.url)
         # Whoever asks for anything outside this machine fails.
@@ -99,7 +93,6 @@ def made(shared, tmp_path_factory):
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1")
         patch.setenv("CI", "1")
-        patch.chdir(folder / "project")
         (job,) = reproduce.jobs_of("local", ["your_model"], overrides)
         for _ in range(2):
             reproduce.execute(job)
