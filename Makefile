@@ -1,18 +1,16 @@
 # Everything runs in .venv, made on first use from the pins in constraints.txt.
 #   make reproduce [PROFILE=mini] [NB=safety] [SEEDS=3] [ARGS=...]   notebooks by papermill -> figures/<profile>, report
 #   make test                                                        ruff, tests, every notebook at the smoke profile under nbval
-#   make lab                                                         JupyterLab with the right kernel
+#   make lab                                                         JupyterLab with the right kernel, on copies in lab/
 PYTHON  ?= python3
 PROFILE ?= mini
 NB      ?=
 SEEDS   ?=
 ARGS    ?=
+SOURCES := $(sort $(wildcard notebooks/*.ipynb))
 NAMES   := $(or $(NB),$(shell ls notebooks | sed -n 's/^[0-9]*_\(.*\)\.ipynb$$/\1/p'))
 WORKERS ?= 2
 BIN     := .venv/bin
-# Metadata that Jupyter and papermill add.
-UNSEEN  := $(addprefix metadata.language_info.,codemirror_mode file_extension mimetype nbconvert_exporter pygments_lexer version) \
-           metadata.papermill metadata.widgets cell.metadata.papermill cell.metadata.execution cell.metadata.trusted
 
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -45,11 +43,16 @@ notebooks: .venv/installed
 	$(BIN)/tasft reproduce --profile smoke --prepare-only $(if $(NB),--notebooks $(NB))
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-cell-timeout 300 $(NAMES:%=runs/smoke/%.ipynb)
 
-# What running a notebook writes into it, git does not see from here on: nbstripout takes it out on the way (.gitattributes).
-lab: .venv/installed
-	-git config filter.nbstripout.clean '"$(CURDIR)/$(BIN)/python" -m nbstripout --keep-id --extra-keys "$(UNSEEN)"'
+# Copies, so that exploring changes nothing that git sees; results of a notebook run by hand go to runs/figures.
+# Where a notebook is newer than its copy, the old copy stays as before_<name>.
+lab: .venv/installed $(SOURCES:notebooks/%=lab/%)
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ipykernel)"
-	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
+	$(BIN)/jupyter lab --notebook-dir . --LabApp.default_url /lab/tree/lab $(ARGS)
+
+lab/%.ipynb: notebooks/%.ipynb
+	mkdir -p lab
+	test ! -e $@ || mv -f $@ lab/before_$*.ipynb
+	cp $< $@
 
 clean:
 	rm -rf runs
