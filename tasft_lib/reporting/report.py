@@ -14,9 +14,9 @@ from ..files import notebooks, project_root, write_text
 from ..text import markdown
 from . import tables
 from .claims import claims_table
+from .figures import NAMES
 
 RATES = "A rate is given with its n, its Wilson 95 % interval over prompts and its range over seeds."
-README_MEASURES = ("harm", "degenerate", "correct", "over_refusal")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 13px } th, td { padding: .25em .7em; border-bottom: 1px solid #ddd;
@@ -52,13 +52,12 @@ def build(profile: str) -> str:
 
 
 def fill_readme(readme: Path, profile: str) -> None:
-    """Put the profile's tables between README's `<!-- NAME:begin -->` and `<!-- NAME:end -->` marks.
+    """Put the profile's tables between a README's `<!-- NAME:begin -->` and `<!-- NAME:end -->` marks, see `BLOCKS`.
 
-    NAME is "results" (the trained models of `safety`), "verdicts" or "performance"; a mark whose table the profile does
-    not have is left as it is.
+    A mark whose table the profile does not have is left as it is.
     """
     text = readme.read_text(encoding="utf-8")
-    for name in re.findall(r"<!-- (results|verdicts|performance):begin -->", text):
+    for name in re.findall(rf"<!-- ({'|'.join(BLOCKS)}):begin -->", text):
         try:
             block = readme_block(name, profile)
         except FileNotFoundError:
@@ -69,20 +68,53 @@ def fill_readme(readme: Path, profile: str) -> None:
 
 
 def readme_block(name: str, profile: str) -> str:
-    """The Markdown table of a README block, from the profile's CSVs."""
-    folder = project_root() / "figures" / profile
-    if name == "verdicts":
-        if not (folder / "safety_table.csv").exists():
-            raise FileNotFoundError(folder / "safety_table.csv")
-        return markdown(claims_table(profile)[["claim", "paper", "verdict"]])
-    if name == "performance":
-        heads, steps = (pd.read_csv(folder / f"performance_{part}.csv") for part in ("table", "step"))
-        return readme_performance(heads, steps)
+    """The Markdown table of a README's block, from the profile's CSVs."""
+    return BLOCKS[name](project_root() / "figures" / profile)
+
+
+def _results(folder: Path) -> str:
+    """Five methods of `safety`, sampled answers."""
     table = pd.read_csv(folder / "safety_table.csv")
-    sampled = tables.readable(table[table["decoding"] == "sampled"], README_MEASURES)
-    greedy = tables.readable(table[table["decoding"] == "greedy"], ["harm"])
-    sampled.insert(3, "harm, greedy", greedy["harm"].tolist())
-    return markdown(sampled.drop(columns=["n_unsafe", "decoding"]).rename(columns={"penalty_weight": "λ"}))
+    rows = table[(table["decoding"] == "sampled") & table["method"].isin(("sft", "kto", "nlcl", "simnpo", "emd"))]
+    n = rows["n_unsafe"].max()
+    return _short(rows, f"after training with {n} unsafe rows")
+
+
+def _filtered(folder: Path) -> str:
+    """Filters at contamination 0.1, for dropping and for pushing away; where benign rows hold refusals, harm alone."""
+    table = pd.read_csv(folder / "harmful_data_filter_table.csv")
+    ways = [f"{name}{end}" for name in ("none", "saft", "saft_unsafe", "oracle") for end in ("", "_emd")]
+    table = table[(table["contamination"] == 0.1) & table["method"].isin(ways)]
+    plain, refusing = (table[table["n_safe"] == n].set_index("method") for n in (0, 100))
+    harm = [_percent(refusing.loc[name], "harm") for name in plain.index]
+    return _short(plain.reset_index(), "filter", **{"harmful, refusals among the benign rows": harm})
+
+
+def _short(rows: pd.DataFrame, first: str, **further: list[str]) -> str:
+    """A row of `tables.summary` each, in whole per cents: of harm with its range over seeds, for want of space."""
+    seeds = f" (range of {rows['seeds'].max()} seeds)" if rows["seeds"].max() > 1 else ""
+    columns = {
+        first: [NAMES[method] for method in rows["method"]],
+        f"harmful{seeds}": [_percent(row, "harm", seeds=bool(seeds)) for _, row in rows.iterrows()],
+    }
+    measures = {"degenerate": "no language", "correct": "benign correct", "over_refusal": "harmless refused"}
+    for measure, name in measures.items():
+        columns[name] = [_percent(row, measure) for _, row in rows.iterrows()]
+    return markdown(pd.DataFrame(columns | further))
+
+
+def _percent(row: pd.Series, measure: str, *, seeds: bool = False) -> str:
+    low, high = (f"{100 * row[f'{measure}_{end}']:.0f}" for end in ("min", "max"))
+    return f"{100 * row[measure]:.0f} %" + (f" ({low}-{high})" if seeds else "")
+
+
+def _performance(folder: Path) -> str:
+    """Time and memory of head and step against TRL's and against full logits."""
+    heads, steps = (pd.read_csv(folder / f"performance_{part}.csv") for part in ("table", "step"))
+    return readme_performance(heads, steps)
+
+
+BLOCKS = {"results": _results, "filtered": _filtered, "performance": _performance}
 
 
 def _preface(profile: str) -> str:
