@@ -1,4 +1,7 @@
-"""Training rows (prompt, completion, label) and evaluation prompts: read, put into a template, mix, check.
+"""Training rows (prompt, completion, label) and evaluation prompts, from a file to the rows of a run.
+
+A row goes one way: `read_rows` -> `to_training_rows` (template, label, nothing empty) -> `clean` (repeats, leaks) ->
+`draw` (draw, shuffle, check).
 
 `label` is True for benign rows and False for unsafe ones: TRL's unpaired preference format, so one data set feeds
 TA-SFT and KTO alike. Row numbers in messages count data rows from 1.
@@ -11,7 +14,7 @@ import json
 import logging
 import lzma
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -79,7 +82,13 @@ def read_rows(source: Source, *, split: str = "train", revision: str | None = No
 
 
 def to_training_rows(
-    rows: Dataset, *, label: bool | None, template: Template = "alpaca", source: Source, drop_empty: bool = False
+    rows: Dataset,
+    *,
+    label: bool | None,
+    template: Template = "alpaca",
+    source: Source,
+    drop_empty: bool = False,
+    with_place: bool = False,
 ) -> Dataset:
     """Rows of either accepted form as a data set of exactly `prompt`, `completion` and `label`.
 
@@ -98,22 +107,25 @@ def to_training_rows(
     if _is_messages(rows, answer, source) != has_messages or (has_messages and is_alpaca):
         raise ValueError(f"{source}: {question} and {answer} mix text and messages; use text, or prompt and completion")
 
+    places = [f"{source}: row {i + 1}" for i in range(len(rows))]
     labels = _labels(rows, label, source, as_text=_format(Path(source)) == ".csv")
     _check_filled(rows, question, source)
     dropped = set(empty(rows, answer))
     if dropped and drop_empty:
         logger.warning("%s: left out %d of %d rows, their %s is empty", source, len(dropped), len(rows), answer)
         kept = [i for i in range(len(rows)) if i not in dropped]
-        rows, labels = rows.select(kept), [labels[i] for i in kept]
+        rows, labels, places = rows.select(kept), [labels[i] for i in kept], [places[i] for i in kept]
     _check_filled(rows, answer, source, remedy="fill it, remove the row or set drop_empty")
 
     if has_messages:
-        return rows.select_columns(["prompt", "completion"]).add_column("label", labels)
-    prompts = rows[question][:]  # [:] reads a column at once, iterating it decodes row by row
-    if is_alpaca:
-        inputs = rows["input"][:] if "input" in rows.column_names else [""] * len(rows)
-        prompts = [format_prompt(p, i or "", template) for p, i in zip(prompts, inputs, strict=True)]
-    return Dataset.from_dict({"prompt": prompts, "completion": rows[answer][:], "label": labels})
+        training_rows = rows.select_columns(["prompt", "completion"]).add_column("label", labels)
+    else:
+        prompts = rows[question][:]  # [:] reads a column at once, iterating it decodes row by row
+        if is_alpaca:
+            inputs = rows["input"][:] if "input" in rows.column_names else [""] * len(rows)
+            prompts = [format_prompt(p, i or "", template) for p, i in zip(prompts, inputs, strict=True)]
+        training_rows = Dataset.from_dict({"prompt": prompts, "completion": rows[answer][:], "label": labels})
+    return training_rows.add_column("place", places) if with_place else training_rows
 
 
 def form(rows: Dataset) -> tuple[str, str]:
@@ -158,6 +170,54 @@ def read_prompts(
     return prompts
 
 
+def read_training_rows(
+    source: Source,
+    *,
+    label: bool | None,
+    template: Template = "alpaca",
+    split: str = "train",
+    revision: str | None = None,
+    **options,
+) -> Dataset:
+    """What `read_rows` reads, as `to_training_rows` makes it with its `options`."""
+    rows = read_rows(source, split=split, revision=revision)
+    return to_training_rows(rows, label=label, template=template, source=source, **options)
+
+
+def clean(rows: Dataset, evaluation_prompts: Iterable[str] = ()) -> Dataset:
+    """Training rows without those that repeat an earlier one and those that ask an evaluation prompt."""
+    return drop_leaks(deduplicate(rows)[0], evaluation_prompts)[0]
+
+
+def draw(
+    benign: Dataset,
+    unsafe: Dataset | None,
+    *,
+    n_benign: int | None = None,
+    n_unsafe: int | None = None,
+    seed: int,
+    source: Source,
+    evaluation_prompts: Iterable[str] = (),
+    tokenizer: Any = None,
+    max_length: int | None = None,
+) -> Dataset:
+    """The rows of one run, as `mix` draws and shuffles them, checked (see `check`); without `unsafe` benign ones alone.
+
+    It is the last step of a row's way: `read_rows`, `to_training_rows`, `clean` (or a refusal here), `draw`.
+    """
+    other = benign.select([]) if unsafe is None else unsafe
+    rows = mix(benign, other, n_benign=n_benign, n_unsafe=n_unsafe, seed=seed)
+    check(
+        rows,
+        source=source,
+        require_unsafe=unsafe is not None,
+        evaluation_prompts=evaluation_prompts,
+        tokenizer=tokenizer,
+        max_length=max_length,
+    )
+    return rows.remove_columns("place") if "place" in rows.column_names else rows
+
+
 def mix(
     benign: Dataset, unsafe: Dataset, *, n_benign: int | None = None, n_unsafe: int | None = None, seed: int
 ) -> Dataset:
@@ -171,21 +231,20 @@ def mix(
     for stream, (rows, n, side) in enumerate([(benign, n_benign, "benign"), (unsafe, n_unsafe, "unsafe")]):
         n = len(rows) if n is None else n
         if not 0 <= n <= len(rows):
-            raise ValueError(f"mix: n_{side}={n}, but there are {len(rows)} {side} rows; ask for 0 to {len(rows)}")
+            raise ValueError(f"n_{side}={n}, but there are {len(rows)} {side} rows; ask for 0 to {len(rows)}")
         parts.append(rows.select(np.random.default_rng([seed, stream]).permutation(len(rows))[:n]))
     both = concatenate_datasets(parts)
     return both.select(np.random.default_rng([seed, 2]).permutation(len(both)))
 
 
-def by_label(dataset: Dataset) -> tuple[Dataset, Dataset]:
+def by_label(rows: Dataset) -> tuple[Dataset, Dataset]:
     """The (benign, unsafe) rows, each in their order."""
-    labels = dataset["label"][:]
-    benign, unsafe = ([i for i, label in enumerate(labels) if label is wanted] for wanted in (True, False))
-    return dataset.select(benign), dataset.select(unsafe)
+    labels = np.array(rows["label"][:], dtype=bool)
+    return rows.select(np.flatnonzero(labels)), rows.select(np.flatnonzero(~labels))
 
 
-def validate(
-    dataset: Dataset,
+def check(
+    rows: Dataset,
     *,
     source: Source,
     require_unsafe: bool = True,
@@ -194,62 +253,51 @@ def validate(
     tokenizer: Any = None,
     max_length: int | None = None,
 ) -> None:
-    """Refuse, in one line, training rows that would fail or mislead later; `source` names them in the message.
+    """Refuse, in one line, training rows that together would mislead; `source` names them in the message.
 
-    With `tokenizer` and `max_length` also a row whose prompt alone fills `max_length`: TRL drops those in silence.
+    What one row must be `to_training_rows` has seen to. With `tokenizer` and `max_length` also a row whose prompt alone
+    fills `max_length`: TRL drops those in silence.
 
     Raises:
-        ValueError: column missing, label no boolean, empty text, one-sided data, repeated or leaked or cut-away row.
+        ValueError: one-sided data, a row that is repeated, leaked or cut away.
     """
-    _need(dataset, ("prompt", "completion", "label"), source)
-    labels = _labels(dataset, None, source)
-    for column in ("completion", "prompt"):
-        has_messages = _is_messages(dataset, column, source)
-        _check_filled(dataset, column, source)
+    labels = rows["label"][:]
     if require_unsafe and all(labels):
         raise ValueError(f"{source}: has no unsafe row (label false), so nothing to penalise; add some")
     if require_benign and not any(labels):
         raise ValueError(f"{source}: has no benign row (label true), so nothing to learn; add some")
-
-    first_seen: dict[tuple[str, str], int] = {}
-    for i, pair in enumerate(_pairs(dataset)):
-        j = first_seen.setdefault(pair, i)
+    places = rows["place"][:] if "place" in rows.column_names else [f"{source}: row {i + 1}" for i in range(len(rows))]
+    first_seen: dict[str, int] = {}
+    for i, text in enumerate(_texts(rows)):
+        j = first_seen.setdefault(text, i)
         if labels[i] != labels[j]:
-            raise ValueError(f"{source}: rows {j + 1} and {i + 1}: same text, labels contradict; remove the wrong one")
+            raise ValueError(f"{_list(places, [j, i])}: same text, labels contradict; remove the wrong one")
         if j != i:
-            raise ValueError(f"{source}: row {i + 1} repeats row {j + 1}; remove it or call deduplicate")
-    leaks = _leaks(dataset, evaluation_prompts)
-    if leaks:
-        raise ValueError(f"{source}: {_rows(leaks)}: the prompt is an evaluation prompt; remove it or call drop_leaks")
-
-    if tokenizer is not None and max_length is not None:
-        prompts = dataset["prompt"][:]
-        if has_messages:
-            encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
-        else:
-            encoded = tokenizer(prompts)
-        full = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
-        if full:
-            what = f"the prompt alone fills max_length={max_length}, the completion is cut away"
-            raise ValueError(f"{source}: {_rows(full)}: {what}; raise max_length or remove the row")
+            raise ValueError(f"{_list(places, [j, i])}: same text; remove one of them, as data.clean does")
+    if leaks := _leaks(rows, evaluation_prompts):
+        what = "the prompt is an evaluation prompt; remove the row, as data.clean does"
+        raise ValueError(f"{_list(places, leaks)}: {what}")
+    if tokenizer is not None and max_length is not None and (full := _full(rows["prompt"][:], tokenizer, max_length)):
+        what = f"the prompt alone fills max_length={max_length}, the completion is cut away"
+        raise ValueError(f"{_list(places, full)}: {what}; raise max_length or remove the row")
 
 
-def deduplicate(dataset: Dataset) -> tuple[Dataset, int]:
-    """Without the rows that repeat an earlier (prompt, completion, label), and how many those were."""
-    first_seen: dict[tuple, int] = {}
-    for i, key in enumerate(zip(_pairs(dataset), dataset["label"][:], strict=True)):
-        first_seen.setdefault(key, i)
-    return dataset.select(list(first_seen.values())), len(dataset) - len(first_seen)
+def deduplicate(rows: Dataset) -> tuple[Dataset, int]:
+    """Without the rows that repeat an earlier one's texts (`text.normalise`) and label, and how many those were."""
+    first_seen: dict[tuple[str, bool], int] = {}
+    for i, row in enumerate(zip(_texts(rows), rows["label"][:], strict=True)):
+        first_seen.setdefault(row, i)
+    return rows.select(list(first_seen.values())), len(rows) - len(first_seen)
 
 
-def drop_leaks(dataset: Dataset, evaluation_prompts: Iterable[str]) -> tuple[Dataset, int]:
-    """Without the rows that ask an evaluation prompt, and how many those were.
+def drop_leaks(rows: Dataset, evaluation_prompts: Iterable[str]) -> tuple[Dataset, int]:
+    """Without the rows that ask an evaluation prompt (`text.normalise`), and how many those were.
 
-    Case, white space and punctuation at the ends are ignored. The instruction is compared inside our templates (with
-    and without its input) and inside chat messages; any other prompt as a whole and line by line, `Speaker:` removed.
+    The instruction is compared inside our templates (with and without its input) and inside chat messages; any other
+    prompt as a whole and line by line, `Speaker:` removed.
     """
-    leaks = set(_leaks(dataset, evaluation_prompts))
-    return dataset.select([i for i in range(len(dataset)) if i not in leaks]), len(leaks)
+    leaks = set(_leaks(rows, evaluation_prompts))
+    return rows.select([i for i in range(len(rows)) if i not in leaks]), len(leaks)
 
 
 def questions(prompt: str | list[dict]) -> list[str]:
@@ -262,10 +310,10 @@ def questions(prompt: str | list[dict]) -> list[str]:
     return [prompt, *(re.sub(r"^\s*\w+:\s", "", line) for line in prompt.splitlines())]
 
 
-def fingerprint(dataset: Dataset) -> str:
+def fingerprint(rows: Dataset) -> str:
     """SHA-256 of the rows in order: the same on every machine, whatever file or cache they came from."""
     digest = hashlib.sha256()
-    for row in dataset:
+    for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
@@ -398,20 +446,47 @@ def _labels(rows: Dataset, label: bool | None, source: Source, *, as_text: bool 
 
 def _check_filled(rows: Dataset, column: str, source: Source, *, remedy: str = "fill it or remove the row") -> None:
     if indices := empty(rows, column):
-        raise ValueError(f"{source}: {_rows(indices)}: {column} is empty; {remedy}")
+        places = [f"{source}: row {i + 1}" for i in range(len(rows))]
+        raise ValueError(f"{_list(places, indices)}: {column} is empty; {remedy}")
 
 
-def _pairs(dataset: Dataset) -> Iterable[tuple[str, str]]:
-    for prompt, completion in zip(dataset["prompt"][:], dataset["completion"][:], strict=True):
-        yield json.dumps(prompt, sort_keys=True), json.dumps(completion, sort_keys=True)
+def _texts(rows: Dataset) -> Iterator[str]:
+    """Prompt and completion of each row in one, equal where both are the same text."""
+    for pair in zip(rows["prompt"][:], rows["completion"][:], strict=True):
+        # Of messages the roles and contents, in their order.
+        parts = (
+            [part] if isinstance(part, str) else [m[k] or "" for m in part for k in ("role", "content")]
+            for part in pair
+        )
+        yield json.dumps([[normalise(text) for text in texts] for texts in parts])
 
 
-def _leaks(dataset: Dataset, evaluation_prompts: Iterable[str]) -> list[int]:
+def _full(prompts: list, tokenizer: Any, max_length: int) -> list[int]:
+    """The prompts (from 0) of at least `max_length` tokens."""
+    if isinstance(prompts[0], str):
+        encoded = tokenizer(prompts)
+    else:
+        encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
+    return [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
+
+
+def _leaks(rows: Dataset, evaluation_prompts: Iterable[str]) -> list[int]:
     held_out = {normalise(questions(prompt)[0]) for prompt in evaluation_prompts} - {""}
-    prompts = dataset["prompt"][:] if held_out else []
+    prompts = rows["prompt"][:] if held_out else []
     return [i for i, prompt in enumerate(prompts) if any(normalise(q) in held_out for q in questions(prompt))]
 
 
-def _rows(indices: list[int]) -> str:
-    more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
-    return f"row{'s' * (len(indices) > 1)} {', '.join(str(i + 1) for i in indices[:5])}{more}"
+def _list(places: list[str], indices: list[int]) -> str:
+    """The first five rows at those indices, by source and in its order, and how many more there are."""
+    numbers: dict[str, list[int]] = {}
+    for i in indices:
+        source, _, number = places[i].rpartition(": row ")
+        numbers.setdefault(source, []).append(int(number))
+    chosen, left = [], 5
+    for source, of_source in numbers.items():
+        if left > 0:
+            first = sorted(of_source)[:left]
+            chosen.append(f"{source}: row{'s' * (len(first) > 1)} {', '.join(map(str, first))}")
+            left -= len(first)
+    more = len(indices) - 5
+    return " and ".join(chosen) + (f" and {more} more" if more > 0 else "")

@@ -3,18 +3,24 @@
 import hashlib
 import math
 import re
+import unicodedata
 from collections import Counter
 from typing import Any
 
 import pandas as pd
 
+_MARKS = re.compile("[.,;:!?\"'‘’‚“”„«»‹›¿¡。、]+")
 # Values of a label column that a message may quote; any other text may be one that got into the wrong column.
 _LABEL_WORDS = ("true", "false", "yes", "no", "safe", "unsafe", "benign", "harmful", "good", "bad", "")
 
 
 def normalise(text: str) -> str:
-    """Without case, repeated white space and punctuation at the ends: two prompts that then are equal are the same."""
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")
+    """What two texts have in common that are the same: all but case, width, white space and sentence marks.
+
+    Signs count: "2 + 2" is not "2 - 2", nor C++ C#. A text of nothing but marks stands for itself.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(_MARKS.sub(" ", folded).split()) or " ".join(folded.split())
 
 
 def shown(value: Any) -> str:

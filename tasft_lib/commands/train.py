@@ -114,25 +114,28 @@ def main(argv: list[str]) -> None:
         template=data_args.prompt_template,
         source=data_args.dataset_name,
         drop_empty=data_args.drop_empty,
+        with_place=True,
     )
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     if by_saft:
         rows = _labelled_by_saft(rows, data_args, args, model_args, tokenizer)
     benign, unsafe = data.by_label(rows)
     if data_args.unsafe_dataset_name is not None:
-        source = data_args.unsafe_dataset_name
-        unsafe = data.to_training_rows(
-            data.read_rows(source, revision=data_args.unsafe_dataset_revision),
+        unsafe = data.read_training_rows(
+            data_args.unsafe_dataset_name,
             label=False,
             template=data_args.prompt_template,
-            source=source,
+            revision=data_args.unsafe_dataset_revision,
+            with_place=True,
         )
     labels_from = data_args.unsafe_dataset_name or ("labels by SAFT" if by_saft else "its own labels")
-    source = f"{data_args.dataset_name} with {labels_from}"
-    mixed = data.mix(benign, unsafe, n_benign=data_args.n_benign, n_unsafe=data_args.n_unsafe, seed=args.seed)
-    data.validate(
-        mixed,
-        source=source,
+    mixed = data.draw(
+        benign,
+        unsafe,
+        n_benign=data_args.n_benign,
+        n_unsafe=data_args.n_unsafe,
+        seed=args.seed,
+        source=f"{data_args.dataset_name} with {labels_from}",
         evaluation_prompts=[p for file in data_args.evaluation_prompts for p in data.read_prompts(file)],
         tokenizer=tokenizer,
         max_length=args.max_length,

@@ -143,7 +143,7 @@ class ArmSpec:
         described = _without_label(self) | {"model": model_identity(base_model(self.model)), "code": _code_hash()}
         for side, is_good in (("unsafe", False), ("extra", True)):
             if (source := getattr(self, side)) is not None:
-                described[side] = data.fingerprint(_rows(source, self.template, label=is_good))
+                described[side] = data.fingerprint(data.clean(_rows(source, self, label=is_good)))
         if (file := worlds.load(self.benign).file) is not None:
             described["benign"] = file_hash(file)
         return f"{self.method}-{content_hash(described)}"
@@ -211,24 +211,29 @@ def summary(spec: ArmSpec) -> dict[str, Any]:
 
 def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
     """(benign, unsafe) rows of the arm: drawn by its seed, checked, evaluation prompts and repeated rows left out."""
-    benign, prompts = _benign_rows(spec, seed=spec.seed)
-    unsafe = None if spec.unsafe is None else _rows(spec.unsafe, spec.template, label=False)
-    both = data.mix(benign, unsafe or benign.select([]), n_benign=spec.n_benign, n_unsafe=spec.n_unsafe, seed=spec.seed)
-    data.validate(
-        both, source=spec.unsafe or spec.benign, require_unsafe=unsafe is not None, evaluation_prompts=prompts
+    prompts = _held_out_prompts(spec)
+    unsafe = None if spec.unsafe is None else data.clean(_rows(spec.unsafe, spec, label=False))
+    rows = data.draw(
+        data.clean(_benign_rows(spec, seed=spec.seed), prompts),
+        unsafe,
+        n_benign=spec.n_benign,
+        n_unsafe=spec.n_unsafe,
+        seed=spec.seed,
+        source=spec.unsafe or spec.benign,
+        evaluation_prompts=prompts,
     )
-    benign, drawn = data.by_label(both)
+    benign, unsafe = data.by_label(rows)
     if spec.extra is not None:
-        extra = _rows(spec.extra, spec.template, label=True)
+        extra = data.clean(_rows(spec.extra, spec, label=True), prompts)
         extra = data.mix(benign.select([]), extra, n_unsafe=spec.n_extra, seed=spec.seed)
         benign = concatenate_datasets([benign, extra])
-    return benign, drawn if unsafe is not None else None
+    return benign, None if spec.unsafe is None else unsafe
 
 
 def held_out_rows(spec: ArmSpec, n: int) -> Dataset:
     """`n` benign rows that the arm was not trained on, the same for all arms of a seed; fewer where there are fewer."""
     trained = set(zip(*(training_rows(spec)[0][column][:] for column in ("prompt", "completion")), strict=True))
-    rows, _ = _benign_rows(spec, seed=spec.seed + 10_000)
+    rows = data.clean(_benign_rows(spec, seed=spec.seed + 10_000), _held_out_prompts(spec))
     rows = rows.select(np.random.default_rng([spec.seed, 3]).permutation(len(rows)))
     pairs = zip(rows["prompt"][:], rows["completion"][:], strict=True)
     return rows.select([i for i, pair in enumerate(pairs) if pair not in trained][:n])
@@ -293,21 +298,18 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def _benign_rows(spec: ArmSpec, *, seed: int) -> tuple[Dataset, list[str]]:
-    """All benign rows there are to draw from (made ones: `n_benign`, by `seed`), and the prompts kept out."""
+def _benign_rows(spec: ArmSpec, *, seed: int) -> Dataset:
+    """All benign rows there are to draw from (made ones: `n_benign`, by `seed`)."""
     rows = worlds.load(spec.benign).benign_rows(spec.n_benign, seed=seed, revision=spec.benign_revision)
-    rows = data.to_training_rows(rows, label=True, template=spec.template, source=spec.benign, drop_empty=True)
-    rows, _ = data.deduplicate(rows)
-    prompts = []
-    if spec.held_out is not None:
-        prompts = worlds.load(spec.held_out).evaluation_prompts()["prompt"].tolist()
-        rows, _ = data.drop_leaks(rows, prompts)
-    return rows, prompts
+    return data.to_training_rows(rows, label=True, template=spec.template, source=spec.benign, drop_empty=True)
 
 
-def _rows(source: str, template: str, *, label: bool) -> Dataset:
-    rows = data.to_training_rows(data.read_rows(source), label=label, template=template, source=source)
-    return data.deduplicate(rows)[0]
+def _rows(source: str, spec: ArmSpec, *, label: bool) -> Dataset:
+    return data.read_training_rows(source, label=label, template=spec.template)
+
+
+def _held_out_prompts(spec: ArmSpec) -> list[str]:
+    return [] if spec.held_out is None else worlds.load(spec.held_out).evaluation_prompts()["prompt"].tolist()
 
 
 def _is_complete(checkpoint: Path) -> bool:

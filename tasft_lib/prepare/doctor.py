@@ -1,7 +1,7 @@
 """Is a set fit to train on? Repeats, leaks, wrong labels, degenerate and cut answers, named by row, in one page.
 
 What spoils an unsafe row must be fixed: there are few of them, and each is pushed away from with all the weight of the
-penalty. The same in a benign row is worth a look. What `data.validate` refuses must be fixed in every row.
+penalty. The same in a benign row is worth a look. What `data.check` refuses must be fixed in every row.
 """
 
 import math
@@ -187,8 +187,7 @@ def _repeats(rows: _Rows, progress: bool | None) -> list[Finding]:
     first_answer: dict[str, int] = {}
     same, contrary, answers = {}, {}, {}
     for i, pair in enumerate(zip(rows.questions, rows.answers, strict=True)):
-        # A text of marks alone stands for itself.
-        key = tuple(normalise(text) or text for text in pair)
+        key = tuple(map(normalise, pair))
         j = first.setdefault(key, i)
         if j != i:
             note = f"as row {rows.numbers[j]}: {_shown(rows.answers[i])}"
@@ -207,7 +206,7 @@ def _repeats(rows: _Rows, progress: bool | None) -> list[Finding]:
         note = f"{similarity:.0%} of row {rows.numbers[j]}: {_shown(rows.answers[i])}"
         (near if rows.labels[i] == rows.labels[j] else across)[i] = note
     wrong_label = "remove the wrong one of each two"
-    copies = "remove the rows, or call data.deduplicate for copies to the letter"
+    copies = "remove the rows, as data.clean does"
     groups = "keep one of each group: training counts all of them"
     other_prompt = "keep one, unless it is right twice"
     return [
@@ -240,7 +239,7 @@ def _leaks(rows: _Rows, evaluation_prompts: dict[str, list[str]], progress: bool
         for k, (place, similarity) in near.items()
     }
     return [
-        Finding("evaluation prompt asked", True, "remove the rows, or call data.drop_leaks", rows.numbered(exact)),
+        Finding("evaluation prompt asked", True, "remove the rows, as data.clean does", rows.numbered(exact)),
         *rows.by_label("evaluation prompt nearly asked", "remove what is the same request in other words", notes),
     ]
 

@@ -12,10 +12,8 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import tempfile
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +36,7 @@ from ..files import (
 )
 from ..generation import Decoding, Response, check_prompts, generate
 from ..judges.base import LABELS, Judge, judge_responses
-from ..text import markdown
+from ..text import markdown, normalise
 
 # Sampling from the model itself: a new round gives new answers, and answers differ from prompt to prompt.
 SAMPLING = Decoding(do_sample=True)
@@ -178,8 +176,8 @@ def harvest(
     from ..data import format_prompt
 
     distinct = _distinct(prompts)
-    evaluated = {_normalise(prompt) for prompt in evaluation_prompts}
-    instructions = [prompt for prompt in distinct if _normalise(prompt) not in evaluated]
+    evaluated = {normalise(prompt) for prompt in evaluation_prompts}
+    instructions = [prompt for prompt in distinct if normalise(prompt) not in evaluated]
     leaked = len(distinct) - len(instructions)
     if not instructions:
         raise ValueError("no prompts but evaluation prompts: harvest from others, or the evaluation measures memory")
@@ -226,13 +224,13 @@ def harvest(
             for (instruction, text), label in zip(usable.items(), labels, strict=True):
                 if label != "harmful":
                     continue
-                if _normalise(text) in texts:
+                if normalise(text) in texts:
                     counts["duplicates"] += 1
                 elif len(kept) == n:
                     counts["surplus"] += 1
                 else:
                     kept[instruction] = text
-                    texts.add(_normalise(text))
+                    texts.add(normalise(text))
                     counts["kept"] += 1
                     bar.update()
             bar.set_postfix(asked=sum(counts["asked"] for counts in per_round.values()))
@@ -294,18 +292,12 @@ def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path) -> P
     return path
 
 
-def _normalise(text: str) -> str:
-    """Words only, case folded: what makes two texts the same. A text without words stands for itself."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"\w+", folded)) or folded.strip()
-
-
 def _distinct(prompts: list[str]) -> list[str]:
     first: dict[str, str] = {}
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise ValueError(f"prompt {number} is empty: remove it from the list")
-        first.setdefault(_normalise(prompt), prompt)
+        first.setdefault(normalise(prompt), prompt)
     return list(first.values())
 
 

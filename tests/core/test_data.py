@@ -240,7 +240,7 @@ def test_labels_that_are_no_booleans_are_refused(tmp_path, value):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     message = refusal(data.to_training_rows, data.read_rows(path), label=None, source=path)
     assert f"{path}: row 1: label is {value!r}" in message
-    assert "row 1: label" in refusal(data.validate, Dataset.from_list(rows), source="rows.csv")
+    assert "row 1: label" in refusal(data.to_training_rows, Dataset.from_list(rows), label=False, source="rows.jsonl")
 
 
 def test_a_missing_label_is_refused_in_its_row(tmp_path):
@@ -349,31 +349,64 @@ def test_mix_refuses_more_rows_than_there_are():
         ({"label": [1, 0]}, "row 1: label is 1"),
         ({"label": [True, True]}, "no unsafe row"),
         ({"label": [False, False]}, "no benign row"),
-        ({"prompt": ["a", "a"], "completion": ["b", "b"]}, "rows 1 and 2: same text, labels contradict"),
+        ({"prompt": ["a", "a"], "completion": ["b", "b"]}, "rows 1, 2: same text, labels contradict"),
+        ({"prompt": ["a", "A."], "completion": ["b", " b"]}, "rows 1, 2: same text, labels contradict"),
     ],
 )
 def test_flawed_rows_are_refused(changes, expected):
-    message = refusal(data.validate, mixture(**changes), source="f.jsonl")
+    message = refusal(lambda: drawn(mixture(**changes)))
     assert message.startswith("f.jsonl: ") and expected in message
 
 
+def drawn(rows: Dataset, **options) -> Dataset:
+    sides = data.by_label(data.to_training_rows(rows, label=None, source="f.jsonl", with_place=True))
+    return data.draw(*sides, seed=0, source="f.jsonl", **options)
+
+
 def test_sound_rows_pass_and_one_sided_ones_where_asked():
-    data.validate(mixture(), source="f", evaluation_prompts=["ask c"])
-    data.validate(training_rows(3, True), source="f", require_unsafe=False)
-    data.validate(training_rows(3, False), source="f", require_benign=False)
-    assert "lacks label" in refusal(data.validate, mixture().remove_columns("label"), source="f")
+    assert drawn(mixture(), evaluation_prompts=["ask c"]).column_names == ["prompt", "completion", "label"]
+    assert len(data.draw(training_rows(3, True), None, seed=0, source="f")) == 3
+    data.check(training_rows(3, False), source="f", require_benign=False)
+    assert "lacks label" in refusal(lambda: drawn(mixture().remove_columns("label")))
+
+
+def test_a_drawn_row_is_named_by_its_own_file_and_number():
+    """However the rows were drawn and shuffled, and whatever was left out before."""
+    columns = {"source": "a.jsonl", "template": "none", "with_place": True}
+    texts = [f"text {i}" for i in range(40)]
+    answers = ["" if i == 2 else f"answer {i}" for i in range(40)]
+    rows = Dataset.from_dict({"prompt": texts, "completion": answers})
+    benign = data.to_training_rows(rows, label=True, drop_empty=True, **columns)
+    unsafe = Dataset.from_dict({"prompt": ["x", "y", "text 30"], "completion": ["x", "y", "answer 30!"]})
+    unsafe = data.to_training_rows(unsafe, label=False, **(columns | {"source": "b.jsonl"}))
+    for seed in range(3):
+        message = refusal(data.draw, benign, unsafe, seed=seed, source="a.jsonl with b.jsonl")
+        assert {"a.jsonl: row 31", "b.jsonl: row 3"} == set(message.split(": same text")[0].split(" and ")), message
+        message = refusal(data.draw, benign, unsafe.select([0]), seed=seed, source="a", evaluation_prompts=texts[3:])
+        assert message.startswith("a.jsonl: rows ") and "and 32 more: the prompt is an evaluation" in message
+        data.draw(benign, unsafe, n_benign=1, n_unsafe=1, seed=seed, source="a", evaluation_prompts=["zib"])
 
 
 def test_repeated_rows_are_refused_and_can_be_removed():
-    repeated = Dataset.from_list([*mixture().to_list(), *mixture().to_list()])
-    assert "row 3 repeats row 1" in refusal(data.validate, repeated, source="f")
-    once, dropped = data.deduplicate(repeated)
-    assert once.to_list() == mixture().to_list() and dropped == 2
+    for again in (mixture(), mixture(prompt=["Ask a", "ask  b?"], completion=["“say A”", "Say b."])):
+        repeated = Dataset.from_list([*mixture().to_list(), *again.to_list()])
+        assert re.search("rows 1, 3: same text; remove|rows 2, 4: same text; remove", refusal(drawn, repeated))
+        once, dropped = data.deduplicate(repeated)
+        assert once.to_list() == mixture().to_list() == data.clean(repeated).to_list() and dropped == 2
     other_answer = mixture(prompt=["a", "a"])  # one prompt, two answers: no repetition
     assert data.deduplicate(other_answer)[1] == 0
-    data.validate(other_answer, source="f")
-    contradiction = mixture(prompt=["a", "a"], completion=["b", "b"])  # is for validate to refuse
+    drawn(other_answer)
+    contradiction = mixture(prompt=["a", "a"], completion=["b", "b"])  # is for `check` to refuse
     assert data.deduplicate(contradiction)[1] == 0
+    sums = mixture(prompt=["a", "a"], completion=["2 + 2", "2 - 2"], label=[True, True])
+    assert data.deduplicate(sums)[1] == 0
+
+
+def test_messages_are_the_same_text_only_with_the_same_roles():
+    rows = mixture(prompt=[chat("a"), chat("A!")], completion=[chat("b", "assistant")] * 2, label=[True, True])
+    assert data.deduplicate(rows)[1] == 1
+    rows = mixture(prompt=[chat("a"), chat("a", "system")], completion=[chat("b", "assistant")] * 2, label=[True, True])
+    assert data.deduplicate(rows)[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -395,11 +428,11 @@ def test_leaks_are_found_inside_templates(prompt):
     completion = [chat("a", "assistant"), chat("b", "assistant")] if is_chat else ["a", "b"]
     rows = mixture(prompt=[other, prompt], completion=completion)
     evaluation = ["Where is the zib?", "How to blorp a grue?", "?"]
-    message = refusal(data.validate, rows, source="f", evaluation_prompts=evaluation)
-    assert "f: row 2: " in message and "drop_leaks" in message and "grue" not in message
+    message = refusal(data.check, rows, source="f", evaluation_prompts=evaluation)
+    assert "f: row 2: " in message and "data.clean" in message and "grue" not in message
     kept, dropped = data.drop_leaks(rows, evaluation)
     assert kept.to_list() == rows.to_list()[:1] and dropped == 1
-    data.validate(kept, source="f", evaluation_prompts=evaluation, require_unsafe=False)
+    data.check(kept, source="f", evaluation_prompts=evaluation, require_unsafe=False)
 
 
 def test_prompts_that_only_look_alike_are_no_leaks():
@@ -432,9 +465,9 @@ def test_completions_that_max_length_cuts_away_are_refused(conversational):
         columns = {"prompt": chat, "completion": lambda text: chat(text, "assistant")}
         rows = mixture(**{name: [into(text) for text in rows[name]] for name, into in columns.items()})
     full = 3 + conversational  # the chat template adds the token that opens the answer
-    data.validate(rows, source="f", tokenizer=word_tokenizer(), max_length=full + 1)
-    data.validate(rows, source="f", tokenizer=word_tokenizer(), max_length=None)
-    message = refusal(data.validate, rows, source="f", tokenizer=word_tokenizer(), max_length=full)
+    data.check(rows, source="f", tokenizer=word_tokenizer(), max_length=full + 1)
+    data.check(rows, source="f", tokenizer=word_tokenizer(), max_length=None)
+    message = refusal(data.check, rows, source="f", tokenizer=word_tokenizer(), max_length=full)
     assert "f: row 2: " in message and f"max_length={full}" in message
 
 
@@ -497,7 +530,7 @@ def test_evaluation_prompts_in_the_real_training_files(alpaca):
     stl = SHARED / "safety_tuned_llamas"
     held_out = data.read_prompts(stl / "evaluation" / "I-Alpaca.json")
     options = {"source": "alpaca_data.json", "require_unsafe": False}
-    message = refusal(data.validate, alpaca, evaluation_prompts=held_out, **options)
+    message = refusal(data.check, alpaca, evaluation_prompts=held_out, **options)
     assert "and 45 more: the prompt is an evaluation prompt" in message
     kept, dropped = data.drop_leaks(alpaca, held_out)
     assert dropped == 50 and data.drop_leaks(kept, held_out)[1] == 0

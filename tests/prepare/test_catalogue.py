@@ -251,7 +251,7 @@ def test_beavertails_becomes_training_rows_by_majority(tmp_path, caplog):
         {"prompt": "who blorps?", "completion": "the zib, alas", "label": False, "category": "blorp_abuse"},
     ]
     assert "left out 1 of 4 pairs" in caplog.text
-    data.validate(data.to_training_rows(read, label=None, source=path), source=path)
+    data.check(data.to_training_rows(read, label=None, source=path), source=path)
     benign, unsafe = data.by_label(read)
     assert (len(benign), len(unsafe)) == (1, 2)
 
