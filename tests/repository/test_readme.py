@@ -145,3 +145,13 @@ def test_every_notebook_is_listed():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         assert f"(notebooks/{path.name})" in README
         assert nbformat.read(path, as_version=4).cells[0].source.startswith("# ")
+
+
+def test_the_python_shown_trains(model, tokenizer, rows, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    name = re.search(r"TASFTTrainer\(\"(.+?)\"", code)[1]
+    exec(code.replace(name, "base"), {"rows": rows})
+    assert {"adapter_config.json", "config.json"} & {path.name for path in Path("safer").glob("checkpoint-*/*")}
