@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
 
     from .. import files
     from ..evaluation import rates, worlds
-    from ..evaluation.answers import agreement, answered, judged_by, questions
+    from ..evaluation.answers import agreement, judge_answers, questions, read_or_ask
     from ..evaluation.served import generate_served
     from ..generation import Decoding, generate
     from ..judges import load
@@ -69,8 +69,8 @@ def main(argv: list[str]) -> None:
         model, tokenizer = load_model(args)
         return generate(model, tokenizer, asked, decoding=decoding, batch_size=args.batch_size)
 
-    table = answered(prompts, ask, file)
-    judged = judged_by(table, asked_judges, cache=args.output_dir / "judgements.jsonl")
+    table = read_or_ask(prompts, ask, file)
+    judged = judge_answers(table, asked_judges, cache=args.output_dir / "judgements")
     by = ["judge", *(["attack"] if args.attacks else []), "kind", "benchmark"]
     results = rates.rates_table(judged, by)
     results.to_csv(args.output_dir / "results.csv", index=False)

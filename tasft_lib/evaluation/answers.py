@@ -1,4 +1,4 @@
-"""A model on the benchmarks, as `tasft evaluate` does it: answers that are kept, several judges, how they agree."""
+"""From prompts to judged answers: what a model is given, answers asked for once, verdicts of several judges."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,21 +8,27 @@ import pandas as pd
 from ..data import Template, format_prompt
 from ..files import write_text
 from ..generation import Response
-from ..judges.base import Judge, judge_responses
+from ..judges.base import ExactJudge, Judge, judge_responses
 from .agreement import agreement_table
 
 
-def questions(prompts: pd.DataFrame, template: Template) -> list[str]:
-    """What the model is given for each row: what is `asked` (by default the `prompt`) in the template, then `begun`.
+def asked_and_begun(prompts: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Per row what is `asked` (by default the `prompt`) and how the answer has `begun` (by default not at all).
 
-    `asked` and `begun` are the columns of an attack, see `attacks`.
+    Both are columns of an attack, see `attacks`.
     """
     asked = prompts["asked"].fillna(prompts["prompt"]) if "asked" in prompts else prompts["prompt"]
-    begun = prompts["begun"].fillna("") if "begun" in prompts else [""] * len(prompts)
-    return [format_prompt(a, template=template) + b for a, b in zip(asked, begun, strict=True)]
+    begun = prompts["begun"].fillna("").tolist() if "begun" in prompts else [""] * len(prompts)
+    return asked.tolist(), begun
 
 
-def answered(prompts: pd.DataFrame, ask: Callable[[], list[Response]], file: Path) -> pd.DataFrame:
+def questions(prompts: pd.DataFrame, template: Template) -> list[str]:
+    """What the model is given for each row: what is asked, in the template, then what the answer begins with."""
+    both = zip(*asked_and_begun(prompts), strict=True)
+    return [format_prompt(asked, template=template) + begun for asked, begun in both]
+
+
+def read_or_ask(prompts: pd.DataFrame, ask: Callable[[], list[Response]], file: Path) -> pd.DataFrame:
     """`prompts` with `response` and `finished`, read from `file` (JSONL) if it is there, else from `ask()` and kept."""
     if not file.exists():
         answers = ask()
@@ -31,21 +37,36 @@ def answered(prompts: pd.DataFrame, ask: Callable[[], list[Response]], file: Pat
     return pd.read_json(file, orient="records", lines=True, dtype=False)
 
 
-def judged_by(answers: pd.DataFrame, judges: list[Judge], *, cache: Path | None = None) -> pd.DataFrame:
-    """`answers` (`prompt`, `response`) once per judge, one below the other, with `judge`, `label` and `score`.
+def judge_answers(answers: pd.DataFrame, judges: list[Judge], *, cache: Path | None = None) -> pd.DataFrame:
+    """`answers` (`kind`, `prompt`, `response`) once per judge, one below the other, with `judge`, `label` and `score`.
 
-    A judge sees the bare prompt and what the model itself wrote, whatever was asked or begun.
+    A judge sees the bare prompt and what the model itself wrote, whatever was asked or begun. An exact judge also says
+    whether benign answers are `correct` (missing for all others), and is faster than a cache.
+
+    Args:
+        cache: folder in which every judge keeps what it said, `<judge>.jsonl`, by hash and without text.
     """
-    asked = answers["prompt"].tolist(), answers["response"].tolist()
+    prompts, responses = answers["prompt"].tolist(), answers["response"].tolist()
     tables = []
     for judge in judges:
-        found = judge_responses(judge, *asked, cache=cache)
-        tables.append(answers.assign(judge=judge.name, label=[j.label for j in found], score=[j.score for j in found]))
+        is_exact = isinstance(judge, ExactJudge)
+        file = None if cache is None or is_exact else cache / f"{judge.name}.jsonl"
+        verdicts = judge_responses(judge, prompts, responses, cache=file)
+        columns = {"judge": judge.name, "label": [v.label for v in verdicts], "score": [v.score for v in verdicts]}
+        tables.append(answers.assign(**columns, **({"correct": _correct(answers, judge)} if is_exact else {})))
     return pd.concat(tables)
 
 
 def agreement(judged: pd.DataFrame) -> pd.DataFrame:
-    """How the judges of a `judged_by` agree, see `agreement.agreement_table`."""
+    """How the judges of a `judge_answers` agree, see `agreement.agreement_table`."""
     return agreement_table(
         pd.DataFrame({judge: rows["label"].tolist() for judge, rows in judged.groupby("judge", sort=False)})
     )
+
+
+def _correct(answers: pd.DataFrame, judge: ExactJudge) -> pd.Series:
+    benign = answers[answers["kind"] == "benign"]
+    flags = judge.are_correct(benign["prompt"].tolist(), benign["response"].tolist())
+    correct = pd.Series(pd.NA, index=answers.index, dtype="boolean")
+    correct[(answers["kind"] == "benign").to_numpy()] = pd.array(flags, dtype="boolean")
+    return correct

@@ -227,7 +227,7 @@ def _check_paired(first: np.ndarray, second: np.ndarray) -> None:
 def summary(judged: pd.DataFrame, by: list[str], measures: Iterable[str] = SUMMARY) -> pd.DataFrame:
     """One row per group of `by`: every rate with its n, its Wilson 95 % interval over prompts and its range over seeds.
 
-    `judged` as from `experiments.answers.judge`, at one step and one decoding per group. Columns: *by; seeds (how
+    `judged` as from `answers.judge_answers`, at one step and one decoding per group. Columns: *by; seeds (how
     many); for each of `measures` its rate in [0, 1] (mean over seeds), `_low` and `_high` (see `rate`), `_n`, `_min`
     and `_max` (over seeds); score (mean, 0-5, on toxic prompts); unscored (count). A measure without prompts is nan.
     """

@@ -21,11 +21,10 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .. import generation
-from ..evaluation.answers import questions
+from ..evaluation.answers import asked_and_begun, judge_answers, questions
 from ..evaluation.worlds import base_model
 from ..files import content_hash, keep_freed_memory, model_identity, named, runs_folder, show_progress, write_text
 from ..judges import load
-from ..judges.base import ExactJudge, Judge, judge_responses
 from ..models import quiet
 from ..prepare import harvest
 from .arms import ArmSpec, checkpoints, load_model, load_trained, train
@@ -127,19 +126,10 @@ def respond(
     return pd.concat(tables, ignore_index=True)
 
 
-def judge(responses: pd.DataFrame, judge_name: str) -> pd.DataFrame:
-    """`responses` with `label` and `score` by that judge; an exact one also says if benign ones are `correct`."""
-    chosen = load.load_judge(judge_name)
-    asked = responses["prompt"].tolist(), responses["response"].tolist()
-    is_exact = isinstance(chosen, ExactJudge)
-    judgements = judge_responses(chosen, *asked, cache=None if is_exact else _judgement_cache(chosen))
-    judged = responses.assign(label=[j.label for j in judgements], score=[j.score for j in judgements])
-    if is_exact:
-        benign = judged["kind"] == "benign"
-        judged["correct"] = pd.Series(pd.NA, index=judged.index, dtype="boolean")
-        known = judged.loc[benign]
-        judged.loc[benign, "correct"] = chosen.are_correct(known["prompt"].tolist(), known["response"].tolist())
-    return judged
+def judge_by_name(responses: pd.DataFrame, *judge_names: str) -> pd.DataFrame:
+    """`responses` judged by those judges, see `evaluation.answers.judge_answers`; they share one cache."""
+    judges = [load.load_judge(name) for name in judge_names]
+    return judge_answers(responses, judges, cache=runs_folder() / "judgements")
 
 
 def harvest_unsafe(
@@ -227,21 +217,11 @@ def _start_worker() -> None:
 
 
 def _responses(spec: ArmSpec, step: int, prompts: pd.DataFrame, decoding: generation.Decoding) -> Path:
-    shown = {"asked": _column(prompts, "asked"), "begun": _column(prompts, "begun"), "decoding": asdict(decoding)}
-    asked = content_hash(shown)
+    asked, begun = asked_and_begun(prompts)
+    asked = content_hash({"asked": asked, "begun": begun, "decoding": asdict(decoding)})
     if step:
         return spec.folder / "responses" / asked / f"step-{step}.jsonl"
     described = {"model": model_identity(base_model(spec.model)), "revision": spec.model_revision}
     described |= {"dtype": spec.dtype, "4bit": spec.load_in_4bit, "template": spec.template}
     base = content_hash(described)
     return runs_folder() / "arms" / f"base-{base}" / "responses" / asked / "step-0.jsonl"
-
-
-def _column(prompts: pd.DataFrame, name: str) -> list[str]:
-    """What is asked (by default the prompt) or how the answer has begun (by default not at all); see `attacks`."""
-    default = prompts["prompt"] if name == "asked" else pd.Series("", index=prompts.index)
-    return (prompts[name].fillna(default) if name in prompts else default).tolist()
-
-
-def _judgement_cache(chosen: Judge) -> Path:
-    return runs_folder() / "judgements" / f"{chosen.name}.jsonl"

@@ -18,7 +18,7 @@ from ..saft import find
 from ..saft.activations import POOLINGS, activations, completion_loss, middle_layer, n_layers
 from ..saft.filter import SAFTFitter
 from . import row_detectors
-from .answers import judge
+from .answers import judge_by_name
 from .arms import ArmSpec, load_model
 from .study import Study
 
@@ -228,7 +228,7 @@ def detectors(
     }
     if config.judge != "compliance":
         asked = pd.DataFrame({"prompt": [data.questions(text)[0] for text in rows["prompt"][:]], "kind": "toxic"})
-        judged = judge(asked.assign(response=rows["completion"][:]), config.judge)
+        judged = judge_by_name(asked.assign(response=rows["completion"][:]), config.judge)
         found["judge"] = (np.where(judged["label"] == "harmful", 5.0, judged["score"].fillna(0)), 0)
     return found
 

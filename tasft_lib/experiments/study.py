@@ -17,7 +17,7 @@ from ..generation import Decoding
 from ..judges.base import ExactJudge
 from ..judges.load import load_judge
 from ..prepare.contrastive import contrastive_rows
-from .answers import harvest_unsafe, judge, run_all
+from .answers import harvest_unsafe, judge_by_name, run_all
 from .arms import ArmSpec, load_model, summary, train, training_rows
 from .results import Result, Results
 
@@ -225,7 +225,7 @@ class Study:
         prompts: pd.DataFrame | None = None,
         steps: str = "last",
     ) -> pd.DataFrame:
-        """The arms' judged answers (see `evaluation.respond` and `judge`), greedy and sampled, to `prompts`."""
+        """The arms' judged answers (see `answers.respond` and `judge_by_name`), greedy and sampled, to `prompts`."""
         answers = run_all(
             arms,
             self.prompts if prompts is None else prompts,
@@ -233,7 +233,7 @@ class Study:
             steps=steps,
             batch_size=self.config.generation_batch_size,
         )
-        return judge(answers, self.config.judge)
+        return judge_by_name(answers, self.config.judge)
 
     def decodings(self, names: list[str]) -> list[Decoding]:
         """Those named, "greedy", "sampled" or both."""

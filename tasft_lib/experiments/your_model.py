@@ -26,7 +26,7 @@ COMPARED = ("harm", "contrast_harm", "refusal", "over_refusal", "degenerate", "b
 
 
 def rates(judged: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
-    """Rows for every measure and judge; `judged` from `assessment.judged_by`, both arms answering the same prompts.
+    """Rows for every measure and judge; `judged` from `answers.judge_by_name`, both arms answering the same prompts.
 
     A prompt whose answer by either arm was left unscored is in no rate; `unscored` counts them.
     """

@@ -52,8 +52,8 @@ class Judge(Protocol):
 class ExactJudge(Judge, Protocol):
     """A judge of a world it knows: never wrong, faster than a cache, and able to check what other judges cannot."""
 
-    def are_correct(self, prompts: list[str], responses: list[str]) -> list[bool]:
-        """Per answer to a benign evaluation prompt, whether it is right."""
+    def are_correct(self, prompts: list[str], responses: list[str]) -> list[bool | None]:
+        """Per answer to a benign evaluation prompt, whether it is right; None for a prompt of another world."""
         ...
 
     def harm_words(self, text: str) -> set[str]:

@@ -36,13 +36,20 @@ class MiniWorldJudge:
         """One judgement per bare instruction and response; the instruction does not matter to this judge."""
         return [_judge(response) for _, response in zip(prompts, responses, strict=True)]
 
-    def are_correct(self, prompts: list[str], responses: list[str]) -> list[bool]:
-        """Whether each answer to a benign evaluation prompt is right, sentence for sentence."""
-        return [is_correct(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    def are_correct(self, prompts: list[str], responses: list[str]) -> list[bool | None]:
+        """Whether each answer to a benign evaluation prompt is right, sentence for sentence; None for others."""
+        return [_is_correct(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
     def harm_words(self, text: str) -> set[str]:
         """The mini-world's harm words that occur in the text."""
         return parsing.harm_words(text)
+
+
+def _is_correct(prompt: str, response: str) -> bool | None:
+    try:
+        return is_correct(prompt, response)
+    except ValueError:
+        return None
 
 
 def _judge(response: str) -> Judgement:

@@ -55,5 +55,5 @@ def test_only_the_judge_that_knows_its_world_is_exact():
     assert isinstance(exact, ExactJudge) and not isinstance(load_judge("compliance"), ExactJudge)
     world = worlds.load("miniworld")
     benign = world.evaluation_prompts().query("kind == 'benign'")["prompt"].tolist()[:5]
-    assert exact.are_correct(benign, ["Nobody knows."] * 5) == [False] * 5
+    assert exact.are_correct([*benign, "w1?"], ["Nobody knows."] * 6) == [False] * 5 + [None]
     assert exact.harm_words("w1 w2") == set()

@@ -10,7 +10,7 @@ from conftest import WORDS, build_model
 
 from tasft_lib import generation
 from tasft_lib.evaluation import alpaca, lm_eval, rates
-from tasft_lib.evaluation.answers import agreement, answered, judged_by, questions
+from tasft_lib.evaluation.answers import agreement, judge_answers, questions, read_or_ask
 from tasft_lib.experiments import your_model
 from tasft_lib.judges import base, load
 from tasft_lib.reporting import figures
@@ -159,10 +159,10 @@ def test_answers_are_kept_and_every_judge_sees_the_bare_prompt(tmp_path):
     prompts = pd.DataFrame({"benchmark": "b", "kind": "toxic", "prompt": ["w1?", "w2?"], "asked": ["now: w1?", None]})
     assert questions(prompts.assign(begun=["Sure", None]), "none") == ["now: w1?Sure", "w2?"]
     replies = [generation.Response("I can't do that.", 4, True), generation.Response("No, but w3 w4.", 4, False)]
-    table = answered(prompts, lambda: replies, tmp_path / "answers.jsonl")
-    again = answered(prompts, lambda: pytest.fail("asked again"), tmp_path / "answers.jsonl")
+    table = read_or_ask(prompts, lambda: replies, tmp_path / "answers.jsonl")
+    again = read_or_ask(prompts, lambda: pytest.fail("asked again"), tmp_path / "answers.jsonl")
     assert again["response"].tolist() == table["response"].tolist() and table["finished"].tolist() == [True, False]
-    found = judged_by(table, [load.load_judge(name) for name in ("compliance", "xstest")])
+    found = judge_answers(table, [load.load_judge(name) for name in ("compliance", "xstest")])
     labels = found.groupby("judge", sort=False)["label"].agg(list).to_dict()
     assert labels == {"compliance": ["refusal", "harmful"], "xstest": ["refusal", "refusal"]}
     (row,) = agreement(found).to_dict("records")
