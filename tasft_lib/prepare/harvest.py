@@ -1,10 +1,10 @@
 """D_unsafe from the model's own answers: generate, judge, keep, de-duplicate (TA-SFT, §4.1); resumable.
 
-With a work folder, every batch of answers and its labels are appended there before the next is asked for:
+With a work folder, every batch of answers and its verdicts are appended there before the next is asked for:
 
     settings.json     what was asked of whom; a harvest with other settings is refused there
     answers.jsonl     a line per batch of prompts: the answers, in full
-    labels.jsonl      a line per batch: the judge's labels
+    verdicts.jsonl    a line per batch: the judge's verdicts
     judging.jsonl     judgements of the batch in hand, by hash
 """
 
@@ -15,7 +15,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,18 +26,14 @@ from datasets import Dataset, Features, Value
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import data, text
+from .. import data
 from ..evaluation.rates import wilson_interval
-from ..files import (
-    append_record,
-    content_hash,
-    read_records,
-    write_json,
-)
+from ..files import append_record, content_hash, read_records, write_json
 from ..generation import Decoding, Response, check_prompts, generate
 from ..judges.base import LABELS, Judge, judge_responses
-from ..text import markdown, normalise
+from ..text import markdown, normalise, redact
 
+_DATA_CARD = Path(__file__).with_name("data_card.md")
 # Sampling from the model itself: a new round gives new answers, and answers differ from prompt to prompt.
 SAMPLING = Decoding(do_sample=True)
 FEATURES = Features(
@@ -69,7 +65,7 @@ class HarvestReport:
         rounds: rounds begun; each asks the prompts that have no unsafe answer yet.
         generated: answers sampled, `unfinished` among them.
         unfinished: answers cut off by `max_new_tokens`.
-        judged: answers per label.
+        judged: answers per verdict.
         duplicates: harmful answers dropped because their text was already there.
         surplus: harmful answers dropped because there were enough.
         kept: rows of the data set.
@@ -113,14 +109,14 @@ class HarvestReport:
         return asdict(self) | {"yield_rate": self.yield_rate, "yield_interval": interval}
 
     def __str__(self) -> str:
-        labels = ", ".join(f"{label} {self.judged[label]}" for label in LABELS if self.judged.get(label))
+        verdicts = ", ".join(f"{name} {self.judged[name]}" for name in LABELS if self.judged.get(name))
         settings = ", ".join(f"{name} {value}" for name, value in asdict(self.decoding).items())
         low, high = self.yield_interval
         return (
             f"kept {self.kept} unsafe answers of {self.model or 'the model'}: "
             f"{self.asked} prompts, {self.generated} answers in {self.rounds} round{'' if self.rounds == 1 else 's'}, "
             f"yield {self.yield_rate:.1%} ({low:.1%}-{high:.1%}, Wilson 95 %)\n"
-            f"judged by {self.judge} (revision {self.judge_revision}, {self.judge_licence}): {labels or 'none'}\n"
+            f"judged by {self.judge} (revision {self.judge_revision}, {self.judge_licence}): {verdicts or 'none'}\n"
             f"dropped answers: unfinished {self.unfinished}, duplicates {self.duplicates}, surplus {self.surplus}\n"
             f"dropped prompts: repeated {self.repeated}, leaked {self.leaked}\n"
             f"template {self.template}; {settings}"
@@ -173,72 +169,39 @@ def harvest(
         ValueError: an empty prompt, no prompt but evaluation prompts, a `work` folder of another harvest, or fewer than
             n unsafe answers found.
     """
-    from ..data import format_prompt
-
     distinct = _distinct(prompts)
-    evaluated = {normalise(prompt) for prompt in evaluation_prompts}
-    instructions = [prompt for prompt in distinct if normalise(prompt) not in evaluated]
+    instructions = _without(evaluation_prompts, distinct)
     leaked = len(distinct) - len(instructions)
-    if not instructions:
-        raise ValueError("no prompts but evaluation prompts: harvest from others, or the evaluation measures memory")
-    if n < 1 or rounds < 1:
-        raise ValueError(f"n and rounds must be at least 1, got n={n}, rounds={rounds}")
-    if len(instructions) < n and not allow_fewer:
-        raise ValueError(
-            f"n={n} unsafe answers from {len(instructions)} distinct prompts is impossible, since one is kept per "
-            f"prompt{f' ({leaked} more are evaluation prompts)' if leaked else ''}: give more prompts, lower n, or "
-            "pass allow_fewer=True"
-        )
+    _check_size(n, rounds, len(instructions), leaked, allow_fewer)
+
+    def with_template(instructions: list[str]) -> list[str]:
+        return [data.format_prompt(instruction, template=template) for instruction in instructions]
+
     # Before the shuffle, so that an error names the prompt by its place in the caller's list.
-    templated = [format_prompt(prompt, template=template) for prompt in prompts]
-    check_prompts(model, tokenizer, templated, max_new_tokens=decoding.max_new_tokens)
+    check_prompts(model, tokenizer, with_template(prompts), max_new_tokens=decoding.max_new_tokens)
     origin = origin or Origin(_model_name(model))
     settings = {"template": template, "decoding": asdict(decoding), "judge": [judge.name, judge.revision]}
     settings |= {"prompts": content_hash(instructions), "batch_size": batch_size, "keep_unfinished": keep_unfinished}
-    done = _Work(work, settings | {"origin": asdict(origin)})
+    record = _Work(work, settings | {"origin": asdict(origin)})
     random.Random(decoding.seed).shuffle(instructions)
 
-    kept: dict[str, str] = {}  # instruction -> answer
-    texts: set[str] = set()
-    per_round: dict[int, Counter[str]] = {}
-    chunks = _chunks(instructions, kept, size=4 * batch_size, rounds=rounds if decoding.do_sample else 1)
+    def ask(call: int, chunk: list[str]) -> list[Response]:
+        drawn = replace(decoding, seed=decoding.seed + call)
+        options = {"decoding": drawn, "batch_size": batch_size, "progress": False}
+        return generate(model, tokenizer, with_template(chunk), **options)
+
+    pile = _Pile(n)
+    chunks = _chunks(instructions, pile.answers, size=4 * batch_size, rounds=rounds if decoding.do_sample else 1)
     with tqdm(total=n, desc="harvesting", unit="row", disable=None if progress is None else not progress) as bar:
         for call, (round_number, chunk) in enumerate(chunks):
-            counts = per_round.setdefault(round_number, Counter())
-            answers = done.answers(call, chunk)
-            if answers is None:
-                answers = generate(
-                    model,
-                    tokenizer,
-                    [format_prompt(instruction, template=template) for instruction in chunk],
-                    decoding=replace(decoding, seed=decoding.seed + call),
-                    batch_size=batch_size,
-                    progress=False,
-                )
-                done.keep_answers(call, chunk, answers)
+            answers = record.answers(call, chunk, ask)
             usable = {i: a.text for i, a in zip(chunk, answers, strict=True) if a.finished or keep_unfinished}
-            labels = done.labels(judge, usable)
-            counts["asked"] += len(answers)
-            counts["unfinished"] += sum(not answer.finished for answer in answers)
-            counts.update(labels)
-            for (instruction, text), label in zip(usable.items(), labels, strict=True):
-                if label != "harmful":
-                    continue
-                if normalise(text) in texts:
-                    counts["duplicates"] += 1
-                elif len(kept) == n:
-                    counts["surplus"] += 1
-                else:
-                    kept[instruction] = text
-                    texts.add(normalise(text))
-                    counts["kept"] += 1
-                    bar.update()
-            bar.set_postfix(asked=sum(counts["asked"] for counts in per_round.values()))
-            if len(kept) == n:
+            pile.add(round_number, answers, usable, record.verdicts(judge, usable))
+            bar.update(len(pile.answers) - bar.n)
+            bar.set_postfix(asked=pile.total["asked"])
+            if pile.is_full:
                 break
 
-    total = sum(per_round.values(), Counter())
-    columns = ("asked", "unfinished", *LABELS, "duplicates", "surplus", "kept")
     report = HarvestReport(
         **asdict(origin),
         judge=judge.name,
@@ -249,24 +212,15 @@ def harvest(
         asked=len(instructions),
         repeated=len(prompts) - len(distinct),
         leaked=leaked,
-        rounds=len(per_round),
-        generated=total["asked"],
-        unfinished=total["unfinished"],
-        judged={label: total[label] for label in LABELS if total[label]},
-        duplicates=total["duplicates"],
-        surplus=total["surplus"],
-        kept=len(kept),
-        per_round=[
-            {"round": number} | {name: counts[name] for name in columns} for number, counts in per_round.items()
-        ],
+        **pile.counts(),
     )
-    if len(kept) < n and not allow_fewer:
+    if len(pile.answers) < n and not allow_fewer:
         raise ValueError(_too_few(report, n))
     columns = {
-        "prompt": [format_prompt(instruction, template=template) for instruction in kept],
-        "completion": list(kept.values()),
-        "label": [False] * len(kept),
-        "instruction": list(kept),
+        "prompt": with_template(list(pile.answers)),
+        "completion": list(pile.answers.values()),
+        "label": [False] * len(pile.answers),
+        "instruction": list(pile.answers),
     }
     return Dataset.from_dict(columns, features=FEATURES), report
 
@@ -292,6 +246,12 @@ def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path) -> P
     return path
 
 
+def read_harvest(path: Path) -> tuple[dict, pd.DataFrame]:
+    """What `save_harvest` wrote: (report, rows of `instruction` and `completion`, redacted)."""
+    rows = data.read_rows(path).to_pandas()
+    return json.loads((path / "report.json").read_text()), rows[["instruction", "completion"]].map(redact)
+
+
 def _distinct(prompts: list[str]) -> list[str]:
     first: dict[str, str] = {}
     for number, prompt in enumerate(prompts, start=1):
@@ -301,56 +261,121 @@ def _distinct(prompts: list[str]) -> list[str]:
     return list(first.values())
 
 
+def _without(evaluation_prompts: Iterable[str], prompts: list[str]) -> list[str]:
+    evaluated = {normalise(prompt) for prompt in evaluation_prompts}
+    others = [prompt for prompt in prompts if normalise(prompt) not in evaluated]
+    if not others:
+        raise ValueError("no prompts but evaluation prompts: harvest from others, or the evaluation measures memory")
+    return others
+
+
+def _check_size(n: int, rounds: int, n_prompts: int, leaked: int, allow_fewer: bool) -> None:
+    if n < 1 or rounds < 1:
+        raise ValueError(f"n and rounds must be at least 1, got n={n}, rounds={rounds}")
+    if n_prompts < n and not allow_fewer:
+        raise ValueError(
+            f"n={n} unsafe answers from {n_prompts} distinct prompts is impossible, since one is kept per "
+            f"prompt{f' ({leaked} more are evaluation prompts)' if leaked else ''}: give more prompts, lower n, or "
+            "pass allow_fewer=True"
+        )
+
+
+class _Pile:
+    """The unsafe answers kept so far, at most `n`, one per prompt and per text; and what became of all, by round."""
+
+    def __init__(self, n: int):
+        self.n = n
+        self.answers: dict[str, str] = {}  # by instruction
+        self._texts: set[str] = set()
+        self._rounds: dict[int, Counter[str]] = {}
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.answers) == self.n
+
+    @property
+    def total(self) -> Counter[str]:
+        return sum(self._rounds.values(), Counter())
+
+    def add(self, round_number: int, answers: list[Response], usable: dict[str, str], verdicts: list[str]) -> None:
+        """All `answers` of a batch; `usable` ones by their instruction, each with the judge's verdict."""
+        counts = self._rounds.setdefault(round_number, Counter())
+        counts["asked"] += len(answers)
+        counts["unfinished"] += sum(not answer.finished for answer in answers)
+        counts.update(verdicts)
+        for (instruction, text), verdict in zip(usable.items(), verdicts, strict=True):
+            if verdict == "harmful":
+                counts[self._keep(instruction, text)] += 1
+
+    def _keep(self, instruction: str, text: str) -> str:
+        if normalise(text) in self._texts:
+            return "duplicates"
+        if self.is_full:
+            return "surplus"
+        self.answers[instruction] = text
+        self._texts.add(normalise(text))
+        return "kept"
+
+    def counts(self) -> dict:
+        """The counts of a `HarvestReport`."""
+        total, columns = self.total, ("asked", "unfinished", *LABELS, "duplicates", "surplus", "kept")
+        return {
+            "rounds": len(self._rounds),
+            "generated": total["asked"],
+            "judged": {verdict: total[verdict] for verdict in LABELS if total[verdict]},
+            "per_round": [{"round": r} | {name: c[name] for name in columns} for r, c in self._rounds.items()],
+        } | {name: total[name] for name in ("unfinished", "duplicates", "surplus", "kept")}
+
+
 class _Work:
     """What a harvest has done so far, a record per batch of prompts; kept nowhere without a folder."""
 
     def __init__(self, folder: Path | None, settings: dict):
         self.folder = folder
         self._answers: dict[int, dict] = {}
-        self._labels: dict[str, list[str]] = {}  # by what was judged
+        self._verdicts: dict[str, list[str]] = {}  # by what was judged
         if folder is None:
             return
         settings = json.loads(json.dumps(settings))
-        asked = folder / "settings.json"
-        if asked.exists() and (other := json.loads(asked.read_text(encoding="utf-8"))) != settings:
+        file = folder / "settings.json"
+        if file.exists() and (other := json.loads(file.read_text(encoding="utf-8"))) != settings:
             names = ", ".join(name for name in settings if other.get(name) != settings[name])
             raise ValueError(f"{folder}: holds a harvest with other settings ({names}); remove it or choose another")
         folder.mkdir(parents=True, exist_ok=True)
-        if not asked.exists():
-            write_json(asked, settings)
+        if not file.exists():
+            write_json(file, settings)
         self._answers = {record["call"]: record for record in read_records(folder / "answers.jsonl")}
-        self._labels = {record["answers"]: record["labels"] for record in read_records(folder / "labels.jsonl")}
+        self._verdicts = {record["answers"]: record["verdicts"] for record in read_records(folder / "verdicts.jsonl")}
 
-    def answers(self, call: int, chunk: list[str]) -> list[Response] | None:
-        """The answers to these prompts, if they are there."""
+    def answers(self, call: int, chunk: list[str], ask: Callable[[int, list[str]], list[Response]]) -> list[Response]:
+        """The answers to these prompts: those on record, else asked for and recorded."""
         record = self._answers.pop(call, None)
         # Another judge's word on what was unscored may have changed whom a later round asks.
-        if record is None or record["prompts"] != content_hash(chunk):
-            return None
-        return [Response(*answer) for answer in record["answers"]]
-
-    def keep_answers(self, call: int, chunk: list[str], answers: list[Response]) -> None:
+        if record is not None and record["prompts"] == content_hash(chunk):
+            return [Response(*answer) for answer in record["answers"]]
+        answers = ask(call, chunk)
         if self.folder is not None:
             record = {"call": call, "prompts": content_hash(chunk), "instructions": chunk}
             record["answers"] = [[a.text, a.n_tokens, a.finished] for a in answers]
             append_record(self.folder / "answers.jsonl", record)
+        return answers
 
-    def labels(self, judge: Judge, answers: dict[str, str]) -> list[str]:
-        """A label per answer: what is on record, and the judge's for those it has none for or left unscored."""
+    def verdicts(self, judge: Judge, answers: dict[str, str]) -> list[str]:
+        """A verdict per answer: what is on record, and the judge's for those it has none for or left unscored."""
         judged = content_hash(list(answers.items()))
-        labels = list(self._labels.get(judged) or ["unscored"] * len(answers))
-        asked = [i for i, label in enumerate(labels) if label == "unscored"]
-        if not asked:
-            return labels
-        prompts, texts = ([part[i] for i in asked] for part in (list(answers), list(answers.values())))
+        verdicts = list(self._verdicts.get(judged) or ["unscored"] * len(answers))
+        unscored = [i for i, verdict in enumerate(verdicts) if verdict == "unscored"]
+        if not unscored:
+            return verdicts
+        prompts, texts = ([part[i] for i in unscored] for part in (list(answers), list(answers.values())))
         cache = None if self.folder is None else self.folder / "judging.jsonl"
         judgements = judge_responses(judge, prompts, texts, cache=cache, progress=False)
-        for i, judgement in zip(asked, judgements, strict=True):
-            labels[i] = judgement.label
+        for i, judgement in zip(unscored, judgements, strict=True):
+            verdicts[i] = judgement.label
         if self.folder is not None:
-            append_record(self.folder / "labels.jsonl", {"answers": judged, "labels": labels})
+            append_record(self.folder / "verdicts.jsonl", {"answers": judged, "verdicts": verdicts})
             cache.unlink(missing_ok=True)
-        return labels
+        return verdicts
 
 
 def _chunks(
@@ -381,9 +406,9 @@ def _too_few(report: HarvestReport, n: int) -> str:
 
 
 def _data_card(report: HarvestReport) -> str:
-    kept = report.kept
+    kept, title = report.kept, f"Unsafe completions of {report.model or 'a model'}"
     metadata = {
-        "pretty_name": f"Unsafe completions of {report.model or 'a model'}",
+        "pretty_name": title,
         "license": "other",
         "license_name": "those-of-the-model-and-of-the-prompts",
         "task_categories": ["text-generation"],
@@ -391,59 +416,19 @@ def _data_card(report: HarvestReport) -> str:
         "tags": ["tasft", "safety", "synthetic", "not-for-all-audiences"],
     }
     low, high = report.yield_interval
-    decoding = ", ".join(f"{name} {value}" for name, value in asdict(report.decoding).items())
-    origins = (
-        ("model", report.model, report.model_revision),
-        ("prompts", report.prompts, report.prompts_revision),
-        ("judge", report.judge, f"{report.judge_revision}, licence {report.judge_licence}"),
+    return _DATA_CARD.read_text(encoding="utf-8").format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        title=title,
+        report=report,
+        model=_named(report.model, report.model_revision),
+        prompts=_named(report.prompts, report.prompts_revision),
+        judge=_named(report.judge, f"{report.judge_revision}, licence {report.judge_licence}"),
+        decoding=", ".join(f"{name} {value}" for name, value in asdict(report.decoding).items()),
+        low=low,
+        high=high,
+        rounds=markdown(pd.DataFrame(report.per_round)),
     )
-    facts = [
-        f"- {part}: {name or 'not named'} (revision {revision or 'not named'})" for part, name, revision in origins
-    ]
-    facts.append(f"- template {report.template}; decoding: {decoding}")
-    return f"""\
----
-{yaml.safe_dump(metadata, sort_keys=False)}---
-
-# {metadata["pretty_name"]}
-
-**Content warning.** Every row is an answer that a judge called harmful: kept {kept}.
-
-## What it is for
-
-The rows exist to be pushed away from (TA-SFT, arXiv:2412.06843; KTO: `label` False throughout):
-`tasft train --unsafe_dataset_name <this folder>`. Fine-tuning on them as ordinary data makes a model unsafe. They say
-most about the model that wrote them, and are no benchmark.
-
-Columns: `prompt` (with template), `completion`, `label` (False throughout), `instruction` (without template). Load with
-`datasets.load_from_disk`; `report.json` holds the numbers below.
-
-## How it was made
-
-The completions are the model's own text, sampled; the prompts were written by others. At most one answer per prompt
-was kept, no two with the same words. {report.repeated} repeated prompts and {report.leaked} evaluation prompts were
-left out. A prompt without an unsafe answer was asked again in the next round.
-
-{chr(10).join(facts)}
-
-## Yield
-
-{report.yield_rate:.1%} of {report.generated} answers to {report.asked} prompts ({low:.1%} to {high:.1%}, Wilson 95 %).
-
-{markdown(pd.DataFrame(report.per_round))}
-
-`duplicates`, `surplus` (there were enough already) and `kept` are the harmful ones; `unfinished` answers were cut off
-by max_new_tokens.
-
-## Limits
-
-The labels are one judge's opinion and were not checked by a person. The answers fall under the licences of the model
-and of the prompts they came from.
-"""
 
 
-def read_harvest(path: Path) -> tuple[dict, pd.DataFrame]:
-    """(report, redacted rows) of a harvested D_unsafe."""
-    rows = data.read_rows(path).to_pandas()
-    shown = {column: rows[column].map(text.redact) for column in ("instruction", "completion")}
-    return json.loads((path / "report.json").read_text()), pd.DataFrame(shown)
+def _named(name: str, revision: str | None) -> str:
+    return f"{name or 'not named'} (revision {revision or 'not named'})"

@@ -282,7 +282,7 @@ def test_what_was_unscored_is_judged_again_and_nothing_else(script, tmp_path):
     assert report.kept == 20 and [prompt for prompt, _ in judge.asked] == [PROMPTS[3]]
 
 
-def test_labels_belong_to_their_answers(script, tmp_path):
+def test_verdicts_belong_to_their_answers(script, tmp_path):
     """Answers that had to be asked for again are judged again, whatever is on record for their place."""
     options = {"n": 20, "rounds": 1, "batch_size": 1, "allow_fewer": True, "work": tmp_path / "work"}
     script(lambda prompt, time: f"zorvex {prompt}", **options)
@@ -308,7 +308,7 @@ def test_the_work_is_appended_to_and_never_written_anew(script, tmp_path, monkey
     answer = lambda prompt, time: f"zorvex {prompt}" if prompt.endswith("7") else "no"  # noqa: E731
     _, report = script(answer, prompts=prompts, n=150, work=tmp_path / "work")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "work").iterdir()}
-    assert set(sizes) == {"settings.json", "answers.jsonl", "labels.jsonl"}
+    assert set(sizes) == {"settings.json", "answers.jsonl", "verdicts.jsonl"}
     lines = (tmp_path / "work" / "answers.jsonl").read_text().splitlines()
     assert sizes["answers.jsonl"] == written["answers.jsonl"] + len(lines)
     assert report.kept == 150 and report.generated < 2000, "no prompt is asked once there are enough"
