@@ -6,17 +6,20 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+import platformdirs
+import psutil
+from tqdm.auto import tqdm
 
 NO_WEIGHTS = ("README.md", "tasft.json", "checkpoint-*", "runs", "_*", "training_args.bin", "*.jsonl")
 PACKAGES = ("tasft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
@@ -27,6 +30,8 @@ def environment() -> dict[str, Any]:
 
     A commit ends in "-dirty" where a tracked file differs from it; figures do not count, being what is made.
     """
+    import torch
+
     packages = {}
     for package in PACKAGES:
         try:
@@ -40,7 +45,7 @@ def environment() -> dict[str, Any]:
             "platform": f"{platform.system()} {platform.machine()}",
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
-            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "memory_gb": round(psutil.virtual_memory().total / 2**30),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
@@ -53,14 +58,32 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all: a killed process leaves the old one or none."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file or folder, beside `path`: it becomes `path` at the end, or is removed after an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    _remove(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
-    """`$TASFT_CACHE`, else `~/.cache/tasft`: what can be made or downloaded again."""
-    return Path(os.environ.get("TASFT_CACHE") or Path.home() / ".cache" / "tasft")
+    """`$TASFT_CACHE`, else the system's place, on Linux `~/.cache/tasft`: what can be made or downloaded again."""
+    return Path(os.environ.get("TASFT_CACHE") or platformdirs.user_cache_path("tasft", appauthor=False))
 
 
 def content_hash(value: Any) -> str:
@@ -89,6 +112,12 @@ def model_identity(model: str) -> str:
     A card, the record of training, checkpoints and logs beside the weights do not change it.
     """
     return file_hash(Path(model), NO_WEIGHTS) if Path(model).exists() else model
+
+
+def check_model(model: str | Path, revision: str | None) -> None:
+    """Raise `ValueError` unless `model` is a folder, or a hub id whose commit is given."""
+    if not os.path.isdir(model) and revision in (None, "main"):
+        raise ValueError(f"{model}: no such folder, and a hub id needs model_revision; give the commit to load.")
 
 
 def named(source: str, revision: str | None) -> tuple[str, str | None]:
@@ -121,8 +150,14 @@ def _cpu_name() -> str:
 
 def peak_memory_mb() -> int:
     """Most memory this process has held so far, in MB: on the GPU where there is one, else resident."""
+    import torch
+
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20)
+    if sys.platform == "win32":
+        return round(psutil.Process().memory_info().peak_wset / 2**20)
+    import resource  # psutil knows the peak on Windows only
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
@@ -141,16 +176,21 @@ def read_records(path: Path) -> Iterator[dict]:
 
 
 def append_record(path: Path, record: dict) -> None:
-    """One more line, on disk when this returns; the file is made when missing. Let one process write at a time."""
-    line = json.dumps(record) + "\n"
+    """`append_records` with one."""
+    append_records(path, [record])
+
+
+def append_records(path: Path, records: Iterable[dict]) -> None:
+    """A line more for each, on disk when this returns; a missing file is made. Let one process write at a time."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, 2)
             # What follows a torn line must begin on its own line.
             if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
+                lines = "\n" + lines
+        file.write(lines.encode())
 
 
 # How glibc is told to keep freed memory; read at the start of a process.
@@ -186,6 +226,11 @@ def keep_freed_memory() -> None:
 def show_progress() -> bool:
     """Bars for the person who waits; none in worker processes, whose arms are bars' steps already, nor in CI."""
     return multiprocessing.parent_process() is None and "CI" not in os.environ
+
+
+def progress_bar(steps: Iterable | None = None, *, progress: bool | None = None, **options: Any) -> tqdm:
+    """A `tqdm` that `progress` forces on or off; None shows it on a terminal."""
+    return tqdm(steps, disable=None if progress is None else not progress, **options)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

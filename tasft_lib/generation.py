@@ -1,21 +1,13 @@
 """Batched decoding of responses: sorted by length, left-padded, stopped at EOS."""
 
-import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
-from transformers import (
-    AutoTokenizer,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .files import progress_bar
 
 
 @dataclass(frozen=True)
@@ -45,8 +37,6 @@ class Decoding:
 
 
 GREEDY = Decoding()
-# What the code of Safety-Tuned LLaMAs (Bianchi et al., 2023) really ran.
-STL_PARITY = Decoding(max_new_tokens=128, num_beams=4)
 
 
 @dataclass(frozen=True)
@@ -98,12 +88,12 @@ def generate(
     # Longest first: what does not fit in memory fails at once, and the progress bar errs on the safe side.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)
     responses: dict[int, Response] = {}
-    disable = None if progress is None else not progress
     with (
-        _evaluating(model),
+        evaluating(model),
+        _without_defaults(model),
         _seeded(decoding.seed),
         torch.inference_mode(),
-        tqdm(total=len(prompts), desc="generating", unit="prompt", disable=disable) as bar,
+        progress_bar(total=len(prompts), desc="generating", unit="prompt", progress=progress) as bar,
     ):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -117,79 +107,6 @@ def generate(
                 responses[i] = _response(tokenizer, new_ids, eos_ids)
             bar.update(len(batch))
     return [responses[i] for i in range(len(prompts))]
-
-
-def generate_continuous(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    *,
-    decoding: Decoding = GREEDY,
-    batch_size: int = 32,
-    progress: bool | None = None,
-) -> list[Response]:
-    """`generate` by transformers' continuous batching: a place that a short answer leaves is taken by the next prompt.
-
-    Pays on a GPU, where answers differ much in length. The same greedy answers up to floating-point near-ties; sampled
-    ones are other draws than those of `generate`, and on a GPU need not repeat.
-
-    Args:
-        batch_size: answers under way at a time.
-
-    Raises:
-        ValueError: beams, or a prompt or tokenizer that `generate` would refuse.
-        RuntimeError: transformers gave up on a prompt.
-    """
-    _refuse_beams(decoding, "continuous batching")
-    config = _generation_config(model, tokenizer, decoding)
-    check_prompts(model, tokenizer, prompts, max_new_tokens=decoding.max_new_tokens)
-    encoded = _encode(tokenizer, prompts)
-    if not encoded:
-        return []
-    settings = ContinuousBatchingConfig(
-        max_requests_per_batch=batch_size, seed=decoding.seed, drop_unsupported_processors=False
-    )
-    if model.device.type == "cpu":
-        # Left open, the cache takes nearly all free memory: right on a GPU, half a minute and more on a CPU.
-        longest = max(map(len, encoded)) + decoding.max_new_tokens
-        settings.num_blocks = (batch_size + 1) * math.ceil(longest / settings.page_size)
-        settings.max_batch_tokens = max(batch_size, longest)
-    with _evaluating(model), _seeded(decoding.seed):
-        outputs = model.generate_batch(
-            encoded,
-            generation_config=config,
-            continuous_batching_config=settings,
-            progress_bar=sys.stderr.isatty() if progress is None else progress,
-            warmup=model.device.type != "cpu",
-        )
-    # transformers logs what goes wrong and returns the rest.
-    failed = len(encoded) - sum(output.error is None for output in outputs.values())
-    if failed:
-        raise RuntimeError(f"continuous batching gave no answer to {failed} of {len(encoded)} prompts: use generate()")
-    return [_response(tokenizer, output.generated_tokens, config.eos_token_id or []) for output in outputs.values()]
-
-
-def generate_vllm(folder: str | Path, prompts: list[str], *, decoding: Decoding = GREEDY, **engine) -> list[Response]:
-    """Answer every prompt by vLLM (extra `vllm`), from a folder of merged weights; `engine` goes to `vllm.LLM`.
-
-    An adapter has to be merged first: `merge_and_unload().save_pretrained(folder)`, and the tokenizer saved beside it.
-    """
-    _refuse_beams(decoding, "vLLM")
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json here; give a folder of merged weights, not an adapter or a hub id")
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError as error:
-        raise ValueError("vLLM is not installed: pip install 'tasft[vllm]'") from error
-    encoded = _encode(AutoTokenizer.from_pretrained(folder), prompts)
-    sampled = (
-        {"temperature": decoding.temperature, "top_p": decoding.top_p} if decoding.do_sample else {"temperature": 0}
-    )
-    params = SamplingParams(max_tokens=decoding.max_new_tokens, seed=decoding.seed, **sampled)
-    outputs = LLM(model=str(folder), **engine).generate([{"prompt_token_ids": ids} for ids in encoded], params)
-    answers = [(output.outputs[0], output.outputs[0].finish_reason == "stop") for output in outputs]
-    # The token that ends an answer is among its tokens.
-    return [Response(a.text.strip(), len(a.token_ids) - finished, finished) for a, finished in answers]
 
 
 def check_prompts(
@@ -233,11 +150,6 @@ def _generation_config(
     )
 
 
-def _refuse_beams(decoding: Decoding, where: str) -> None:
-    if decoding.num_beams > 1:
-        raise ValueError(f"{where} has no beams: set num_beams=1 (it is {decoding.num_beams}), or use generate()")
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
     # A chat template writes BOS into the string; a second one would be a start no model has seen.
     bos = tokenizer.bos_token
@@ -262,11 +174,22 @@ def _response(tokenizer: PreTrainedTokenizerBase, new_ids: list[int], eos_ids: l
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and no checkpoint defaults: generate() fills whatever a config leaves open from the model's."""
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside, afterwards the modes that were."""
     modes = [(module, module.training) for module in model.modules()]
-    configs = [(m, m.generation_config) for m in model.modules() if "generation_config" in vars(m)]
     model.eval()
+    try:
+        yield
+    finally:
+        # Module by module: a part that was frozen in evaluation mode stays so.
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """No checkpoint defaults inside: generate() fills whatever a config leaves open from the model's."""
+    configs = [(m, m.generation_config) for m in model.modules() if "generation_config" in vars(m)]
     for module, _ in configs:
         module.generation_config = GenerationConfig()
     try:
@@ -274,9 +197,6 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, config in configs:
             module.generation_config = config
-        # Module by module: a part that was frozen in evaluation mode stays so.
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

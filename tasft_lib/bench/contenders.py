@@ -164,10 +164,10 @@ def _trainer(settings: dict, name: str, dtype: str):
     """A trainer of the contender on a random model, with LoRA matrices that are not at their zero start."""
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     from ..config import TASFTConfig
+    from ..models import load_weights
     from ..trainer import TASFTTrainer
 
     disable_progress_bars()
@@ -175,13 +175,7 @@ def _trainer(settings: dict, name: str, dtype: str):
     with tempfile.TemporaryDirectory() as folder:
         if settings["load_in_4bit"]:
             model.save_pretrained(folder)
-            model = LlamaForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                quantization_config=BitsAndBytesConfig(
-                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
-                ),
-            )
+            model = load_weights(folder, dtype=dtype, load_in_4bit=True)
     options = dict(
         output_dir=tempfile.gettempdir(),
         per_device_train_batch_size=settings["batch_size"],

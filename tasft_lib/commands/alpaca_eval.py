@@ -113,7 +113,7 @@ def _answer(args, instructions: list[str], answers: dict[str, str], file: Path, 
     from .. import data, files
     from ..generation import check_prompts, generate
 
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
     asked = [data.format_prompt(instruction, template=args.prompt_template) for instruction in instructions]
     check_prompts(model, tokenizer, asked, max_new_tokens=decoding.max_new_tokens)
     step = 8 * args.batch_size

@@ -38,8 +38,7 @@ def main(argv: list[str]) -> None:
     settings = pair.PairSettings(streams=args.streams, depth=args.depth, seed=args.seed)
     attacker, judge = Endpoint(args.attacker, args.attacker_model), Endpoint(args.judge, args.judge_model)
     if os.path.isdir(args.target):
-        local = argparse.Namespace(model=args.target, model_revision=None, dtype="auto")
-        model, tokenizer = load_model(local)
+        model, tokenizer = load_model(args.target)
 
         def target(prompts: list[str]) -> list[str]:
             asked = [data.format_prompt(prompt, template=args.prompt_template) for prompt in prompts]

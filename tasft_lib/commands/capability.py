@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         tasks[name] = commit or lm_eval.TASKS.get(name)
         if tasks[name] is None and args.include_path is None:
             raise ValueError(f"task {name}: give the commit of its data set, {name}@<commit>, or --include_path.")
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
     options = {"num_fewshot": args.num_fewshot, "limit": args.limit, "include_path": args.include_path}
     scores = lm_eval.harness_scores(model, tokenizer, tasks, batch_size=args.batch_size, **options)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         if args.base_url:
             to = {"base_url": args.base_url, "model": args.served_model, "concurrency": args.batch_size}
             return generate_served(asked, **to, decoding=decoding, answers=args.output_dir / "served.jsonl")
-        model, tokenizer = load_model(args)
+        model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
         return generate(model, tokenizer, asked, decoding=decoding, batch_size=args.batch_size)
 
     table = read_or_ask(prompts, ask, file)

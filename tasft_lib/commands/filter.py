@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files.write_json(args.output_dir / "settings.json", settings)
 
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype, load_in_4bit=args.load_in_4bit)
     found, scores = find.find_harmful(
         model,
         tokenizer,

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         world = worlds.load(args.prompts)
         prompts, asked = world.harvest_prompts(), world.harvest_source()
     held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
-    model, tokenizer = load_model(args)
+    model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
     rows, report = harvest(
         model,
         tokenizer,

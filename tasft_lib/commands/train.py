@@ -8,14 +8,13 @@ from pathlib import Path
 import yaml
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from .. import data, files
 from ..config import TASFTConfig
 from ..evaluation.samples import SampleCallback
 from ..generation import Decoding
-from ..models import load_tokenizer
+from ..models import load_tokenizer, load_weights
 from ..publish.card import RECORD, training_record
 from ..saft import find, report
 from ..saft.activations import token_lengths
@@ -207,12 +206,12 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args, tokenizer) -> 
     file = folder / f"verdicts-{files.content_hash([*asked, model_args.model_name_or_path, args.max_length])}.json"
     with PartialState().main_process_first():
         if not file.exists():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = load_weights(
                 model_args.model_name_or_path,
-                revision=model_args.model_revision or "main",
+                model_args.model_revision,
                 dtype=model_args.dtype,
+                device=args.device,
                 quantization_config=get_quantization_config(model_args),
-                device_map={"": args.device},
             )
             read = {"max_length": args.max_length, "folder": folder}
             found, scores = find.find_harmful(model, tokenizer, rows, **options, **read)

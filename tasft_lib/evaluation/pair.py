@@ -21,7 +21,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..data import column_names, read_rows
-from ..files import append_record, content_hash, read_records, write_json, write_text
+from ..files import append_record, content_hash, progress_bar, read_records, write_json, write_text
 from ..generation import Decoding
 from .served import Endpoint, generate_served, missing_calls
 
@@ -150,8 +150,8 @@ def attack(
     made = sum(1 for file in folder.glob("goals/*/*.jsonl") for _ in read_records(file))
     calls = _Calls(made, max_calls, concurrency, timeout)
     rows = {goal.name: {"goal": goal.name, "status": "unfinished"} for goal in goals}
-    disable = None if progress is None else not progress
-    with tqdm(total=len(goals) * settings.depth, desc="attacking", unit="round", disable=disable) as bar:
+    steps = len(goals) * settings.depth
+    with progress_bar(total=steps, desc="attacking", unit="round", progress=progress) as bar:
         for number, goal in enumerate(goals, start=1):
             try:
                 turns = _attack_goal(goal, attacker, target, judge, calls, folder / "goals" / goal.name, settings, bar)

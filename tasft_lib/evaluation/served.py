@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tqdm.auto import tqdm
-
-from ..files import append_record, content_hash, read_records
+from ..files import append_record, content_hash, progress_bar, read_records
 from ..generation import GREEDY, Decoding, Response
 
 # A whole conversation of {"role": ..., "content": ...}, or a prompt, which is one user message.
@@ -121,9 +119,8 @@ def generate_served(
         return None
 
     pool = ThreadPoolExecutor(concurrency)
-    disable = None if progress is None else not progress
     try:
-        with tqdm(total=len(missing), desc=f"asking {model}", unit="prompt", disable=disable) as bar:
+        with progress_bar(total=len(missing), desc=f"asking {model}", unit="prompt", progress=progress) as bar:
             answered = 0
             for done in as_completed([pool.submit(ask, i) for i in missing]):
                 failure = done.result()

@@ -22,17 +22,10 @@ import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
-from peft import LoraConfig, PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from .. import data
+from .. import data, models
 from ..evaluation import worlds
 from ..evaluation.worlds import base_model
 from ..files import (
@@ -241,28 +234,19 @@ def held_out_rows(spec: ArmSpec, n: int) -> Dataset:
 
 def load_tokenizer(spec: ArmSpec) -> PreTrainedTokenizerBase:
     """The tokenizer of the arm's base."""
-    return AutoTokenizer.from_pretrained(base_model(spec.model), revision=spec.model_revision)
+    return models.load_tokenizer(base_model(spec.model), spec.model_revision)
 
 
 def load_model(spec: ArmSpec, adapter: Path | None = None):
     """(model, tokenizer) of the arm's base, with `adapter` (or tuned checkpoint) of a step if one is given."""
-    quantization = None
-    if spec.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, spec.dtype)
-        )
-    base = base_model(spec.model)
-    source = base if adapter is None or (adapter / "adapter_config.json").exists() else str(adapter)
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=spec.model_revision if source == base else None,
-        dtype=getattr(torch, spec.dtype),
-        quantization_config=quantization,
-        device_map={"": 0} if torch.cuda.is_available() else None,
-    )
-    if adapter is not None and source == base:
-        model = PeftModel.from_pretrained(model, str(adapter))
-    return model, load_tokenizer(spec)
+    options = {
+        "dtype": spec.dtype,
+        "load_in_4bit": spec.load_in_4bit,
+        "device": "cuda:0" if torch.cuda.is_available() else None,
+    }
+    if adapter is not None and not models.is_adapter(adapter):
+        return models.load_weights(adapter, **options), load_tokenizer(spec)
+    return models.load_model(base_model(spec.model), spec.model_revision, adapter=adapter, **options)
 
 
 def load_trained(spec: ArmSpec):

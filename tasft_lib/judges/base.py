@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from tqdm.auto import tqdm
-
+from ..files import append_records, progress_bar, read_records
 from .noise import find_degenerate
 
 logger = logging.getLogger(__name__)
@@ -79,9 +78,9 @@ def judge_in_batches(
     asked = [i for i, judgement in enumerate(judgements) if judgement is UNSCORED]
     # Longest first: what does not fit in memory fails at once, and batches hold little padding.
     asked.sort(key=lambda i: len(prompts[i]) + len(responses[i]), reverse=True)
-    disable = None if progress is None else not progress
     # Under the bar of `judge_responses`, so only when it takes long.
-    with tqdm(total=len(asked), desc=name, unit="response", leave=False, delay=2, disable=disable) as bar:
+    options = {"unit": "response", "leave": False, "delay": 2, "progress": progress}
+    with progress_bar(total=len(asked), desc=name, **options) as bar:
         for start in range(0, len(asked), batch_size):
             batch = asked[start : start + batch_size]
             answered = ask([prompts[i] for i in batch], [responses[i] for i in batch])
@@ -117,7 +116,7 @@ def judge_responses(
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses: give one prompt per response")
     keys = [_key(judge, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-    known = dict(_read_cache(cache)) if cache is not None and Path(cache).exists() else {}
+    known = dict(_read_cache(Path(cache))) if cache is not None else {}
     first_position: dict[str, int] = {}
     for position, key in enumerate(keys):
         if key not in known:
@@ -125,8 +124,7 @@ def judge_responses(
     missing = list(first_position.values())
     batch_size = batch_size or getattr(judge, "save_every", 256)
 
-    disable = None if progress is None else not progress
-    with tqdm(total=len(missing), desc=f"judging ({judge.name})", unit="response", disable=disable) as bar:
+    with progress_bar(total=len(missing), desc=f"judging ({judge.name})", unit="response", progress=progress) as bar:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             judgements = judge.judge([prompts[i] for i in batch], [responses[i] for i in batch])
@@ -145,31 +143,22 @@ def _key(judge: Judge, prompt: str, response: str) -> str:
 
 
 def _read_cache(path: Path) -> Iterator[tuple[str, Judgement]]:
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for record in read_records(path):
         try:
-            record = json.loads(line)
             score = math.nan if record["score"] is None else float(record["score"])
             if record["label"] in LABELS:
                 yield record["key"], Judgement(record["label"], score)
         except (ValueError, KeyError, TypeError):
-            # The torn line of a killed process: its judgement is simply asked for again.
-            continue
+            continue  # not one of ours: its judgement is simply asked for again
 
 
 def _append_cache(path: Path, judgements: dict[str, Judgement]) -> None:
-    lines = [
-        json.dumps({"key": key, "label": j.label, "score": None if math.isnan(j.score) else j.score})
+    records = [
+        {"key": key, "label": j.label, "score": None if math.isnan(j.score) else j.score}
         for key, j in judgements.items()
         if j.label != "unscored"
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, 2)
-            # What follows a torn line must begin on its own line.
-            if file.read(1) != b"\n":
-                lines.insert(0, "")
-        file.write("".join(f"{line}\n" for line in lines).encode())
+    append_records(path, records)
 
 
 def _check_protocol(judge: Judge, judgements: list[Judgement], expected: int) -> None:

@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..files import file_hash
 from ..generation import Decoding, check_prompts, generate
+from ..models import load_tokenizer, load_weights
 from .base import UNSCORED, Judgement, judge_in_batches
 from .noise import degenerate_revision
 from .strings import is_refusal
@@ -42,7 +43,7 @@ class _LocalModel(ABC):
     kind: str
     licence: str
     settings = ""
-    loader = AutoModelForCausalLM
+    architecture = AutoModelForCausalLM
 
     def __init__(
         self,
@@ -96,23 +97,20 @@ class _LocalModel(ABC):
     def _loaded(self):
         """(model, tokenizer)"""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._model, revision=self._commit or "main")
-            model, info = self.loader.from_pretrained(
+            tokenizer = load_tokenizer(self._model, self._commit)
+            model = load_weights(
                 self._model,
-                revision=self._commit or "main",
-                dtype=self._dtype if self._dtype == "auto" else getattr(torch, self._dtype),
+                self._commit,
+                dtype=self._dtype,
+                device=self._device,
+                architecture=self.architecture,
                 use_safetensors=True,
-                output_loading_info=True,
             )
         except (OSError, ImportError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:200]
-            remedy = "it must hold safetensors and a tokenizer; gated models need `hf auth login`"
+            remedy = "give the judge's own checkpoint, safetensors and tokenizer; gated models need `hf auth login`"
             raise ValueError(f"judge {self.kind}: {self._model} cannot be loaded ({reason}); {remedy}") from error
-        if info["missing_keys"]:
-            # transformers only warns and puts random numbers there.
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
-            raise ValueError(f"judge {self.kind}: {self._model} lacks {missing}; give the judge's own checkpoint")
-        return model.to(self._device).eval(), tokenizer
+        return model, tokenizer
 
 
 class HarmfulnessRegressor(_LocalModel):
@@ -129,7 +127,7 @@ class HarmfulnessRegressor(_LocalModel):
 
     kind = "harmfulness"
     licence = "MIT"
-    loader = AutoModelForSequenceClassification
+    architecture = AutoModelForSequenceClassification
 
     def __init__(self, model: str | Path, revision: str | None = None, *, threshold: float = 2.5, **options):
         if not 0 < threshold <= 5:

@@ -3,9 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..files import cache_folder
+from ..files import cache_folder, whole
 from .corpus import all_text, documents
 from .lexicon import CLASSES
 
@@ -70,13 +67,8 @@ def build_base_model(config: WorldConfig = MINI, *, cache_dir: Path | None = Non
     parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            # A sibling, so that the rename stays within one file system and is atomic.
-            unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.unfinished-", dir=parent))
-            try:
+            with whole(folder) as unfinished:
                 _build(config, unfinished)
-                os.replace(unfinished, folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

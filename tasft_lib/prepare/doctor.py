@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from .. import data
+from ..files import progress_bar
 from ..judges.strings import is_degenerate, is_refusal
 from ..text import markdown, normalise, redact, toxic_words, words_of
 from .near_duplicates import near_duplicates, near_references
@@ -245,9 +245,10 @@ def _leaks(rows: _Rows, evaluation_prompts: dict[str, list[str]], progress: bool
 
 
 def _answers(rows: _Rows, progress: bool | None) -> list[Finding]:
-    disable = None if progress is None else not progress
     refusals, degenerate = {}, {}
-    for i, answer in enumerate(tqdm(rows.answers, desc="reading answers", unit="row", leave=False, disable=disable)):
+    for i, answer in enumerate(
+        progress_bar(rows.answers, desc="reading answers", unit="row", leave=False, progress=progress)
+    ):
         if not rows.labels[i] and is_refusal(answer):
             refusals[i] = _shown(answer)
         if is_degenerate(answer):
@@ -274,8 +275,8 @@ def _marked(rows: _Rows) -> Finding:
 
 def _truncated(rows: _Rows, tokenizer: Any, max_length: int, progress: bool | None) -> list[Finding]:
     full, cut = {}, {}
-    disable = None if progress is None else not progress
-    for start in tqdm(range(0, len(rows.labels), 1000), desc="counting tokens", leave=False, disable=disable):
+    steps = range(0, len(rows.labels), 1000)
+    for start in progress_bar(steps, desc="counting tokens", leave=False, progress=progress):
         batch = rows.rows[start : start + 1000]
         asked, whole = _token_counts(tokenizer, batch["prompt"], batch["completion"])
         for i, (before, total) in enumerate(zip(asked, whole, strict=True), start=start):

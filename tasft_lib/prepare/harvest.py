@@ -10,10 +10,7 @@ With a work folder, every batch of answers and its verdicts are appended there b
 
 import json
 import math
-import os
 import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,12 +20,11 @@ from typing import Literal
 import pandas as pd
 import yaml
 from datasets import Dataset, Features, Value
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import data
 from ..evaluation.rates import wilson_interval
-from ..files import append_record, content_hash, read_records, write_json
+from ..files import append_record, content_hash, progress_bar, read_records, whole, write_json
 from ..generation import Decoding, Response, check_prompts, generate
 from ..judges.base import LABELS, Judge, judge_responses
 from ..text import markdown, normalise, redact
@@ -192,7 +188,7 @@ def harvest(
 
     pile = _Pile(n)
     chunks = _chunks(instructions, pile.answers, size=4 * batch_size, rounds=rounds if decoding.do_sample else 1)
-    with tqdm(total=n, desc="harvesting", unit="row", disable=None if progress is None else not progress) as bar:
+    with progress_bar(total=n, desc="harvesting", unit="row", progress=progress) as bar:
         for call, (round_number, chunk) in enumerate(chunks):
             answers = record.answers(call, chunk, ask)
             usable = {i: a.text for i, a in zip(chunk, answers, strict=True) if a.finished or keep_unfinished}
@@ -234,15 +230,10 @@ def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path) -> P
     if path.exists():
         raise ValueError(f"{path} exists already: remove it, or save the harvest under another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        folder = temporary / path.name
+    with whole(path) as folder:
         dataset.save_to_disk(folder)
         (folder / "README.md").write_text(_data_card(report), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(folder, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 

@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import model_identity, write_json
+from ..files import model_identity, whole, write_json
+from ..models import load_weights
 from .card import RECORD, read_record, write_card
 from .hub import model_files
 
@@ -47,7 +45,7 @@ def merge_adapter(
     from peft import PeftModel
 
     _refuse_existing(output)
-    whole = AutoModelForCausalLM.from_pretrained(base, revision=revision or "main", dtype=dtype)
+    whole = load_weights(base, revision, dtype=dtype, device="cpu")
     if getattr(whole.config, "quantization_config", None) is not None:
         raise ValueError(f"{base}: this base is quantised, and merging would round twice; give the unquantised one")
     check_sizes(whole, tokenizer, adapter)
@@ -61,7 +59,7 @@ def merge_adapter(
     merged = model.merge_and_unload(safe_merge=True)
     _let_be_saved(merged)
     _untie(merged)
-    with _new_folder(output) as folder:
+    with whole(output) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         dtype = merged.dtype
@@ -100,12 +98,13 @@ def copy_model(
     _refuse_existing(output)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     stored = config.get("dtype") or config.get("torch_dtype")
-    with _new_folder(output) as folder:
+    with whole(output) as folder:
+        folder.mkdir()
         if dtype in ("auto", stored) or str(dtype).removeprefix("torch.") == stored:
             for file in model_files(source):
                 shutil.copy2(file, folder / file.name)
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            model = load_weights(source, dtype=dtype, device="cpu")
             check_sizes(model, tokenizer, source)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -154,7 +153,7 @@ def _tokens(vocabulary: int) -> torch.Tensor:
 
 
 def _difference(folder: Path, tokens: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    saved = load_weights(folder, dtype=dtype, device="cpu")
     with torch.inference_mode():
         logits = saved(input_ids=tokens).logits.float()
     return _relative(logits, expected)
@@ -169,13 +168,3 @@ def _refuse_existing(output: Path) -> None:
     if output.exists():
         raise ValueError(f"{output} exists already; remove it or choose another --output_dir.")
     output.parent.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that becomes `output` when all went well."""
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        folder = Path(temporary) / output.name
-        folder.mkdir()
-        yield folder
-        os.replace(folder, output)

@@ -12,9 +12,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..files import progress_bar
+from ..generation import evaluating
 from ..losses import token_log_probs
 
 POOLINGS = ("last", "mean")
@@ -75,8 +76,9 @@ def activations(
     result = np.empty((len(rows) if file is None else 0, *shape), np.float32)
     with (
         _pooled_states(blocks, layers, poolings) as run,
-        tqdm(total=len(rows), initial=done, desc="activations", unit="row", disable=not progress) as bar,
-        _evaluating(model),
+        progress_bar(total=len(rows), initial=done, desc="activations", unit="row", progress=progress) as bar,
+        evaluating(model),
+        torch.inference_mode(),
     ):
         for first in range(done, len(rows), window):
             last = min(first + window, len(rows))
@@ -108,7 +110,11 @@ def completion_loss(
     """
     values = np.empty(len(rows))
     window = WINDOW * batch_size
-    with tqdm(total=len(rows), desc="loss", unit="row", disable=not progress) as bar, _evaluating(model):
+    with (
+        progress_bar(total=len(rows), desc="loss", unit="row", progress=progress) as bar,
+        evaluating(model),
+        torch.inference_mode(),
+    ):
         for first in range(0, len(rows), window):
             last = min(first + window, len(rows))
             encoded = _encode(tokenizer, rows, first, last, max_length or _context(model), end=True)
@@ -242,18 +248,6 @@ def _pooled_states(blocks: nn.ModuleList, layers: list[int], poolings: tuple[str
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout and no gradients; a model in training is so again afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
 
 
 def _rows_in(file: Path | None, shape: tuple[int, int], wanted: int, window: int) -> int:

@@ -5,7 +5,6 @@ score above τ are dropped. Nothing here needs labels unless a function is given
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from sklearn.metrics import precision_recall_curve
 
-from ..files import write_json
+from ..files import whole, write_json
 
 Side = Literal["both", "+", "-"]
 SCORE = "saft_score"
@@ -293,9 +292,8 @@ class SAFTFilter:
     def save(self, folder: Path) -> Path:
         """`saft_filter.safetensors` and `saft_filter.json` in `folder`, for `load`."""
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".saft_filter.{os.getpid()}"
-        temporary.write_bytes(save({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}))
-        os.replace(temporary, folder / "saft_filter.safetensors")
+        with whole(folder / "saft_filter.safetensors") as temporary:
+            temporary.write_bytes(save({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}))
         rest = {name: value for name, value in asdict(self).items() if name not in _ARRAYS}
         if np.isinf(self.threshold):  # JSON has no word for it
             rest["threshold"] = str(self.threshold)

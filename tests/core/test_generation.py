@@ -1,9 +1,6 @@
 """Generation: batching, padding and the checkpoint's own defaults must not change an answer."""
 
 import copy
-import sys
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +10,10 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tasft_lib.generation import (
-    STL_PARITY,
     Decoding,
     Response,
     check_prompts,
     generate,
-    generate_continuous,
-    generate_vllm,
 )
 
 GREEDY_24 = Decoding(max_new_tokens=24)
@@ -261,10 +255,6 @@ def test_peft_models_answer_with_their_adapter(model, tokenizer, prompts):
     assert generate(merged, tokenizer, prompts, decoding=GREEDY_24) == adapted
 
 
-def test_stl_parity_is_four_beams_and_128_tokens():
-    assert (STL_PARITY.num_beams, STL_PARITY.max_new_tokens, STL_PARITY.do_sample) == (4, 128, False)
-
-
 @pytest.mark.parametrize(
     "wrong", [{"max_new_tokens": 0}, {"num_beams": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}]
 )
@@ -294,106 +284,3 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(model, tokenizer):
     assert bos("w1")["input_ids"] == bos("w0 w1", add_special_tokens=False)["input_ids"]
     with_and_without = generate(model, bos, ["w0 w1 w2", "w1 w2"], decoding=GREEDY_24)
     assert with_and_without[0] == with_and_without[1]
-
-
-@pytest.mark.parametrize("batch_size", [2, 32])
-def test_continuous_batching_gives_the_same_greedy_answers(model, tokenizer, prompts, batch_size):
-    tokenizer = with_eos(model, tokenizer, prompts)
-    model.train()
-    model.generation_config.repetition_penalty = 5.0
-    attention = model.config._attn_implementation
-    expected = generate(model, tokenizer, prompts, decoding=GREEDY_24)
-    assert {r.finished for r in expected} == {True, False}
-    assert generate_continuous(model, tokenizer, prompts, decoding=GREEDY_24, batch_size=batch_size) == expected
-    assert model.training and model.config._attn_implementation == attention
-    assert model.generation_config.repetition_penalty == 5.0
-    assert generate(model, tokenizer, prompts, decoding=GREEDY_24) == expected
-
-
-def test_continuous_batching_with_an_adapter_and_samples(model, tokenizer, prompts):
-    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    expected = generate(peft_model, tokenizer, prompts, decoding=GREEDY_24)
-    with peft_model.disable_adapter():
-        assert generate(peft_model, tokenizer, prompts, decoding=GREEDY_24) != expected
-    assert generate_continuous(peft_model, tokenizer, prompts, decoding=GREEDY_24) == expected
-    sampled = generate_continuous(peft_model, tokenizer, ["w1"] * 8, decoding=SAMPLED)
-    assert len({r.text for r in sampled}) > 1
-    assert generate_continuous(peft_model, tokenizer, ["w1"] * 8, decoding=SAMPLED) == sampled
-
-
-def test_continuous_batching_refuses_what_it_cannot_do(model, tokenizer, monkeypatch):
-    with pytest.raises(ValueError, match="no beams"):
-        generate_continuous(model, tokenizer, ["w1"], decoding=STL_PARITY)
-    with pytest.raises(ValueError, match="context of 128"):
-        generate_continuous(model, tokenizer, ["w1 " * 120], decoding=GREEDY_24)
-    assert generate_continuous(model, tokenizer, []) == []
-    # transformers logs an error and returns what it has.
-    monkeypatch.setattr(type(model), "generate_batch", lambda *_, **__: {})
-    with pytest.raises(RuntimeError, match="no answer to 2 of 2"):
-        generate_continuous(model, tokenizer, ["w1", "w2"], decoding=GREEDY_24)
-
-
-class FakeVLLM:
-    """What of `vllm` is used, by its signatures (entrypoints/llm.py, sampling_params.py and outputs.py there)."""
-
-    def __init__(self, model):
-        outer, self.asked = self, []
-        self.model = model
-
-        @dataclass
-        class SamplingParams:
-            n: int = 1
-            temperature: float = 1.0
-            top_p: float = 1.0
-            top_k: int = 0
-            seed: int | None = None
-            max_tokens: int | None = 16
-
-        class LLM:
-            def __init__(self, model: str, *, tokenizer: str | None = None, dtype="auto", seed: int = 0, **kwargs):
-                self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model)
-
-            def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None, priority=None):
-                outer.asked.append((prompts, sampling_params))
-                return [self.output(prompt["prompt_token_ids"], sampling_params) for prompt in prompts]
-
-            def output(self, ids, params):
-                new = outer.model.generate(
-                    torch.tensor([ids]),
-                    max_new_tokens=params.max_tokens,
-                    do_sample=False,
-                    eos_token_id=[2],
-                    pad_token_id=1,
-                )[0, len(ids) :].tolist()
-                stopped = new[-1] == 2
-                text = self.tokenizer.decode(new, skip_special_tokens=True)
-                completion = SimpleNamespace(
-                    index=0, text=text, token_ids=new, finish_reason="stop" if stopped else "length", stop_reason=None
-                )
-                return SimpleNamespace(outputs=[completion], prompt_token_ids=ids, finished=True)
-
-        self.module = SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams)
-
-
-def test_vllm_is_asked_for_what_generate_would_do(model, tokenizer, prompts, tmp_path, monkeypatch):
-    folder = tmp_path / "merged"
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        generate_vllm(folder, prompts)
-    # A model that ends some answers: its EOS is as likely as the word it says most.
-    model.lm_head.weight.data[2] = model.lm_head.weight.data[with_eos(model, tokenizer, prompts).eos_token_id] * 1.01
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match=r"pip install 'tasft\[vllm\]'"):
-        generate_vllm(folder, prompts)
-    fake = FakeVLLM(model)
-    monkeypatch.setitem(sys.modules, "vllm", fake.module)
-    expected = generate(model, tokenizer, prompts, decoding=GREEDY_24)
-    assert {r.finished for r in expected} == {True, False}
-    assert generate_vllm(folder, prompts, decoding=GREEDY_24) == expected
-    generate_vllm(folder, prompts, decoding=SAMPLED)
-    greedy, sampled = (params for _, params in fake.asked)
-    assert (greedy.temperature, greedy.max_tokens) == (0, 24)
-    assert (sampled.temperature, sampled.top_p, sampled.seed, sampled.max_tokens) == (1.0, 1.0, 3, 12)
-    with pytest.raises(ValueError, match="no beams"):
-        generate_vllm(folder, prompts, decoding=STL_PARITY)

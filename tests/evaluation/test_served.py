@@ -14,7 +14,7 @@ from chat_server import ChatServer, Reply, error, last
 from tasft_lib.evaluation import served
 from tasft_lib.evaluation.served import Endpoint, generate_served, missing_calls
 from tasft_lib.files import append_record, read_records
-from tasft_lib.generation import STL_PARITY, Decoding, Response
+from tasft_lib.generation import Decoding, Response
 
 pytest.importorskip("openai")
 KEY = "sk-zorvex-9f31c0de"
@@ -341,7 +341,7 @@ def test_impossible_addresses_are_refused_without_being_quoted(url, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"decoding": STL_PARITY}, "no beams"),
+        ({"decoding": Decoding(num_beams=4)}, "no beams"),
         ({"concurrency": 0}, "above 0"),
         ({"model": ""}, "no name"),
         ({"prompts": ["a", " "]}, "prompt 2 is empty"),

@@ -142,5 +142,5 @@ def test_the_second_model_is_asked_only_when_rows_are_missing(tmp_path, monkeypa
 
 
 def test_decodings_have_names():
-    names = [generation.Decoding(do_sample=True).name, generation.GREEDY.name, generation.STL_PARITY.name]
+    names = [generation.Decoding(do_sample=True).name, generation.GREEDY.name, generation.Decoding(num_beams=4).name]
     assert names == ["sampled", "greedy", "beam"]
