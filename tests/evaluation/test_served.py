@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 from chat_server import ChatServer, Reply, error, last
 
+from tasft_lib import files
 from tasft_lib.evaluation import served
 from tasft_lib.evaluation.served import Endpoint, generate_served, missing_calls
 from tasft_lib.files import append_record, read_records
@@ -213,11 +214,11 @@ def test_records_that_are_no_answers_are_passed_over(tmp_path):
 
 
 def test_an_interrupt_keeps_what_was_answered(tmp_path, monkeypatch):
-    class Interrupted(served.tqdm):
+    class Interrupted(files.tqdm):
         def update(self, n=1):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(served, "tqdm", Interrupted)
+    monkeypatch.setattr(files, "tqdm", Interrupted)
     with ChatServer(lambda r: Reply(echo(r), wait=0.05)) as server:
         with pytest.raises(KeyboardInterrupt):
             ask(server, tmp_path, concurrency=3)
