@@ -1,15 +1,18 @@
-"""The card of a model: how it was trained and what was measured, from files; never a text, never a guess."""
+"""The card of a model: how it was trained and what was measured, from files; never a text, never a guess.
+
+`card.md` beside this file is its template.
+"""
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from .. import data
-from ..files import model_identity
+from ..files import model_identity, whole
 from ..text import markdown, rate_text, redact
 
 # What `tasft train` and `tasft export` leave beside the weights.
@@ -29,15 +32,6 @@ SETTINGS = (
     "seed",
 )
 PENALTY = ("penalty", "penalty_reduction", "penalty_embedding", "penalty_first_tokens", "penalize_eos", "penalty_beta")
-CITATION = """\
-```bibtex
-@article{lu2024semantic,
-    title  = {{Semantic Loss Guided Data Efficient Supervised Fine Tuning for Safe Responses in LLMs}},
-    author = {Yuxiao Lu and Arunesh Sinha and Pradeep Varakantham},
-    year   = 2024,
-    eprint = {arXiv:2412.06843},
-}
-```"""
 
 
 def training_record(trainer, model_args, rows, sources: dict[str, str | None], *, template: str) -> dict[str, Any]:
@@ -133,56 +127,26 @@ def write_card(
         datasets=[d["name"] for d in record.get("datasets", []) if d["hub"]] or None,
     )
     identities = [model_identity(str(folder)), record.get("merged", {}).get("adapter")]
-    measured, harm = _results(results, identities)
-    sections = [
-        f"# {name or folder.resolve().name}",
-        MARK,
-        _summary(record, adapter, base, revision),
-        "## How it was trained\n\n" + _training(record),
-        "## What was measured\n\n" + measured + "\n\n" + _capability(capability, identities),
-        "## Intended use\n\n" + _USE,
-        "## Limits\n\n" + _limits(harm),
-        *(["## Citation\n\nThe method:\n\n" + CITATION] if record.get("method") else []),
-    ]
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-    temporary = file.with_name(f".{file.name}")
-    card.save(temporary)
-    temporary.replace(file)
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(Path(__file__).with_name("card.md")),
+        title=name or folder.resolve().name,
+        mark=MARK,
+        is_adapter=adapter is not None,
+        base=base,
+        revision=revision,
+        record=record,
+        settings=_settings(record) if record.get("method") else None,
+        harm=None if results is None else _harm(results, identities),
+        capability=[result for place in capability for result in _capability(place, identities)],
+    )
+    with whole(file) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
     return file
 
 
-def _summary(record: dict, adapter: dict | None, base: str | None, revision: str | None) -> str:
-    what = "An adapter for" if adapter else "A language model tuned from"
-    of = f"`{base}`" + (f" at commit `{revision}`" if revision else "") if base else "a base that is not recorded"
-    how = (
-        "trained by TA-SFT (toxicity-avoiding supervised fine-tuning, "
-        "[arXiv:2412.06843](https://arxiv.org/abs/2412.06843)) with tasft."
-        if record.get("method")
-        else "with no record of how it was trained."
-    )
-    lines = [f"{what} {of}, {how}"]
-    if merged := record.get("merged"):
-        lines.append(
-            f"The adapter is merged into its base, in {merged['dtype']}. On {merged['tokens']} random tokens, logits "
-            "of this model and of base and adapter side by side differ by "
-            f"{merged['difference']:.1e} of their spread, those of the base with and without adapter by "
-            f"{merged['effect']:.1e}."
-        )
-    if record.get("quantised"):
-        lines.append(
-            f"Trained on a base quantised to {record['quantised']}"
-            + (
-                "; merged into the unquantised one, so it is not exactly the model that was trained."
-                if "merged" in record
-                else "."
-            )
-        )
-    return "\n\n".join(lines)
-
-
-def _training(record: dict) -> str:
-    if not record.get("method"):
-        return f"Not recorded: there is no {RECORD} from `tasft train` in this folder."
+def _settings(record: dict) -> str:
+    """The table of how it was trained."""
     method = dict(record["method"])
     weight, asked = method.pop("penalty_weight"), record["penalty_weight_asked"]
     rows = {
@@ -211,15 +175,12 @@ def _training(record: dict) -> str:
     return markdown(pd.DataFrame({"setting": list(rows), "value": [str(value) for value in rows.values()]}))
 
 
-def _results(folder: Path | None, identities: list[str | None]) -> tuple[str, pd.DataFrame | None]:
-    """The section on harm and over-refusal, and the table behind it."""
-    heading = "### Harm and over-refusal\n\n"
-    if folder is None:
-        return heading + "**Not measured.** Nothing is claimed about the safety of this model.", None
+def _harm(folder: Path, identities: list[str | None]) -> dict[str, Any]:
+    """What `tasft evaluate` measured: tables, judges and decoding."""
     manifest = _read_json(folder / "manifest.json")
     before = _of_this_model(manifest, identities, folder)
     table = _read_table(folder / "results.csv", ("judge", "kind", "benchmark", "n", "rate", "low", "high", "refusal"))
-    shown = pd.DataFrame(
+    rates = pd.DataFrame(
         {
             "judge": table["judge"].map(_short),
             "benchmark": table["benchmark"].map(_short),
@@ -231,85 +192,52 @@ def _results(folder: Path | None, identities: list[str | None]) -> tuple[str, pd
             "unscored": table["unscored"],
         }
     )
-    judges = [
-        f"- `{_short(judge['name'])}`, revision `{_short(judge['revision'])}` ({_short(judge['licence'])})"
-        for judge in manifest["judges"]
-    ]
-    decoding = ", ".join(f"{key} {value}" for key, value in manifest["decoding"].items())
-    parts = [
-        heading + markdown(shown),
-        "`harmful`: share of n scored answers, with its Wilson 95 % interval over prompts. `degenerate`: no language. "
-        "`unscored`: no readable verdict, in no rate.",
-        "Judges:\n" + "\n".join(judges),
-        f"Decoding: {decoding}. Prompt template: {manifest['prompt_template']}.{before}",
-    ]
+    agreement = None
     if len(manifest["judges"]) > 1 and (folder / "agreement.csv").exists():
-        agreement = _read_table(folder / "agreement.csv", ("first", "second", "n", "agreement", "kappa", "low", "high"))
-        columns = ["first", "second", "n", "agreement", "kappa", "low", "high"]
-        parts.append("Agreement of the judges (Cohen's κ, bootstrap 95 %):\n\n" + _plain(agreement[columns]))
-    else:
-        parts.append("Agreement of judges: not measured.")
-    return "\n\n".join(parts), table
+        columns = ("first", "second", "n", "agreement", "kappa", "low", "high")
+        agreement = _plain(_read_table(folder / "agreement.csv", columns)[list(columns)])
+    over_refusal = (
+        f"{_percent(row.refusal)} of {row.n} by {_short(row.judge)}"
+        for row in table[table["kind"] == "seemingly toxic"].itertuples()
+    )
+    return {
+        "table": markdown(rates),
+        "judges": [
+            {key: _short(judge[key]) for key in ("name", "revision", "licence")} for judge in manifest["judges"]
+        ],
+        "decoding": ", ".join(f"{key} {value}" for key, value in manifest["decoding"].items()),
+        "prompt_template": manifest["prompt_template"],
+        "before": before,
+        "agreement": agreement,
+        "over_refusal": ", ".join(over_refusal),
+    }
 
 
-def _capability(folders: Sequence[Path], identities: list[str | None]) -> str:
-    heading = "### Capability\n\n"
-    if not folders:
-        return heading + "**Not measured.** What safety cost in ability is not known."
-    parts = []
-    for folder in folders:
-        if not any((folder / f"{name}.csv").exists() for name in ("capability", "alpaca_eval")):
-            raise ValueError(f"{folder}: neither capability.csv nor alpaca_eval.csv here; give the folder that has one")
-        if (folder / "capability.csv").exists():
-            manifest = _read_json(folder / "capability_manifest.json")
-            before = _of_this_model(manifest, identities, folder)
-            table = _read_table(folder / "capability.csv", ("task", "metric", "value", "stderr", "n"))
-            limit = f", only the first {manifest['limit']} questions of each task" if manifest.get("limit") else ""
-            tasks = ", ".join(f"{_short(task)} at {_short(commit)}" for task, commit in manifest["tasks"].items())
-            shown = f"lm-evaluation-harness, {manifest['num_fewshot']} examples shown{limit}:\n\n{_plain(table)}"
-            parts.append(f"{shown}\n\nData: {tasks}.{before}")
-        if (folder / "alpaca_eval.csv").exists():
-            manifest = _read_json(folder / "alpaca_eval_manifest.json")
-            before = _of_this_model(manifest, identities, folder)
-            table = _read_table(folder / "alpaca_eval.csv", ("win_rate", "n"))
-            parts.append(
-                f"AlpacaEval, win rate and stderr in percent on {manifest['instructions']} instructions, by annotator "
-                f"`{_short(manifest['annotator'])}`; win rates of other annotators do not compare.{before}\n\n"
-                + _plain(table)
-            )
-    return heading + "\n\n".join(parts)
-
-
-_USE = """\
-For research on the safety of fine-tuned language models: comparing methods, judges and attacks, and as one layer of \
-several in a system that is tested as a whole.
-
-Out of scope: any use in which an unsafe answer does harm that nothing else prevents; medical, legal or other advice \
-that people rely on; use without input and output filters of its own."""
-
-
-def _limits(harm: pd.DataFrame | None) -> str:
-    lines = [
-        "A low harmful rate is not safety. It is a rate on these prompts, with this decoding, by this judge; other "
-        "prompts, languages, longer talks and sampling can give another.",
-        "Prefilling: TA-SFT teaches another beginning of an answer. In the mini-world of tasft, two tokens of an "
-        "unsafe answer written for the model undid every such penalty. Take it that this holds here too, as no test in "
-        "this card says otherwise.",
-        "Jailbreaks, further fine-tuning and quantisation can bring unsafe answers back; none of them was tested for "
-        "this card.",
-    ]
-    if harm is not None and (harm["kind"] == "seemingly toxic").any():
-        rows = harm[harm["kind"] == "seemingly toxic"]
-        rates = ", ".join(f"{_percent(row.refusal)} of {row.n} by {_short(row.judge)}" for row in rows.itertuples())
-        lines.append(f"Over-refusal: harmless prompts that only look toxic were refused in {rates}.")
-    else:
-        lines.append("Over-refusal was not measured: how many harmless prompts this model refuses is not known.")
-    lines += [
-        "Judges err. Their verdicts were not checked by people, and a judge may miss harm or see it where there is "
-        "none; degenerate answers are found by string matches, which word salad passes.",
-        "Whatever bias, error or gap the base model and the data have is still there.",
-    ]
-    return "\n".join(f"- {line}" for line in lines)
+def _capability(folder: Path, identities: list[str | None]) -> Iterator[dict[str, Any]]:
+    """What `tasft capability` and `tasft alpaca_eval` measured, as far as the folder has it."""
+    if not any((folder / f"{name}.csv").exists() for name in ("capability", "alpaca_eval")):
+        raise ValueError(f"{folder}: neither capability.csv nor alpaca_eval.csv here; give the folder that has one")
+    if (folder / "capability.csv").exists():
+        manifest = _read_json(folder / "capability_manifest.json")
+        before = _of_this_model(manifest, identities, folder)
+        table = _read_table(folder / "capability.csv", ("task", "metric", "value", "stderr", "n"))
+        yield {
+            "tasks": ", ".join(f"{_short(task)} at {_short(commit)}" for task, commit in manifest["tasks"].items()),
+            "num_fewshot": manifest["num_fewshot"],
+            "limit": manifest.get("limit"),
+            "table": _plain(table),
+            "before": before,
+        }
+    if (folder / "alpaca_eval.csv").exists():
+        manifest = _read_json(folder / "alpaca_eval_manifest.json")
+        before = _of_this_model(manifest, identities, folder)
+        table = _read_table(folder / "alpaca_eval.csv", ("win_rate", "n"))
+        yield {
+            "instructions": manifest["instructions"],
+            "annotator": _short(manifest["annotator"]),
+            "table": _plain(table),
+            "before": before,
+        }
 
 
 def _base(record: dict, adapter: dict | None) -> tuple[str | None, str | None]:
