@@ -45,17 +45,17 @@ def merge_adapter(
     from peft import PeftModel
 
     _refuse_existing(output)
-    whole = load_weights(base, revision, dtype=dtype, device="cpu")
-    if getattr(whole.config, "quantization_config", None) is not None:
+    weights = load_weights(base, revision, dtype=dtype, device="cpu")
+    if getattr(weights.config, "quantization_config", None) is not None:
         raise ValueError(f"{base}: this base is quantised, and merging would round twice; give the unquantised one")
-    check_sizes(whole, tokenizer, adapter)
-    model = PeftModel.from_pretrained(whole, adapter).eval()
-    tokens = _tokens(whole.config.get_text_config().vocab_size)
+    check_sizes(weights, tokenizer, adapter)
+    model = PeftModel.from_pretrained(weights, adapter).eval()
+    tokens = _tokens(weights.config.get_text_config().vocab_size)
     with torch.inference_mode():
         side_by_side = model(input_ids=tokens).logits.float()
         with model.disable_adapter():
             effect = _relative(model(input_ids=tokens).logits.float(), side_by_side)
-    _own_weights(whole)
+    _own_weights(weights)
     merged = model.merge_and_unload(safe_merge=True)
     _let_be_saved(merged)
     _untie(merged)
@@ -63,7 +63,7 @@ def merge_adapter(
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         dtype = merged.dtype
-        del model, merged, whole
+        del model, merged, weights
         difference = _difference(folder, tokens, side_by_side, dtype)
         smallest = TOLERANCE[torch.float32]
         if not difference <= min(TOLERANCE.get(dtype, smallest), max(effect, smallest)):
