@@ -25,10 +25,12 @@ class World(Protocol):
     Attributes:
         wrappers: name -> template with `{prompt}`, framings that a model of this world can read (see `attacks`).
         file: the local file or folder whose content the world's rows are; None where there is none.
+        is_invented: whether nothing in its texts can harm, so that they may be shown in full.
     """
 
     wrappers: dict[str, str]
     file: Path | None
+    is_invented: bool
 
     def evaluation_prompts(
         self, *, split: str = "evaluation", per_benchmark: int | None = None, xstest_unsafe: bool = False
@@ -117,6 +119,11 @@ def base_model(name: str) -> str:
     return str(miniworld.build_base_model(_BUILT[name])) if name in _BUILT else name
 
 
+def is_built(model: str) -> bool:
+    """Whether a base model is built here, and so has read nothing but the mini-world."""
+    return model in _BUILT
+
+
 def is_hub_id(model: str) -> bool:
     """Whether a base model is neither a local folder nor built here, so that a commit must be named."""
     return model not in _BUILT and not Path(model).exists()
@@ -128,6 +135,7 @@ class PublishedFiles:
 
     source: str
     wrappers = attacks.WRAPPERS
+    is_invented = False
 
     @property
     def file(self) -> Path | None:
@@ -205,6 +213,7 @@ class MiniWorld:
 
     name = "miniworld"
     file = None
+    is_invented = True
     # What its model can read: the layouts of other documents that it was pre-trained on.
     wrappers = {  # noqa: RUF012
         "persona": "User: {prompt}\nAssistant:",

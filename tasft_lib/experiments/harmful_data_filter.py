@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .. import data, files
 from ..evaluation import worlds
+from ..evaluation.rates import summary
 from ..files import runs_folder
 from ..prepare import catalogue
 from ..saft import find
@@ -264,6 +265,38 @@ def failure_table(study: Study, *, seed: int) -> pd.DataFrame:
         aurocs = {detector: row_detectors.measures(is_harmful(rows), s)["auroc"] for detector, (s, _) in scores.items()}
         found.append({"set": name, "rows": len(rows), "harmful": int(is_harmful(rows).sum())} | aurocs)
     return pd.DataFrame(found)
+
+
+def by_contamination(table: pd.DataFrame, shares: list[float]) -> pd.DataFrame:
+    """Rows of `summary` of the filters that drop as many rows as are harmful, or none, in sets without safe answers."""
+    filters = ("none", "random", "saft", "saft_unsafe", "saft_labelled", "oracle")
+    names = [f"{name}{then}" for name in filters for then in ("", "_emd")]
+    rows = table[table["method"].isin(names) & table["share"].isin([0, *shares]) & (table["n_safe"] == 0)]
+    return rows[(rows["share"] == 0) | (rows["share"] == rows["contamination"])]
+
+
+def by_quality(table: pd.DataFrame, qualities: list[float]) -> pd.DataFrame:
+    """Rows of made-up filters: `quality` is their AUROC, `method` "filter" or, pushed away from, "filter_emd"."""
+    named = {f"{quality}{then}": (quality, f"filter{then}") for quality in qualities for then in ("", "_emd")}
+    rows = table[table["method"].isin(named)]
+    methods = rows["method"]
+    return rows.assign(quality=[named[m][0] for m in methods], method=[named[m][1] for m in methods])
+
+
+def by_share(table: pd.DataFrame, contamination: float) -> pd.DataFrame:
+    """Rows of SAFT with its threshold moved, and of no filter, in sets of one contamination without safe answers."""
+    rows = table[(table["contamination"] == contamination) & table["method"].isin(["none", "saft"])]
+    return rows[rows["n_safe"] == 0].assign(method="saft")
+
+
+def regrets(judged: pd.DataFrame, pressures: dict[str, float]) -> pd.DataFrame:
+    """`summary` by method and pressure with `regret`: harm + noise + benign correctness lost against the method's best.
+
+    `pressures` names the pressure of each arm.
+    """
+    table = summary(judged.assign(pressure=judged["arm"].map(pressures)), ["method", "pressure"])
+    best = table.groupby("method")["correct"].transform("max")
+    return table.assign(regret=table["harm"] + table["degenerate"] + (best - table["correct"]).fillna(0))
 
 
 def is_harmful(rows: Dataset) -> np.ndarray:

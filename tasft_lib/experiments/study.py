@@ -55,6 +55,12 @@ class Study:
         """The world of the evaluation prompts."""
         return worlds.load(self.config.benchmark_prompts)
 
+    @property
+    def in_full(self) -> bool:
+        """Whether texts may be shown as they are: prompts and model are of an invented world."""
+        sources = (self.config.benchmark_prompts, self.config.harvest_prompts)
+        return worlds.is_built(self.config.model) and all(worlds.load(source).is_invented for source in sources)
+
     @cached_property
     def exact_judge(self) -> ExactJudge | None:
         """The judge, where it knows its world."""

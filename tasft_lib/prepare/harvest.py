@@ -237,10 +237,13 @@ def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path) -> P
     return path
 
 
-def read_harvest(path: Path) -> tuple[dict, pd.DataFrame]:
-    """What `save_harvest` wrote: (report, rows of `instruction` and `completion`, redacted)."""
-    rows = data.read_rows(path).to_pandas()
-    return json.loads((path / "report.json").read_text()), rows[["instruction", "completion"]].map(redact)
+def read_harvest(path: Path, *, in_full: bool = False) -> tuple[dict, pd.DataFrame]:
+    """What `save_harvest` wrote: (report, rows of `instruction` and `completion`).
+
+    Texts are redacted unless `in_full`, for an invented world's.
+    """
+    rows = data.read_rows(path).to_pandas()[["instruction", "completion"]]
+    return json.loads((path / "report.json").read_text()), rows if in_full else rows.map(redact)
 
 
 def _distinct(prompts: list[str]) -> list[str]:

@@ -127,11 +127,15 @@ def any_harmful(judged: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return harmful_first.groupby(by, sort=False).head(1).drop(columns="order")
 
 
-def redacted_examples(answers: pd.DataFrame, per_benchmark: int = 1) -> pd.DataFrame:
-    """A few answers per method at its last step, redacted: first words, hash and length; `label` where judged."""
+def examples(answers: pd.DataFrame, per_benchmark: int = 1, *, in_full: bool = False) -> pd.DataFrame:
+    """A few answers per method at its last step, with `label` where judged.
+
+    Texts are redacted (first words, hash, length) unless `in_full`, for an invented world's.
+    """
     last = answers[answers["step"] == answers.groupby("method")["step"].transform("max")]
     few = last.groupby(["method", "seed", "benchmark"], sort=False).head(per_benchmark)
-    few = few.assign(prompt=few["prompt"].map(redact), response=few["response"].map(redact))
+    if not in_full:
+        few = few.assign(prompt=few["prompt"].map(redact), response=few["response"].map(redact))
     columns = [name for name in ("benchmark", "method", "prompt", "response", "label") if name in few]
     return few[columns].sort_values(["benchmark", "method"], ignore_index=True)
 

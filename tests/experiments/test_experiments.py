@@ -144,3 +144,10 @@ def test_the_second_model_is_asked_only_when_rows_are_missing(tmp_path, monkeypa
 def test_decodings_have_names():
     names = [generation.Decoding(do_sample=True).name, generation.GREEDY.name, generation.Decoding(num_beams=4).name]
     assert names == ["sampled", "greedy", "beam"]
+
+
+def test_texts_are_shown_in_full_where_prompts_and_model_are_invented(tmp_path):
+    assert study(tmp_path).in_full
+    for change in ({"model": "a/b"}, {"benchmark_prompts": "stl"}, {"harvest_prompts": "prompts.txt"}):
+        given = {"model_revision": "0" * 40} if "model" in change else {}
+        assert not study(tmp_path, **change, **given).in_full

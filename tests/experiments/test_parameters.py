@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 import yaml
@@ -206,3 +207,19 @@ def test_notebook_contract(path):
         assert not re.search(r"^(class|def) ", cell.source, re.MULTILINE)
     for first, second in zip(notebook.cells, notebook.cells[1:], strict=False):
         assert first.cell_type == "code" or second.cell_type == "code"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_ends_with_what_it_showed_when_it_was_published(name):
+    """A picture; `performance_filter`, which draws nothing, its table."""
+    last = nbformat.read(NOTEBOOKS[name], as_version=4).cells[-1].source
+    manifest = re.search(rf"\(\.\./figures/(\w+)/{name}_manifest\.json\)", last)
+    if name == "performance_filter":
+        table = pd.read_csv(ROOT / f"figures/{manifest[1]}/performance_filter_memory.csv")
+        assert all(f"| {row.activations:,} | {row.peak_mb:.0f} MB |" in last for row in table.itertuples())
+        return
+    (profile, picture) = re.search(rf"!\[[^\]]+\]\(\.\./figures/(\w+)/({name}_\w+\.png)\)", last).groups()
+    if name == "method" and not (ROOT / "figures" / profile / picture).exists():
+        pytest.skip("its figures come with the next `make reproduce`")
+    assert (ROOT / "figures" / profile / picture).exists()
+    assert name == "method" or manifest[1] == profile

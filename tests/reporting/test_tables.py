@@ -118,3 +118,11 @@ def test_one_success_of_any_attack_breaks_a_prompt():
     assert sorted(zip(table["prompt"], table["label"] == "harmful", strict=True)) == [
         ("p0", True), ("p1", False), ("p2", False)
     ]  # fmt: skip
+
+
+def test_texts_of_a_real_model_are_redacted_and_of_an_invented_world_shown():
+    answers = pd.DataFrame({"step": 1, "method": "sft", "seed": 0, "benchmark": "b", "label": "safe"}, index=[0])
+    answers = answers.assign(prompt="one two three four five", response="six seven eight nine ten")
+    redacted, shown = tables.examples(answers), tables.examples(answers, in_full=True)
+    assert "four" not in redacted["prompt"][0] and "nine" not in redacted["response"][0]
+    assert (shown["prompt"][0], shown["response"][0]) == ("one two three four five", "six seven eight nine ten")
