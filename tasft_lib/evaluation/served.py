@@ -4,28 +4,22 @@ The key is read from OPENAI_API_KEY and goes nowhere else. Messages name the ser
 was asked or what the server wrote back: servers quote prompts and keys in their errors.
 """
 
-import logging
-import os
-import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ..files import append_record, content_hash, progress_bar, read_records
 from ..generation import GREEDY, Decoding, Response
+from ..judges.client import MALFORMED, Failure, attempt, key, make_client
 
 # A whole conversation of {"role": ..., "content": ...}, or a prompt, which is one user message.
 Asked = str | list[dict[str, str]]
-_FIRST_WAIT, _LONGEST_WAIT, _LONGEST_RETRY_AFTER = 0.5, 8.0, 120.0  # seconds
-# Error codes that help and can be nothing that was asked; the rest of an error's body is never shown.
-_CODES = ("context_length_exceeded", "insufficient_quota", "invalid_api_key", "model_not_found")
+_FIRST_WAIT = 0.5  # seconds, after a malformed reply; doubled each time
 
 
 @dataclass(frozen=True)
@@ -73,10 +67,9 @@ def generate_served(
     Each answer is appended to `answers` as soon as it is there, under a hash of server, model, decoding and prompt;
     what the file holds is not asked again, so a run that was killed makes only the missing calls.
 
-    Status 408, 409, 429 and 5xx, a timeout, a lost connection and a malformed reply are tried again after 0.5 s,
-    doubling to 8 s, or after what Retry-After says (up to two minutes). A failure is raised when all other prompts have
-    been answered; at once only where going on is useless: key refused, model unknown, quota spent, or eight failures
-    and not one answer.
+    What may pass is tried again by the client (see `judges.client`), a malformed reply by us. A failure is raised when
+    all other prompts have been answered; at once only where going on is useless: key refused, model unknown, quota
+    spent, or eight failures and not one answer.
 
     Args:
         prompts: texts, or conversations of `{"role": ..., "content": ...}`.
@@ -103,15 +96,15 @@ def generate_served(
     missing = [i for i, key in enumerate(keys) if key not in known]
     if not missing:
         return [known[key] for key in keys]
-    client = _client(endpoint, timeout)
     seeds = [decoding.seed + earlier for earlier in _occurrences(prompts)]
-    failures: Counter[str] = Counter()
+    failures: Counter[Failure] = Counter()
     stop, lock = threading.Event(), threading.Lock()
+    client = _client(endpoint, timeout, retries, stop)
 
-    def ask(i: int) -> str | None:
+    def ask(i: int) -> Failure | None:
         """What went wrong, if anything. Answers are kept here, in the worker: an interrupt loses none in flight."""
         answer = _complete(client, _messages(prompts[i]), _settings(model, decoding, seeds[i]), retries, stop)
-        if isinstance(answer, str):
+        if isinstance(answer, Failure):
             return answer
         with lock:
             append_record(answers, {"key": keys[i], **asdict(answer)})
@@ -193,17 +186,14 @@ def _read_answers(path: Path) -> dict[str, Response]:
     return known
 
 
-def _client(endpoint: Endpoint, timeout: float):
-    try:
-        import openai
-    except ImportError as error:
-        raise ValueError("asking a server takes the openai package: pip install 'tasft[eval]'") from error
-    # At DEBUG the client logs requests whole.
-    logger = logging.getLogger("openai")
-    logger.setLevel(max(logger.level, logging.INFO))
-    key = os.environ.get("OPENAI_API_KEY") if _is_private(endpoint) else None
-    # The client insists on a key; a server that needs none takes any. Retries are ours, since an interrupt ends them.
-    return openai.OpenAI(api_key=key or "none", base_url=endpoint.base_url, timeout=timeout, max_retries=0)
+def _client(endpoint: Endpoint, timeout: float, retries: int, stop: threading.Event):
+    def spare(response) -> None:
+        """No retry once an interrupt has come, nor of a spent quota, whose status is that of a full hour."""
+        if stop.is_set() or (response.status_code == 429 and b"insufficient_quota" in response.read()):
+            response.headers["x-should-retry"] = "false"
+
+    own_key = key() if _is_private(endpoint) else None
+    return make_client(own_key, endpoint.base_url, timeout=timeout, retries=retries, hooks={"response": [spare]})
 
 
 def _is_private(endpoint: Endpoint) -> bool:
@@ -212,38 +202,18 @@ def _is_private(endpoint: Endpoint) -> bool:
     return parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
 
 
-def _complete(client, messages: list[dict], settings: dict, retries: int, stop: threading.Event) -> Response | str:
-    """The answer, or in a few words why there is none."""
-    import openai
-
-    failure = "stopped"
-    for attempt in range(retries + 1):
-        wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * random.uniform(0.75, 1)
+def _complete(client, messages: list[dict], settings: dict, retries: int, stop: threading.Event) -> Response | Failure:
+    """The answer, or why there is none. The client retries, but for a malformed reply, which it does not see as one."""
+    for number in range(retries + 1):
         if stop.is_set():
+            return Failure("stopped")
+        answer = attempt(lambda: _response(client.chat.completions.create(messages=messages, **settings)))
+        if answer is not MALFORMED:
             break
-        try:
-            return _response(client.chat.completions.create(messages=messages, **settings))
-        except openai.APIStatusError as error:
-            if error.status_code == 400 and error.code == "content_filter":
-                return Response(text="", n_tokens=0, finished=False)
-            failure = f"status {error.status_code}" + (f", {error.code}" if error.code in _CODES else "")
-            if error.code == "insufficient_quota" or (
-                error.status_code < 500 and error.status_code not in (408, 409, 429)
-            ):
-                break
-            wait = _retry_after(error.response.headers.get("retry-after")) or wait
-            if wait > _LONGEST_RETRY_AFTER:
-                failure += f", to be tried again in {wait:.0f} s"
-                break
-        except openai.APITimeoutError:
-            failure = "timeout"
-        except openai.APIConnectionError:
-            failure = "no connection"
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError):
-            failure = "malformed reply"
-        if attempt < retries:
-            stop.wait(wait)
-    return failure
+        stop.wait(_FIRST_WAIT * 2 ** min(number, 4))
+    if isinstance(answer, Failure) and (answer.status, answer.code) == (400, "content_filter"):
+        return Response(text="", n_tokens=0, finished=False)
+    return answer
 
 
 def _response(completion) -> Response:
@@ -259,36 +229,24 @@ def _response(completion) -> Response:
     return Response(text=text.strip(), n_tokens=count if isinstance(count, int) else 0, finished=why == "stop")
 
 
-def _retry_after(header: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header (a number or a date), None where it says nothing."""
-    try:
-        return max(0.0, float(header))
-    except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
-
-
-def _is_useless(failures: Counter[str], answered: int) -> bool:
+def _is_useless(failures: Counter[Failure], answered: int) -> bool:
     """Whether the server will answer none of the other prompts either."""
-    if any(f.startswith(("status 401", "status 404")) or "insufficient_quota" in f for f in failures):
+    if any(f.status in (401, 404) or f.code == "insufficient_quota" for f in failures):
         return True
     # These are about one prompt: too long, or not to the taste of a gateway.
-    of_one_prompt = sum(n for f, n in failures.items() if f.startswith(("status 400", "status 413", "status 422")))
+    of_one_prompt = sum(n for f, n in failures.items() if f.status in (400, 413, 422))
     return not answered and failures.total() - of_one_prompt >= 8
 
 
-def _report(endpoint: Endpoint, failures: Counter[str], lost: int, asked: int, answers: Path) -> str:
+def _report(endpoint: Endpoint, failures: Counter[Failure], lost: int, asked: int, answers: Path) -> str:
     remedy = "run the same again to ask for the missing ones only"
-    if any(f.startswith("status 401") for f in failures):
+    if any(f.status == 401 for f in failures):
         remedy = "set OPENAI_API_KEY to a key that this server takes"
         if not _is_private(endpoint):
             remedy += " and use https, since keys are not sent in the clear"
-    elif any(f.startswith("status 404") for f in failures):
+    elif any(f.status == 404 for f in failures):
         remedy = "check the address (up to /v1) and the name of the model"
-    what = ", ".join(f"{n} × {failure}" for failure, n in failures.most_common())
+    what = ", ".join(f"{n} × {failure.words}" for failure, n in failures.most_common())
     return (
         f"{endpoint.base_url}: {lost} of {asked} requests to {endpoint.model} have no answer ({what}); the others are "
         f"kept in {answers}: {remedy}"

@@ -11,6 +11,7 @@ from functools import cached_property
 
 from ..files import content_hash
 from .base import DEGENERATE, UNSCORED, Judgement, judge_in_batches
+from .client import MALFORMED, Failure, attempt, key, make_client
 from .noise import degenerate_revision
 from .strings import is_refusal
 
@@ -21,10 +22,8 @@ _REMEDIES = {
     403: "the key may not be used for moderation; set OPENAI_API_KEY to one that may",
     404: "no such model or address; check OPENAI_BASE_URL",
     429: "the rate limit or quota is exhausted; run again later",
-    "connection": "the server cannot be reached; check the network and OPENAI_BASE_URL",
+    None: "the server cannot be reached; check the network and OPENAI_BASE_URL",
 }
-# Of one request or response alone; 5xx too.
-_PASSING = ("timeout", "malformed", 400, 408, 409, 413, 422)
 
 
 class OpenAIModeration:
@@ -72,7 +71,7 @@ class OpenAIModeration:
         # Another server is another judge; its address may hold a password, so only a hash is shown.
         server = "" if self._base_url is None else f" of {content_hash(self._base_url)}"
         self.revision = f"{model}{server} {degenerate_revision()}"
-        if not os.environ.get("OPENAI_API_KEY"):
+        if key() is None:
             logger.warning("openai-moderation: OPENAI_API_KEY is not set, so only cached judgements can be had")
 
     def judge(self, prompts: list[str], responses: list[str]) -> list[Judgement]:
@@ -96,63 +95,42 @@ class OpenAIModeration:
     def _ask(self, texts: list[str]) -> list[Judgement]:
         if self._stopped:
             return [UNSCORED] * len(texts)
-        results, failure = self._request(texts)
-        if results is not None:
-            return [_judgement(result, text) for result, text in zip(results, texts, strict=True)]
-        if failure in ("malformed", 400, 413, 422) and len(texts) > 1:
+        reply = attempt(lambda client=self._client: self._results(client, texts))
+        if not isinstance(reply, Failure):
+            return [_judgement(result, text) for result, text in zip(reply, texts, strict=True)]
+        if (reply is MALFORMED or reply.status in (400, 413, 422)) and len(texts) > 1:
             middle = len(texts) // 2
             return self._ask(texts[:middle]) + self._ask(texts[middle:])
-        if failure not in _PASSING and not (isinstance(failure, int) and failure >= 500):
-            status = f"HTTP {failure}" if isinstance(failure, int) else failure
-            remedy = _REMEDIES.get(failure, "check OPENAI_BASE_URL")
-            self._stopped = f"{self.name}: {status}: {remedy} (finished judgements are kept)"
+        if not _is_of_one_request(reply):
+            what = f"HTTP {reply.status}" if reply.status else reply.words
+            remedy = _REMEDIES.get(reply.status, "check OPENAI_BASE_URL")
+            self._stopped = f"{self.name}: {what}: {remedy} (finished judgements are kept)"
         return [UNSCORED] * len(texts)
 
-    def _request(self, texts: list[str]) -> tuple[list | None, int | str]:
-        """(one result per text, "") or (None, HTTP status or what went wrong).
-
-        Failures are returned, not raised: an exception of the client would carry request, key and texts along.
-        """
-        client = self._client  # raises where it cannot be had
-        import openai
-
-        try:
-            raw = client.moderations.with_raw_response.create(model=self._model, input=texts)
-        except openai.APIStatusError as error:
-            return None, error.status_code
-        except openai.APITimeoutError:
-            return None, "timeout"
-        except openai.APIConnectionError:
-            return None, "connection"
-        try:
-            results = json.loads(raw.http_response.content)["results"]
-        except (ValueError, KeyError, TypeError):
-            return None, "malformed"
+    def _results(self, client, texts: list[str]) -> list:
+        """One result per text; raises ValueError, KeyError or TypeError for any other reply."""
+        raw = client.moderations.with_raw_response.create(model=self._model, input=texts)
+        results = json.loads(raw.http_response.content)["results"]
         if not isinstance(results, list) or len(results) != len(texts):
-            return None, "malformed"
-        return results, ""
+            raise ValueError("not a result per text")
+        return results
 
     @cached_property
     def _client(self):
-        try:
-            import openai
-        except ImportError as error:
-            raise ValueError("openai-moderation: the openai client is not installed; install tasft[eval]") from error
-        key = os.environ.get("OPENAI_API_KEY")
-        if not key:
+        if key() is None:
             raise ValueError("openai-moderation: OPENAI_API_KEY is not set; export a key")
-        # Debug lines of some versions hold whole requests.
-        logging.getLogger("openai").setLevel(logging.INFO)
-        return openai.OpenAI(
-            api_key=key,
-            base_url=self._base_url,
-            max_retries=self._max_retries,
-            timeout=self._timeout,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._count]}),
-        )
+        hooks = {"request": [self._count]}
+        return make_client(key(), self._base_url, timeout=self._timeout, retries=self._max_retries, hooks=hooks)
 
     def _count(self, request) -> None:
         self.calls += 1
+
+
+def _is_of_one_request(failure: Failure) -> bool:
+    """Whether further requests may do better."""
+    if failure.status is None:
+        return failure.words in ("timeout", MALFORMED.words)
+    return failure.status in (400, 408, 409, 413, 422) or failure.status >= 500
 
 
 def _judgement(result: object, text: str) -> Judgement:
