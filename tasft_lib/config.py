@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-EMBEDDING_PENALTIES = ("emd", "emd_exact")
-RIVALS = ("gradient_ascent", "unlikelihood", "npo", "simnpo")
-PENALTIES = (*EMBEDDING_PENALTIES, "nlcl", *RIVALS)
+from .losses import PENALTIES
+
 REDUCTIONS = ("batch", "unsafe", "micro_batch")
 # What is left of the EMD penalties where distance means nothing.
 CONTROL_EMBEDDINGS = ("random", "one_hot")
@@ -24,6 +23,10 @@ TABLE_4_PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39}
 DEFAULT_BETA = {"npo": 0.1, "simnpo": 2.5}
 
 
+def _option(default: Any, description: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": description, **metadata})
+
+
 @dataclass
 class TASFTConfig(SFTConfig):
     r"""
@@ -33,14 +36,14 @@ class TASFTConfig(SFTConfig):
         penalty (`str`, *optional*, defaults to `"emd"`):
             Penalty on unsafe rows: `"emd"` (the paper's bound, eq. 5), `"emd_exact"` (the earth mover's distance
             itself) or `"nlcl"` (eq. 7); or a rival on the same rows: `"gradient_ascent"`, `"unlikelihood"`, `"npo"`
-            (its reference is the base model, so it needs an adapter) or `"simnpo"`.
+            (its reference is the base model, so it needs an adapter) or `"simnpo"`. `"imitation"` pulls
+            towards the rows labelled `False`, which must be *safe* answers then (weighted Safety-Tuned LLaMAs).
         penalty_weight (`float` or `"auto"`, *optional*, defaults to `"auto"`):
             λ of eq. 6 and 8. `"auto"` divides `penalty_pressure` by the share of the loss that unsafe rows get under
             `penalty_reduction`, so the number of unsafe rows needs no retuning.
         penalty_pressure (`float`, *optional*):
             Expected weight of the penalty, for `penalty_weight="auto"`. By default the geometric mean over the paper's
-            tuned weights (Table 4): 0.077 for `"emd"`, 0.154 for `"emd_exact"`, 0.39 for `"nlcl"`; the rivals have
-            none.
+            tuned weights (Table 4): 0.077 for `"emd"`, 0.154 for `"emd_exact"`, 0.39 for `"nlcl"`; no other has one.
         penalty_reduction (`str`, *optional*, defaults to `"batch"`):
             What the summed penalty of the unsafe samples is divided by. `"batch"`: all samples of the optimizer step
             (unbiased, invariant to any split into micro-batches and ranks); `"unsafe"`: the unsafe samples of the
@@ -61,48 +64,28 @@ class TASFTConfig(SFTConfig):
             reference, on materialised logits.
     """
 
-    penalty: str = field(
-        default="emd",
-        metadata={"help": "Penalty on unsafe rows.", "choices": PENALTIES},
+    penalty: str = _option(
+        "emd", "Penalty on unsafe rows; `imitation` pulls towards them: for safe ones.", choices=tuple(PENALTIES)
     )
-    penalty_weight: str = field(
-        default="auto",
-        metadata={"help": "Weight of the penalty (lambda): a number, or `auto` for `penalty_pressure` / unsafe share."},
+    # str, because HfArgumentParser takes one type per option; after __post_init__ a number, or "auto".
+    penalty_weight: str = _option(
+        "auto", "Weight of the penalty (lambda): a number, or `auto` for `penalty_pressure` / unsafe share."
     )
-    penalty_pressure: float | None = field(
-        default=None,
-        metadata={
-            "help": "Expected weight of the penalty for `penalty_weight=auto`; default: from the paper's Table 4."
-        },
+    penalty_pressure: float | None = _option(
+        None, "Expected weight of the penalty for `penalty_weight=auto`; default: from the paper's Table 4."
     )
-    penalty_reduction: str = field(
-        default="batch",
-        metadata={
-            "help": "Divide the summed penalty by all samples of the optimizer step (`batch`), by its unsafe samples "
-            "(`unsafe`), or average micro-batch means (`micro_batch`, the paper's lambda as they stand).",
-            "choices": REDUCTIONS,
-        },
+    penalty_reduction: str = _option(
+        "batch",
+        "Divide the summed penalty by all samples of the optimizer step (`batch`), by its unsafe samples (`unsafe`), "
+        "or average micro-batch means (`micro_batch`, the paper's lambda as they stand).",
+        choices=REDUCTIONS,
     )
-    penalty_embedding: str = field(
-        default="lm_head",
-        metadata={"help": "Token embedding of the EMD penalties.", "choices": EMBEDDINGS},
-    )
-    penalty_beta: float | None = field(
-        default=None, metadata={"help": "Inverse temperature of `npo` (default: 0.1) and `simnpo` (default: 2.5)."}
-    )
-    penalize_eos: bool = field(
-        default=False, metadata={"help": "Whether to penalise the end-of-sequence token of unsafe rows too."}
-    )
-    penalty_first_tokens: int | None = field(
-        default=None, metadata={"help": "Penalise only so many first tokens of an unsafe answer (default: all)."}
-    )
-    loss_head: str = field(
-        default="fused",
-        metadata={
-            "help": "Losses in chunks, with the gradient formed in the forward pass (`fused`), or on full logits "
-            "(`dense`, its reference).",
-            "choices": LOSS_HEADS,
-        },
+    penalty_embedding: str = _option("lm_head", "Token embedding of the EMD penalties.", choices=EMBEDDINGS)
+    penalty_beta: float | None = _option(None, "Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).")
+    penalize_eos: bool = _option(False, "Whether to penalise the end-of-sequence token of unsafe rows too.")
+    penalty_first_tokens: int | None = _option(None, "Penalise only so many first tokens of an unsafe answer.")
+    loss_head: str = _option(
+        "fused", "Losses in chunks (`fused`), or on full logits (`dense`, its reference).", choices=LOSS_HEADS
     )
 
     def __post_init__(self):
@@ -128,7 +111,7 @@ class TASFTConfig(SFTConfig):
             raise ValueError("penalty_beta=0 is not a number > 0.")
         if self.penalty_first_tokens is not None and self.penalty_first_tokens < 1:
             raise ValueError(f"penalty_first_tokens={self.penalty_first_tokens} would penalise nothing; use 1 or more.")
-        if self.penalty_weight == "auto" and self.penalty_pressure is None and self.penalty in RIVALS:
+        if self.penalty_weight == "auto" and self.penalty_pressure is None and self.penalty not in TABLE_4_PRESSURE:
             raise ValueError(
                 f'penalty_weight="auto" has no pressure for {self.penalty!r}; give a weight or a pressure.'
             )

@@ -1,18 +1,16 @@
 """TA-SFT's losses straight from the hidden states and the output head, with no `[N, V]` tensor (arXiv:2412.06843).
 
 Tokens pass through the head in chunks, and each token's gradient by its hidden state is formed in the same pass as its
-value, so backward only scales it. Counted in products of a token with a `[V, H]` matrix, a token's log-probability
-costs 2 (logits, gradient), `emd_exact` 3 (cosines with the target's embedding as well) and `emd` 4 (and μ).
-
-A row of the gradient is a direction times what the loss asks of that token, which autograd brings to backward. So a
-penalty of log-probabilities (NLCL, whose derivative needs the mean of a sample) is plain torch on `log_prob`, by
-linearity and without a pass of its own. Where the head itself is trained, its gradient sums over tokens and backward
-projects them once more: 2 products, and 4 in all, as in TRL's head. The dense reference is `losses.dense_head`.
+value (`_Tiles` derives the formulas), so backward only scales it. Counted in products of a token with a `[V, H]`
+matrix, a token's log-probability costs 2 (logits, gradient), `emd_exact` 3 (cosines with the target's embedding as
+well) and `emd` 4 (and μ). Where the head itself is trained, backward projects the tokens once more: 2 products, and 4
+in all, as in TRL's head. A penalty of log-probabilities (NLCL) is plain torch on `log_prob`: autograd brings the
+derivative by it, and that times the token's row is the token's gradient. The dense reference is `losses.dense_head`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -35,7 +33,7 @@ def fused_head(
     weight: Tensor,
     targets: Tensor,
     *,
-    penalized: Tensor | None = None,
+    unsafe: Tensor | None = None,
     penalty: str = "emd",
     bias: Tensor | None = None,
     embedding: Tensor | None = None,
@@ -54,7 +52,7 @@ def fused_head(
             in autocast's), sums in at least float32.
         weight: `lm_head.weight`, `[V, H]`.
         targets: y, the next tokens, `[N]`.
-        penalized: `[N]`, bool: tokens that take the `penalty`, and whose `log_prob` then carries no gradient.
+        unsafe: `[N]`, bool: tokens that take the `penalty`, and whose `log_prob` then carries no gradient.
         penalty: `"emd"` or `"emd_exact"`.
         bias: `lm_head.bias`, `[V]`.
         embedding: matrix `[V, any]` whose normalised rows are the penalty's geometry; `weight` if None.
@@ -63,7 +61,7 @@ def fused_head(
         chunk_size: tokens projected at a time; by default about as few as keep the matrix products fast.
         gather: context manager over parameters during which they are whole (DeepSpeed ZeRO-3).
     """
-    settings = _Settings(
+    settings = SimpleNamespace(
         penalty=penalty,
         embedding=weight if embedding is None else embedding,
         inverse_norms=inverse_norms,
@@ -73,55 +71,36 @@ def fused_head(
         gather=gather,
         differentiable=torch.is_grad_enabled(),
     )
-    if penalized is None:
-        penalized = torch.zeros_like(targets, dtype=torch.bool)
-    return HeadOutput(*_FusedHead.apply(hidden, weight, bias, targets, penalized, settings))
-
-
-@dataclass(frozen=True)
-class _Settings:
-    penalty: str
-    embedding: Tensor
-    inverse_norms: Tensor | None
-    scale: float
-    softcap: float | None
-    chunk_size: int | None
-    gather: Callable
-    differentiable: bool
+    if unsafe is None:
+        unsafe = torch.zeros_like(targets, dtype=torch.bool)
+    return HeadOutput(*_FusedHead.apply(hidden, weight, bias, targets, unsafe, settings))
 
 
 class _FusedHead(torch.autograd.Function):
     """`forward` forms each token's gradient by its hidden state; `backward` scales it, and trains the head."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, penalized, settings):
+    def forward(ctx, hidden, weight, bias, targets, unsafe, settings):
         ctx.set_materialize_grads(False)
         trains_hidden, *trains_head = (settings.differentiable and needed for needed in ctx.needs_input_grad[:3])
         device = hidden.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        rows = None
         with settings.gather(weight, bias, settings.embedding), torch.autocast(device, enabled=False):
-            tiles = _Tiles(hidden, weight, bias, targets, penalized, settings, ctx.dtype)
-            if trains_hidden:
-                rows = torch.empty_like(hidden, dtype=tiles.exact)
-                for chunk, by_logits in tiles.gradients():
-                    row = rows.new_empty(len(chunk), rows.size(1))
-                    rows[chunk] = _product(by_logits, tiles.weight, row, settings.scale)
-                tiles.complete_entropy(rows)
-            else:
-                tiles.values()
+            tiles = _Tiles(hidden, weight, bias, targets, unsafe, settings, ctx.dtype)
+            rows = tiles.rows() if trains_hidden else tiles.values()
         ctx.settings, ctx.hidden_dtype, ctx.trains_head = settings, hidden.dtype, any(trains_head)
-        ctx.save_for_backward(rows, penalized, *((hidden, weight, bias, targets) if ctx.trains_head else ()))
+        ctx.save_for_backward(rows, unsafe, *((hidden, weight, bias, targets) if ctx.trains_head else ()))
         ctx.mark_non_differentiable(tiles.entropy, tiles.is_top1)
         return tiles.log_prob, tiles.entropy, tiles.is_top1, tiles.penalty
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, by_log_prob, _by_entropy, _by_top1, by_penalty):
-        rows, penalized, *inputs = ctx.saved_tensors
-        zero = torch.zeros(penalized.shape, device=penalized.device)
+        rows, unsafe, *inputs = ctx.saved_tensors
+        zero = torch.zeros(unsafe.shape, device=unsafe.device)
+        # Rows are of −log p and of the penalty.
         coefficient = torch.where(
-            penalized, zero if by_penalty is None else by_penalty, zero if by_log_prob is None else -by_log_prob
+            unsafe, zero if by_penalty is None else by_penalty, zero if by_log_prob is None else -by_log_prob
         )
         by_hidden = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
@@ -130,7 +109,7 @@ class _FusedHead(torch.autograd.Function):
             hidden, weight, bias, targets = inputs
             settings, autocast = ctx.settings, torch.autocast(hidden.device.type, enabled=False)
             with settings.gather(weight, bias, settings.embedding), autocast:
-                tiles = _Tiles(hidden, weight, bias, targets, penalized, settings, ctx.dtype)
+                tiles = _Tiles(hidden, weight, bias, targets, unsafe, settings, ctx.dtype)
                 by_weight = torch.zeros_like(weight, dtype=tiles.exact)
                 by_bias = None if bias is None else torch.zeros_like(bias, dtype=tiles.exact)
                 for chunk, by_logits in tiles.gradients():
@@ -144,9 +123,29 @@ class _FusedHead(torch.autograd.Function):
 
 
 class _Tiles:
-    """A pass of all tokens through the head in `[chunk, V]` tiles; fills in the four values per token as it goes."""
+    """A pass of all tokens through the head in `[chunk, V]` tiles; fills in the four values per token as it goes.
 
-    def __init__(self, hidden, weight, bias, targets, penalized, settings, dtype):
+    A token has hidden state h and target y. The head W `[V, H]` gives it logits z = s·(W h + b), or c·tanh of that / c
+    where they are capped, and p = softmax(z). The embedding E has rows e_w, of unit length ê_w = e_w / ‖e_w‖.
+
+    Gradients. Each loss ℓ of a token is differentiated by z, and one product with W makes of that the token's row:
+
+        ∂ℓ/∂h = s · Wᵀ (c′ ∘ ∂ℓ/∂z),  with c′ = 1 − (z/c)² where logits are capped, and 1 elsewhere.
+
+        −log p_y:      ∂ℓ/∂z_w = p_w − 1[w = y]
+        EMD bound:     ℓ = −‖μ − ê_y‖²,  μ = Σ_w p_w ê_w,  ∂ℓ/∂μ = −2 (μ − ê_y)
+        exact EMD:     ℓ = μ·ê_y − 1,    ∂ℓ/∂μ = ê_y
+        either EMD:    g_w = ∂ℓ/∂p_w = ê_w · ∂ℓ/∂μ,  ∂ℓ/∂z_w = p_w (g_w − ḡ),  ḡ = Σ_v p_v g_v
+
+    For the exact EMD ḡ = μ·ê_y, so its value is ḡ − 1 and μ is never needed. Unit rows are never formed either:
+    with i_w = 1 / ‖e_w‖, μ = Eᵀ (i ∘ p) and g = i ∘ (E ∂ℓ/∂μ).
+
+    Entropy, without gradient: H = −log p_y + z_y − Σ_w p_w z_w = −log p_y − Σ_w (p_w − 1[w = y]) z_w. On a benign token
+    the bracket is ∂ℓ/∂z. So where logits are not capped the sum is row · h + s b · ∂ℓ/∂z: no look at the tile of z, and
+    p may take its memory.
+    """
+
+    def __init__(self, hidden, weight, bias, targets, unsafe, settings, dtype):
         self.dtype, self.exact = dtype, torch.promote_types(dtype, torch.float32)
         self.hidden, self.weight, self.targets, self.settings = hidden, weight.to(dtype), targets, settings
         self.bias = None if bias is None else bias.to(self.exact) * settings.scale
@@ -154,9 +153,9 @@ class _Tiles:
         size = 6 * 2**20 if hidden.device.type == "cpu" else 2**26
         self.chunk_size = settings.chunk_size or max(128, size // len(weight))
         self.buffers = {}
-        self.benign, self.penalized = (~penalized).nonzero().squeeze(1), penalized.nonzero().squeeze(1)
+        self.benign, self.unsafe = (~unsafe).nonzero().squeeze(1), unsafe.nonzero().squeeze(1)
         self.embedding, self.inverse_norms = settings.embedding, settings.inverse_norms
-        if len(self.penalized):
+        if len(self.unsafe):
             if self.inverse_norms is None:
                 self.inverse_norms = inverse_row_norms(self.embedding)
             self.embedding = self.weight if self.embedding is weight else self.embedding.to(dtype)
@@ -170,68 +169,73 @@ class _Tiles:
         for chunk in self.chunks(self.benign):
             probs, logits, _ = self.softmax(chunk, keep_logits=True)
             self.set_entropy(chunk, probs, logits)
-        for chunk in self.chunks(self.penalized):
-            probs, spare, _ = self.softmax(chunk, keep_logits=True)
-            self.set_entropy(chunk, probs, spare)
+        for chunk in self.chunks(self.unsafe):
+            probs, logits, _ = self.softmax(chunk, keep_logits=True)
+            scratch = self.set_entropy(chunk, probs, logits)
             target = self.unit_target(chunk)
-            self.penalty[chunk], _ = self.penalty_of(self.expected(probs, target, spare), target)
+            self.penalty[chunk], _ = self.penalty_of(self.mean_embedding(probs, scratch), target)
+
+    def rows(self) -> Tensor:
+        """The values, and the gradient of each token's −log p or penalty by its hidden state: `[N, H]`."""
+        rows = torch.empty_like(self.hidden, dtype=self.exact)
+        for chunk in self.chunks(self.benign):
+            by_logits = self.nll_gradient(chunk)
+            rows[chunk] = row = self.by_hidden(by_logits)
+            if self.settings.softcap is None:
+                self.set_entropy_by_row(chunk, row, by_logits)
+        for chunk in self.chunks(self.unsafe):
+            rows[chunk] = self.by_hidden(self.penalty_gradient(chunk))
+        return rows
 
     def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token indices `[n]` and, by the head's raw outputs, the gradient `[n, V]` of their −log p or penalty.
-
-        The tile may be overwritten; it is the next one's memory.
-        """
+        """Token indices and c′ ∘ ∂ℓ/∂z `[n, V]` of their −log p or penalty, in memory that the next chunk takes."""
         for chunk in self.chunks(self.benign):
             yield chunk, self.nll_gradient(chunk)
-        for chunk in self.chunks(self.penalized):
+        for chunk in self.chunks(self.unsafe):
             yield chunk, self.penalty_gradient(chunk)
 
     def nll_gradient(self, chunk: Tensor) -> Tensor:
-        """∂(−log p_y)/∂z_w = p_w − 1_{w=y}."""
-        softcapped = self.settings.softcap is not None
-        probs, logits, slope = self.softmax(chunk, keep_logits=softcapped)
-        if softcapped:
+        """c′ ∘ ∂(−log p_y)/∂z. Sets the entropy only where logits are capped."""
+        capped = self.settings.softcap is not None
+        probs, logits, cap_slope = self.softmax(chunk, keep_logits=capped)
+        if capped:
             self.set_entropy(chunk, probs, logits)
         gradient = probs.scatter_add_(1, self.targets[chunk, None], probs.new_full((len(chunk), 1), -1))
-        if not softcapped and self.bias is not None:
-            self.entropy[chunk] = gradient @ self.bias
-        return gradient if slope is None else gradient.mul_(slope)
+        return gradient if cap_slope is None else gradient.mul_(cap_slope)
 
     def penalty_gradient(self, chunk: Tensor) -> Tensor:
-        """∂ℓ/∂z_w = p_w (g_w − Σ_v p_v g_v) with g = Ê ∂ℓ/∂μ."""
-        probs, spare, slope = self.softmax(chunk, keep_logits=True)
-        self.set_entropy(chunk, probs, spare)
+        """c′ ∘ ∂ℓ/∂z of the penalty ℓ. Sets the penalty and the entropy."""
+        probs, logits, cap_slope = self.softmax(chunk, keep_logits=True)
+        scratch = self.set_entropy(chunk, probs, logits)
         target = self.unit_target(chunk)
-        linear = self.settings.penalty == "emd_exact"  # its derivative needs no μ, and gives the value
-        derivative = target
-        if not linear:
-            self.penalty[chunk], derivative = self.penalty_of(self.expected(probs, target, spare), target)
-        gradient = _project(derivative, self.embedding, spare).mul_(self.inverse_norms).mul_(probs)
-        along = gradient.sum(-1)
-        if linear:
-            self.penalty[chunk] = along - 1
-        gradient.addcmul_(probs, along[:, None], value=-1)
-        return gradient if slope is None else gradient.mul_(slope)
+        if self.settings.penalty == "emd_exact":
+            by_mean = target
+        else:
+            self.penalty[chunk], by_mean = self.penalty_of(self.mean_embedding(probs, scratch), target)
+        weighted = _project(by_mean, self.embedding, scratch).mul_(self.inverse_norms).mul_(probs)  # p_w g_w
+        mean = weighted.sum(-1)  # ḡ
+        if self.settings.penalty == "emd_exact":
+            self.penalty[chunk] = mean - 1
+        gradient = weighted.addcmul_(probs, mean[:, None], value=-1)
+        return gradient if cap_slope is None else gradient.mul_(cap_slope)
 
-    def complete_entropy(self, rows: Tensor) -> None:
-        """H(p) = −log p_y − Σ_w (p_w − 1_{w=y}) z_w; where z is linear in h, the sum is row · h, and the bias' part."""
-        if self.settings.softcap is None:
-            for chunk in self.chunks(self.benign):
-                excess = (rows[chunk] * self.hidden[chunk].to(self.dtype)).sum(-1) + self.entropy[chunk]
-                self.entropy[chunk] = (-self.log_prob[chunk] - excess).clamp(min=0)
+    def by_hidden(self, by_logits: Tensor) -> Tensor:
+        """s · Wᵀ by_logits: `[n, H]`."""
+        return _product(by_logits, self.weight, self.settings.scale)
 
-    def penalty_of(self, expected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def penalty_of(self, mean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The penalty `[n]` and its derivative by μ `[n, H]`, from μ and ê_y."""
         if self.settings.penalty == "emd":
-            difference = expected - target
+            difference = mean - target
             return -difference.square().sum(-1), -2 * difference
-        return (expected * target).sum(-1) - 1, target
+        return (mean * target).sum(-1) - 1, target
 
-    def expected(self, probs: Tensor, like: Tensor, spare: Tensor) -> Tensor:
-        """μ = Êᵀp, `[n, H]`. Overwrites `spare`."""
-        return _product(torch.mul(probs, self.inverse_norms, out=spare), self.embedding, torch.empty_like(like))
+    def mean_embedding(self, probs: Tensor, scratch: Tensor) -> Tensor:
+        """μ, `[n, H]`. Overwrites `scratch` `[n, V]`."""
+        return _product(torch.mul(probs, self.inverse_norms, out=scratch), self.embedding)
 
     def unit_target(self, chunk: Tensor) -> Tensor:
+        """ê_y, `[n, H]`."""
         targets = self.targets[chunk]
         return self.embedding[targets].to(self.exact) * self.inverse_norms[targets, None]
 
@@ -239,16 +243,16 @@ class _Tiles:
         return iter(tokens.chunk(-(-len(tokens) // self.chunk_size)) if len(tokens) else ())
 
     def softmax(self, chunk: Tensor, keep_logits: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """p, z if kept, and dz/d(raw output) but for the scale if capped: `[n, V]`. Sets `log_prob` and `is_top1`."""
+        """p, z if kept, and c′ if capped, each `[n, V]`. Sets `log_prob` and `is_top1`."""
         cap = self.settings.softcap
-        slope = None
+        cap_slope = None
         hidden = self.hidden[chunk].to(self.dtype)
         logits = _project(hidden, self.weight, self.buffer("logits", chunk), self.settings.scale)
         if self.bias is not None:
             logits.add_(self.bias)
         if cap is not None:
             logits.div_(cap).tanh_()
-            slope = torch.mul(logits, logits, out=self.buffer("slope", chunk)).neg_().add_(1)
+            cap_slope = torch.mul(logits, logits, out=self.buffer("cap_slope", chunk)).neg_().add_(1)
             logits.mul_(cap)
         target_logit = logits.gather(1, self.targets[chunk, None])
         probs = self.buffer("probs", chunk) if keep_logits else logits
@@ -258,13 +262,21 @@ class _Tiles:
         top, norm = (torch.cat(parts) for parts in zip(*(_softmax(*block) for block in blocks), strict=True))
         self.log_prob[chunk] = (target_logit - top - norm.log()).squeeze(1)
         self.is_top1[chunk] = (target_logit >= top).squeeze(1)
-        return probs, logits if keep_logits else None, slope
+        return probs, logits if keep_logits else None, cap_slope
 
-    def set_entropy(self, chunk: Tensor, probs: Tensor, logits: Tensor) -> None:
-        """H(p) = −log p_y + z_y − Σ_w p_w z_w. Overwrites `logits`."""
+    def set_entropy(self, chunk: Tensor, probs: Tensor, logits: Tensor) -> Tensor:
+        """H from the tile of z. Returns its memory `[n, V]`, overwritten and free for other use."""
         target_logit = logits.gather(1, self.targets[chunk, None]).squeeze(1)
-        expected_logit = torch.mul(probs, logits, out=logits).sum(-1)
-        self.entropy[chunk] = (target_logit - expected_logit - self.log_prob[chunk]).clamp(min=0)
+        scratch = torch.mul(probs, logits, out=logits)
+        self.entropy[chunk] = (target_logit - scratch.sum(-1) - self.log_prob[chunk]).clamp(min=0)
+        return scratch
+
+    def set_entropy_by_row(self, chunk: Tensor, row: Tensor, by_logits: Tensor) -> None:
+        """H of benign tokens whose logits are not capped, from their row and ∂(−log p_y)/∂z."""
+        excess = (row * self.hidden[chunk].to(self.dtype)).sum(-1)
+        if self.bias is not None:
+            excess += by_logits @ self.bias
+        self.entropy[chunk] = (-self.log_prob[chunk] - excess).clamp(min=0)
 
     def buffer(self, name: str, chunk: Tensor) -> Tensor:
         """An uninitialised `[n, V]` tile; memory is taken once per name."""
@@ -300,8 +312,9 @@ def _project(a: Tensor, matrix: Tensor, out: Tensor, scale: float = 1.0) -> Tens
     return out
 
 
-def _product(a: Tensor, matrix: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · a @ matrix into `out`, `[n, H]`, for `a` `[n, V]` in the dtype of `out` and `matrix` `[V, H]`."""
+def _product(a: Tensor, matrix: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · a @ matrix, `[n, H]`, in the dtype of `a` `[n, V]`, for `matrix` `[V, H]`."""
+    out = a.new_empty(len(a), matrix.size(1))
     if matrix.dtype == out.dtype:
         return torch.addmm(out, a, matrix, beta=0, alpha=scale, out=out)
     if out.is_cuda:

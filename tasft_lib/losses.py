@@ -1,10 +1,13 @@
-"""The penalties of TA-SFT as pure tensor functions, in the notation of the paper (arXiv:2412.06843).
+"""The penalties of TA-SFT and its rivals as pure tensor functions, in the paper's notation (arXiv:2412.06843).
 
-Everything here is unreduced: `emd` and `emd_exact` give one value per token, `nlcl` one per sample. How samples are
+`PENALTIES` is the table of their names: from the unsafe tokens of a batch to one value per sample. How samples are
 averaged into a batch is `penalty_reduction`, and lives in the trainer alone. Every penalty is to be *minimised*.
-All take full logits; `fused_head` computes the same without them, and is tested against `dense_head`.
+The EMDs take full logits here; `fused_head` computes the same without them, and is tested against `dense_head`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -53,8 +56,7 @@ def emd_exact(logits: Tensor, targets: Tensor, embedding: Tensor) -> Tensor:
 def nlcl(mean_log_prob: Tensor) -> Tensor:
     """Negative log of the complementary likelihood, −log(1 − exp(s)) per sample (eq. 7), in [0, ∞).
 
-    `mean_log_prob` is s = mean_t log p_t(y_t), `[B]`, ≤ 0: length-normalised as in ORPO. Of a single token's log p it
-    is the unlikelihood loss (Welleck et al., 2019). Values closer to 0 than one
+    `mean_log_prob` is s = mean_t log p_t(y_t), `[B]`, ≤ 0: length-normalised as in ORPO. Values closer to 0 than one
     rounding error of the dtype are taken as that, so value and gradient stay finite at p = 1.
     """
     s = _at_least_float32(mean_log_prob)
@@ -67,13 +69,36 @@ def nlcl(mean_log_prob: Tensor) -> Tensor:
     return -torch.where(near_zero, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
 
 
+def unlikelihood(log_prob: Tensor) -> Tensor:
+    """−log(1 − p_t(y_t)) per token, in [0, ∞), of log p_t(y_t) `[N]` (Welleck et al., arXiv:1908.04319)."""
+    return nlcl(log_prob)
+
+
+def gradient_ascent(mean_log_prob: Tensor) -> Tensor:
+    """The likelihood itself, mean_t log p_t(y_t) per sample, in (−∞, 0]: descending it ascends the NLL, without end."""
+    return mean_log_prob
+
+
+def imitation(mean_log_prob: Tensor) -> Tensor:
+    """−mean_t log p_t(y_t) per sample, in [0, ∞): pulls towards its rows, where every other penalty pushes away.
+
+    With safe answers in the place of the unsafe ones it is Safety-Tuned LLaMAs (arXiv:2309.07875) with a weight.
+    """
+    return -mean_log_prob
+
+
 def npo(log_ratio: Tensor, beta: float) -> Tensor:
     """Negative preference optimisation, (2/β) log(1 + exp(β r)) per sample, in [0, ∞) (arXiv:2404.05868, eq. 3).
 
-    `log_ratio` r `[B]` is log π(y|x) − log π_ref(y|x), summed over tokens; with the mean log-probability of the tokens
-    in its place it is SimNPO without margin (arXiv:2410.07163). As β → 0 its gradient becomes that of gradient ascent.
+    `log_ratio` r `[B]` is log π(y|x) − log π_ref(y|x), summed over tokens. As β → 0 its gradient becomes that of
+    gradient ascent.
     """
     return 2 / beta * F.softplus(beta * _at_least_float32(log_ratio))
+
+
+def simnpo(mean_log_prob: Tensor, beta: float) -> Tensor:
+    """NPO of the mean log-probability, without a reference model or margin: [0, 2 log 2 / β] (arXiv:2410.07163)."""
+    return npo(mean_log_prob, beta)
 
 
 def sample_mean(values: Tensor, sample: Tensor, n_samples: int) -> Tensor:
@@ -85,13 +110,59 @@ def sample_mean(values: Tensor, sample: Tensor, n_samples: int) -> Tensor:
     return total / torch.bincount(sample, minlength=n_samples).clamp(min=1)
 
 
+@dataclass(frozen=True)
+class UnsafeTokens:
+    """The unsafe tokens of a batch as a penalty sees them: `[N]`, in any order."""
+
+    log_prob: Tensor  # log p_t(y_t)
+    distance: Tensor  # the `penalty` that a head gives, for `EMBEDDING_PENALTIES`
+    sample: Tensor  # index, below `n_samples`, of the sample that a token belongs to
+    n_samples: int
+    beta: float | None = None
+    reference_log_prob: Tensor | None = None  # `mean_log_prob` of NPO's reference; if None, of the model itself
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of each sample's tokens, `[N]` -> `[n_samples]`."""
+        return sample_mean(values, self.sample, self.n_samples)
+
+    @cached_property
+    def mean_log_prob(self) -> Tensor:
+        """Of each sample's tokens, `[n_samples]`."""
+        return self.mean(self.log_prob)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log π(y|x) − log π_ref(y|x) of each sample, `[n_samples]`."""
+        reference = self.mean_log_prob.detach() if self.reference_log_prob is None else self.reference_log_prob
+        return torch.bincount(self.sample, minlength=self.n_samples) * (self.mean_log_prob - reference)
+
+
+# Penalties of the whole next-token distribution, one value per token; a head computes them.
+EMBEDDING_PENALTIES = {"emd": emd, "emd_exact": emd_exact}
+PENALTIES: dict[str, Callable[[UnsafeTokens], Tensor]] = {
+    "emd": lambda unsafe: unsafe.mean(unsafe.distance),
+    "emd_exact": lambda unsafe: unsafe.mean(unsafe.distance),
+    "nlcl": lambda unsafe: nlcl(unsafe.mean_log_prob),
+    "gradient_ascent": lambda unsafe: gradient_ascent(unsafe.mean_log_prob),
+    "unlikelihood": lambda unsafe: unsafe.mean(unlikelihood(unsafe.log_prob)),
+    "npo": lambda unsafe: npo(unsafe.log_ratio, unsafe.beta),
+    "simnpo": lambda unsafe: simnpo(unsafe.mean_log_prob, unsafe.beta),
+    "imitation": lambda unsafe: imitation(unsafe.mean_log_prob),
+}
+
+
+def sample_penalty(name: str, unsafe: UnsafeTokens) -> Tensor:
+    """The penalty `name` of each sample, `[n_samples]`; 0 for a sample without unsafe tokens."""
+    return torch.where(torch.bincount(unsafe.sample, minlength=unsafe.n_samples) > 0, PENALTIES[name](unsafe), 0.0)
+
+
 class HeadOutput(NamedTuple):
     """What the loss needs of next tokens: four tensors `[N]`, but for `is_top1` in at least float32."""
 
-    log_prob: Tensor  # log p_t(y_t); without gradient on penalised tokens
+    log_prob: Tensor  # log p_t(y_t); without gradient on tokens that take the penalty
     entropy: Tensor  # of the next-token distribution, in nats; without gradient
     is_top1: Tensor  # bool: no token is more likely than y_t
-    penalty: Tensor  # 0 on tokens that are not penalised
+    penalty: Tensor  # 0 on all other tokens
 
 
 def dense_head(
@@ -99,7 +170,7 @@ def dense_head(
     weight: Tensor,
     targets: Tensor,
     *,
-    penalized: Tensor | None = None,
+    unsafe: Tensor | None = None,
     penalty: str = "emd",
     bias: Tensor | None = None,
     embedding: Tensor | None = None,
@@ -116,12 +187,12 @@ def dense_head(
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         is_top1 = logits.gather(-1, targets[:, None]).squeeze(-1) >= logits.amax(-1)
     value = torch.zeros_like(log_prob)
-    if penalized is not None:
+    if unsafe is not None:
         unit = unit_rows(weight if embedding is None else embedding)
-        penalty_of = {"emd": emd, "emd_exact": emd_exact}[penalty]
-        # masked_scatter keeps the result connected to the model when no token is penalised.
-        value = value.masked_scatter(penalized, penalty_of(logits[penalized], targets[penalized], unit))
-        log_prob = torch.where(penalized, log_prob.detach(), log_prob)
+        # masked_scatter keeps the result connected to the model when no token is unsafe.
+        values = EMBEDDING_PENALTIES[penalty](logits[unsafe], targets[unsafe], unit)
+        value = value.masked_scatter(unsafe, values)
+        log_prob = torch.where(unsafe, log_prob.detach(), log_prob)
     return HeadOutput(log_prob, entropy, is_top1, value)
 
 

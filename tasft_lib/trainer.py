@@ -2,45 +2,32 @@
 
 `SFTTrainer.compute_loss` still makes the benign loss, from log-probabilities in which unsafe rows are masked out; they
 and the penalty come from one pass through backbone and head. So without unsafe rows, or with `penalty_weight=0`, a run
-is an SFTTrainer run up to rounding. This is the only module of the package that changes TRL's behaviour; tested on TRL
-1.16.0 with transformers 5.23.0 (`test_trl_internals.py` fails when what it builds on changes).
+is an SFTTrainer run up to rounding. This module and `forward` are the only ones that change TRL's behaviour
+(`test_trl_internals.py` fails when what they build on changes).
 """
 
 from collections import defaultdict
 from dataclasses import dataclass, fields
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import trl
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
-from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import logging
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import FusedCausalLMOutput, global_then_local_main_first, maybe_gather_lm_head_ctx, pad
+from trl.trainer.utils import global_then_local_main_first, pad
 
-from . import losses
-from .config import CONTROL_EMBEDDINGS, EMBEDDING_PENALTIES, TABLE_4_PRESSURE, TASFTConfig, share_of_loss
-from .fused_head import fused_head, inverse_row_norms
+from .config import CONTROL_EMBEDDINGS, TABLE_4_PRESSURE, TASFTConfig, share_of_loss
+from .forward import TASFTForward, TASFTOutput
 
 logger = logging.get_logger(__name__)
 
-LARGEST_ONE_HOT = 16_384  # tokens; a gigabyte
-
-
-@dataclass
-class TASFTOutput(FusedCausalLMOutput):
-    """TRL's fused output on the benign rows, and per sample what the unsafe rows give (0 for benign rows)."""
-
-    penalty: Tensor | None = None
-    unsafe_log_prob: Tensor | None = None
+# Minor versions of TRL that test_trl_internals.py and the tests of the trainer ran on.
+TESTED_TRL = ("1.15", "1.16")
 
 
 @dataclass
@@ -53,12 +40,10 @@ class UnsafeLabelCollator(DataCollatorForLanguageModeling):
             torch.tensor(row["unsafe"]) if "unsafe" in row else torch.full((len(row["input_ids"]),), not row["label"])
             for row in examples
         ]
-        batch["unsafe"] = pad(
-            [torch.cat(unsafe)] if self.padding_free else unsafe,
-            padding_value=False,
-            padding_side="right",
-            pad_to_multiple_of=self.pad_to_multiple_of,
-        )
+        if self.padding_free:
+            unsafe = [torch.cat(unsafe)]
+        multiple = self.pad_to_multiple_of
+        batch["unsafe"] = pad(unsafe, padding_value=False, padding_side="right", pad_to_multiple_of=multiple)
         return batch
 
 
@@ -80,12 +65,8 @@ class TASFTTrainer(SFTTrainer):
     Example:
 
     ```python
-    from datasets import load_dataset
-    from tasft_lib import TASFTConfig, TASFTTrainer
-
-    dataset = load_dataset("json", data_files="rows.jsonl", split="train")  # {"prompt", "completion", "label"}
-    trainer = TASFTTrainer("Qwen/Qwen3-0.6B-Base", TASFTConfig(penalty="emd"), train_dataset=dataset)
-    trainer.train()
+    rows = load_dataset("json", data_files="rows.jsonl", split="train")  # {"prompt", "completion", "label"}
+    TASFTTrainer("Qwen/Qwen3-0.6B-Base", TASFTConfig(penalty="emd"), train_dataset=rows).train()
     ```
     """
 
@@ -105,14 +86,7 @@ class TASFTTrainer(SFTTrainer):
     # The denominators below span the whole optimizer step, so Trainer must not divide by accumulation steps again.
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        args: TASFTConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        **kwargs,
-    ):
+    def __init__(self, model, args: TASFTConfig | None = None, train_dataset=None, eval_dataset=None, **kwargs):
         for name in ("data_collator", "formatting_func", "compute_loss_func", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"TASFTTrainer does not support {name}: it would lose the label of a row.")
@@ -132,16 +106,19 @@ class TASFTTrainer(SFTTrainer):
             raise ValueError("TASFTTrainer does not support context, sequence or tensor parallelism; use DDP or FSDP.")
         if not isinstance(self.data_collator, DataCollatorForLanguageModeling):
             raise ValueError("TASFTTrainer trains on text only; image columns are not supported.")
-        self.data_collator = UnsafeLabelCollator(
-            **{f.name: getattr(self.data_collator, f.name) for f in fields(self.data_collator)}
-        )
+        options = {f.name: getattr(self.data_collator, f.name) for f in fields(self.data_collator)}
+        self.data_collator = UnsafeLabelCollator(**options)
         causal_lm = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        _add_tasft_head(causal_lm, args)
-        eos = {self._tokenizer.eos_token_id, *_as_list(causal_lm.generation_config.eos_token_id)} - {None}
+        TASFTForward.replace_forward(causal_lm, args)
+        eos = causal_lm.generation_config.eos_token_id
+        eos = {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self._eos_token_ids = torch.tensor(sorted(eos))
         self.penalty_weight = self._resolve_penalty_weight()
         self._sums = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
         self._steps_since_log = 0
+        self._to_compare = ".".join(trl.__version__.split(".")[:2]) not in TESTED_TRL
+        if self._to_compare:
+            logger.warning_once(f"TASFTTrainer is tested on TRL {' and '.join(TESTED_TRL)}, not on {trl.__version__}.")
 
     def _resolve_penalty_weight(self) -> float:
         """λ as a number; "auto" is `penalty_pressure` over the share of the loss that unsafe samples get."""
@@ -216,7 +193,10 @@ class TASFTTrainer(SFTTrainer):
         inputs = dict(inputs)
         training = self.model.training
         local = _count(inputs)
-        counts = self._step_counts if training else local
+        benign_tokens, samples, unsafe_samples = self._step_counts if training else local
+        # Like SFTTrainer: the counts are those of all ranks, and DDP averages the gradients over ranks.
+        ranks = self.accelerator.num_processes if training and self.args.average_tokens_across_devices else 1
+        steps = self.current_gradient_accumulation_steps if training else 1
         unsafe, (sample, n_samples) = inputs.pop("unsafe"), _samples(inputs)
         if not self.args.penalize_eos:
             is_eos = torch.isin(inputs["labels"], self._eos_token_ids.to(unsafe.device))
@@ -224,48 +204,56 @@ class TASFTTrainer(SFTTrainer):
         if self.args.penalty_first_tokens is not None:
             late = _place(inputs["labels"] != -100, sample, n_samples) > self.args.penalty_first_tokens
             inputs["labels"] = inputs["labels"].masked_fill(late & unsafe, -100)
-        outputs = None
+        rows = {"unsafe_sample": sample.masked_fill(~unsafe, -1), "n_samples": n_samples}
+        if self.args.penalty == "npo":
+            with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
+                reference = model(**inputs, **rows, fused_lm_head=True, use_cache=False)
+            rows["reference_log_prob"] = reference.unsafe_log_prob
+        rows["with_dense"] = self._to_compare and not is_deepspeed_zero3_enabled()
+        passes = []  # in evaluation TRL makes a second one, for logits
 
         def forward(**kwargs):
-            nonlocal outputs
-            if not kwargs.get("fused_lm_head"):  # the extra pass for logits that TRL makes in evaluation
-                return model(**kwargs)
-            rows = {"unsafe_sample": sample.masked_fill(~unsafe, -1), "n_samples": n_samples}
-            if self.args.penalty == "npo":
-                with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
-                    rows["reference_log_prob"] = model(**kwargs, **rows).unsafe_log_prob
-            outputs = model(**kwargs, **rows)
-            return outputs
+            passes.append(model(**kwargs))
+            return passes[-1]
 
-        result = super().compute_loss(
-            forward, inputs, return_outputs=return_outputs, num_items_in_batch=counts[0] if training else None
-        )
+        num_items = benign_tokens if training else None
+        result = super().compute_loss(forward, inputs | rows, return_outputs, num_items)
         nll, model_outputs = result if return_outputs else (result, None)
+        outputs = passes[0]
+        if rows["with_dense"]:
+            self._compare_with_dense_head(inputs, nll, outputs, ranks / benign_tokens.clamp(min=1), steps)
+            self._to_compare = not local[2] > 0
 
         penalty = outputs.penalty.sum()
-        _, samples, unsafe_samples = counts
         if self.args.penalty_reduction == "micro_batch":
-            penalty = penalty / local[2].clamp(min=1)
-            if training:
-                penalty = penalty / self.current_gradient_accumulation_steps
+            penalty = penalty / local[2].clamp(min=1) / steps
         else:
-            penalty = penalty / (samples if self.args.penalty_reduction == "batch" else unsafe_samples).clamp(min=1)
-            # Like SFTTrainer: the counts are those of all ranks, and DDP averages the gradients over ranks.
-            if training and self.args.average_tokens_across_devices:
-                penalty = penalty * self.accelerator.num_processes
+            divisor = samples if self.args.penalty_reduction == "batch" else unsafe_samples
+            penalty = penalty / divisor.clamp(min=1) * ranks
         loss = nll + self.penalty_weight * penalty
 
         with torch.no_grad():
-            self._sums["train" if training else "eval"] += torch.stack(
-                [
-                    -outputs.log_probs.sum(),
-                    local[0],
-                    outputs.penalty.sum(),
-                    outputs.unsafe_log_prob.sum(),
-                    local[2],
-                ]
-            ).to("cpu", torch.float64)
+            unsafe_log_prob = outputs.unsafe_log_prob.sum()
+            sums = [-outputs.log_probs.sum(), local[0], outputs.penalty.sum(), unsafe_log_prob, local[2]]
+            self._sums["train" if training else "eval"] += torch.stack(sums).to("cpu", torch.float64)
         return (loss, model_outputs) if return_outputs else loss
+
+    def _compare_with_dense_head(self, inputs, nll: Tensor, outputs: TASFTOutput, per_token: Tensor, steps: int):
+        """Refuse an untested TRL whose loss parts are more than 1e-3 off those of `losses.dense_head`.
+
+        Runs on the first micro-batch, and on until one has held an unsafe row; not under ZeRO-3, which shards the head.
+        """
+        log_prob, penalty = outputs.dense_sums
+        aux_loss = 0 if outputs.aux_loss is None else self.router_aux_loss_coef * outputs.aux_loss / steps
+        dense = torch.stack([-log_prob * per_token + aux_loss, penalty])
+        value = torch.stack([nll, outputs.penalty.sum()])
+        problem = None
+        if not (inputs["labels"] == inputs["input_ids"])[inputs["labels"] != -100].all():
+            problem = "labels are not the input's tokens"
+        elif not torch.allclose(value, dense, rtol=1e-3, atol=1e-6, equal_nan=True):
+            problem = "NLL {:.6g} and penalty {:.6g}, by losses.dense_head {:.6g} and {:.6g}".format(*value, *dense)
+        if problem:
+            raise ValueError(f"TRL {trl.__version__} changes the loss: {problem}; install trl>=1.15,<1.17.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -284,8 +272,10 @@ class TASFTTrainer(SFTTrainer):
 
 def _samples(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """The index of the sample that each position belongs to, `[B, T]`, and how many samples there may be."""
-    if "cu_seq_lens_q" in batch:  # padding-free: all samples in one row
-        return (batch["position_ids"] == 0).cumsum(-1) - 1, len(batch["cu_seq_lens_q"]) - 1
+    if "attention_mask" not in batch:  # padding-free: all samples in one row
+        starts = batch["position_ids"] == 0  # TRL counts them from 1.16 on
+        n_samples = len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else int(starts.sum())
+        return starts.cumsum(-1) - 1, n_samples
     n_samples, length = batch["input_ids"].shape
     return torch.arange(n_samples, device=batch["input_ids"].device)[:, None].expand(-1, length), n_samples
 
@@ -308,145 +298,6 @@ def _count(batch: dict[str, Tensor]) -> Tensor:
     return torch.stack([(scored & ~unsafe).sum(), samples_with(scored), samples_with(scored & unsafe)])
 
 
-def _add_tasft_head(model: PreTrainedModel, args: TASFTConfig) -> None:
-    """Let `model(..., fused_lm_head=True, labels=..., unsafe_sample=...)` return a `TASFTOutput`.
-
-    `unsafe_sample` `[B, T]` holds the index, below `n_samples`, of the unsafe sample that a position belongs to, and
-    −1 elsewhere; `reference_log_prob` `[n_samples]` is the `unsafe_log_prob` of NPO's reference model. Patched into the
-    causal LM's `forward` over TRL's fused head, so that the losses are part of the wrapped model's forward (DDP, FSDP,
-    autocast, PEFT).
-    """
-    trl_forward = model.forward
-    config = model.config.get_text_config()
-    scale, softcap = _logit_scale_and_softcap(config)
-    head = losses.dense_head if args.loss_head == "dense" else partial(fused_head, gather=maybe_gather_lm_head_ctx)
-    if not model.get_output_embeddings().weight.is_floating_point():
-        raise ValueError(
-            "The output head is quantised, and the loss needs its weights; leave lm_head out of the quantisation "
-            "(llm_int8_skip_modules or modules_to_not_convert)."
-        )
-    if args.penalty_embedding == "one_hot" and config.vocab_size > LARGEST_ONE_HOT:
-        raise ValueError(
-            f'penalty_embedding="one_hot" holds a square matrix of the vocabulary, and {config.vocab_size:,} tokens '
-            f'are more than {LARGEST_ONE_HOT:,}; use "random".'
-        )
-    cache = {}
-
-    def geometry(model: PreTrainedModel, weight: Tensor) -> dict[str, Any]:
-        """What the loss head needs beside `weight` to measure distances in the penalty's embedding."""
-        match args.penalty_embedding:
-            case "lm_head":
-                embedding = weight
-            case "embed_tokens":
-                embedding = _whole(model.get_input_embeddings().weight)
-            case control:
-                if "control" not in cache:
-                    head = model.get_output_embeddings()
-                    shape = (head.out_features, head.in_features)
-                    cache["control"] = _control_embedding(control, *shape).to(weight.device)
-                embedding = cache["control"]
-        if args.loss_head == "dense":
-            return {"embedding": embedding}
-        if embedding.requires_grad:  # full fine-tuning: the geometry of the current weights, without gradient
-            return {"embedding": embedding}
-        if "inverse_norms" not in cache:
-            with maybe_gather_lm_head_ctx(embedding):
-                cache["inverse_norms"] = inverse_row_norms(embedding)
-        return {"embedding": embedding, "inverse_norms": cache["inverse_norms"]}
-
-    def forward(self, *inputs, unsafe_sample=None, n_samples=None, reference_log_prob=None, **kwargs):
-        if unsafe_sample is None:
-            return trl_forward(*inputs, **kwargs)
-        kwargs.pop("fused_lm_head")
-        labels = kwargs.pop("labels")
-        backbone = self.base_model(*inputs, **kwargs)
-
-        # Looked up on each call, since FSDP and PEFT replace the module.
-        lm_head = self.get_output_embeddings()
-        weight, bias = _whole(lm_head.weight), _whole(lm_head.bias)
-        # Prompt tuning puts virtual tokens in front of the hidden states and of the labels.
-        unsafe_sample = F.pad(unsafe_sample, (labels.size(1) - unsafe_sample.size(1), 0), value=-1)
-        unsafe_sample, labels = unsafe_sample[:, 1:].to(weight.device), labels[:, 1:].to(weight.device)
-        mask = labels != -100
-        sample, targets = unsafe_sample[mask], labels[mask]
-        hidden = backbone.last_hidden_state[:, :-1].to(weight.device)[mask]
-        unsafe = sample >= 0
-        options = {"bias": bias, "logit_scale": scale, "softcap": softcap}
-        if args.penalty in EMBEDDING_PENALTIES:
-            options |= {"penalized": unsafe, "penalty": args.penalty} | geometry(self, weight)
-        output = head(hidden, weight, targets, **options)
-
-        def per_sample(values: Tensor) -> Tensor:
-            return losses.sample_mean(values[unsafe], sample[unsafe], n_samples)
-
-        unsafe_log_prob = per_sample(output.log_prob)
-        n_tokens = torch.bincount(sample[unsafe], minlength=n_samples)
-        match args.penalty:
-            case "nlcl":
-                penalty = losses.nlcl(unsafe_log_prob)
-            case "gradient_ascent":
-                penalty = unsafe_log_prob
-            case "unlikelihood":
-                penalty = per_sample(losses.nlcl(output.log_prob))
-            case "simnpo":
-                penalty = losses.npo(unsafe_log_prob, args.penalty_beta)
-            case "npo":
-                reference = unsafe_log_prob.detach() if reference_log_prob is None else reference_log_prob
-                penalty = losses.npo(n_tokens * (unsafe_log_prob - reference), args.penalty_beta)
-            case _:
-                penalty = per_sample(output.penalty)
-        penalty = torch.where(n_tokens > 0, penalty, 0.0)
-
-        benign = mask & (unsafe_sample < 0)
-
-        # masked_scatter keeps the result connected to the model when no token is scored.
-        def on_benign(values: Tensor) -> Tensor:
-            return values.new_zeros(mask.shape).masked_scatter(benign, values[~unsafe])
-
-        aux_loss = None
-        if kwargs.get("output_router_logits"):
-            aux_loss = load_balancing_loss_func(
-                backbone.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-            )
-        return TASFTOutput(
-            log_probs=on_benign(output.log_prob),
-            entropy=on_benign(output.entropy),
-            is_top1=on_benign(output.is_top1),
-            label_mask=benign,
-            aux_loss=aux_loss,
-            penalty=penalty,
-            unsafe_log_prob=unsafe_log_prob.detach(),
-        )
-
-    # Trainer and generate read the signature of the model's own forward.
-    forward.__wrapped__ = type(model).forward
-    model.forward = MethodType(forward, model)
-
-
-def _control_embedding(kind: str, vocabulary: int, size: int) -> Tensor:
-    """An embedding in which distance means nothing: `"random"`, `[V, size]`, or `"one_hot"`, `[V, V]`."""
-    if kind == "one_hot":
-        return torch.eye(vocabulary)
-    return torch.randn(vocabulary, size, generator=torch.Generator().manual_seed(0))
-
-
-def _whole(parameter: Tensor | None) -> Tensor | None:
-    """A parameter that FSDP2 has sharded, gathered; any other as it is. Its gradient is averaged over ranks."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    # By default the gradient would be taken to be the same on every rank.
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-
-
-def _logit_scale_and_softcap(config) -> tuple[float, float | None]:
-    """What a model does to its logits after the head: scaling (Cohere, Granite, ...) and soft-capping (Gemma 2)."""
-    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-    scale = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
-    return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
-
-
 def _require_labels(dataset: Dataset | IterableDataset | None, name: str) -> None:
     """A boolean `label` on every row, or a ValueError that names the first row without one."""
     if dataset is None:
@@ -461,7 +312,3 @@ def _require_labels(dataset: Dataset | IterableDataset | None, name: str) -> Non
         row = next((i for i, label in enumerate(labels, start=1) if not isinstance(label, bool)), None)
         if row is not None:
             raise ValueError(f"{name}, row {row}: label is {labels[row - 1]!r}; use true (benign) or false (unsafe).")
-
-
-def _as_list(value) -> list:
-    return value if isinstance(value, list) else [value]

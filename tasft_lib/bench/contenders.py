@@ -70,7 +70,7 @@ def _tasft_loss(head, states, weight, targets, unsafe, penalty) -> Tensor:
         output = head(states, weight, targets)
         value = losses.nlcl(output.log_prob[unsafe].mean()) if unsafe.any() else 0.0
     else:
-        output = head(states, weight, targets, penalized=unsafe, penalty=penalty)
+        output = head(states, weight, targets, unsafe=unsafe, penalty=penalty)
         value = output.penalty.sum() / unsafe.sum().clamp(min=1)
     return value - output.log_prob[~unsafe].sum() / (~unsafe).sum().clamp(min=1)
 
@@ -87,7 +87,7 @@ def exact_head_gradient(settings: dict, *, plain: bool) -> Tensor:
     def run(chunk: Tensor, leaf: Tensor):
         if settings["penalty"] == "nlcl":
             return dense_head(leaf, matrix, targets[chunk])
-        return dense_head(leaf, matrix, targets[chunk], penalized=unsafe[chunk], penalty=settings["penalty"])
+        return dense_head(leaf, matrix, targets[chunk], unsafe=unsafe[chunk], penalty=settings["penalty"])
 
     with torch.no_grad():
         for chunk in chunks:

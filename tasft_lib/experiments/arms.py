@@ -318,6 +318,6 @@ def _last_checkpoint(folder: Path) -> Path | None:
 def _code_hash() -> str:
     """Of the modules that determine what is trained, and of the libraries' versions: other code, other arm."""
     package = Path(__file__).parents[1]
-    modules = ("losses", "fused_head", "config", "trainer", "experiments/methods", "data", "text")
+    modules = ("losses", "fused_head", "forward", "config", "trainer", "experiments/methods", "data", "text")
     sources = [(package / f"{name}.py").read_text() for name in modules]
     return content_hash([*sources, transformers.__version__, torch.__version__, version("trl"), version("peft")])

@@ -7,12 +7,13 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
-from ..config import PENALTIES, TASFTConfig
+from ..config import TASFTConfig
 from ..data import mix
+from ..losses import PENALTIES
 from ..trainer import TASFTTrainer
 
-METHODS = ("sft", "kto", "imitation", *PENALTIES)
-CONFIGS = {"sft": SFTConfig, "kto": KTOConfig, **dict.fromkeys(("imitation", *PENALTIES), TASFTConfig)}
+METHODS = ("sft", "kto", *PENALTIES)
+CONFIGS = {"sft": SFTConfig, "kto": KTOConfig, **dict.fromkeys(PENALTIES, TASFTConfig)}
 
 
 def make_trainer(
@@ -35,10 +36,12 @@ def make_trainer(
         lora: options of `peft.LoraConfig`; empty for full fine-tuning.
         training: options of the method's TRL config.
     """
-    make = {"sft": sft, "kto": kto, "imitation": imitation}.get(method, ta_sft)
+    make = {"sft": sft, "kto": kto}.get(method, ta_sft)
     args = dict(training)
     if make is ta_sft:
         args["penalty"] = method
+    if method == "imitation":
+        args["penalize_eos"] = True  # a safe answer is imitated to its end
     return make(
         model,
         args,
@@ -56,21 +59,13 @@ def sft(model, args, benign, unsafe, *, penalty_weight, **kwargs) -> SFTTrainer:
 
 
 def ta_sft(model, args, benign, unsafe, *, penalty_weight, **kwargs) -> TASFTTrainer:
-    """The paper's method: benign and unsafe rows mixed, the unsafe ones penalised."""
+    """The paper's method and its rivals: benign and unsafe rows mixed, the unsafe ones penalised.
+
+    With safe answers as `unsafe`, penalty "imitation" is Safety-Tuned LLaMAs (Bianchi et al., 2023) with a weight: λ
+    stands where TA-SFT's does, so that weight and content can be told apart. (STL itself is plain SFT on both.)
+    """
     config = TASFTConfig(**args, penalty_weight=penalty_weight)
     return TASFTTrainer(model, config, train_dataset=mix(benign, unsafe, seed=config.seed), **kwargs)
-
-
-def imitation(model, args, benign, safe, *, penalty_weight, **kwargs) -> TASFTTrainer:
-    """Safety-Tuned LLaMAs (Bianchi et al., 2023) with weight λ on the safe answers: NLL(benign) + λ · NLL(safe).
-
-    λ stands where TA-SFT's does, on the mean of an answer's tokens, so that weight and content can be told apart: it is
-    gradient ascent on the safe rows with the sign turned. (STL itself is plain SFT on benign and safe rows together.)
-    """
-    args = args | {"penalty": "gradient_ascent", "penalize_eos": True}
-    trainer = ta_sft(model, args, benign, safe, penalty_weight=penalty_weight, **kwargs)
-    trainer.penalty_weight = -trainer.penalty_weight
-    return trainer
 
 
 def kto(model, args, benign, unsafe, *, penalty_weight, **kwargs) -> KTOTrainer:

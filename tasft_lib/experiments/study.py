@@ -9,13 +9,14 @@ from typing import Any
 import pandas as pd
 
 from .. import files, text
-from ..config import EMBEDDING_PENALTIES, TABLE_4_PRESSURE, share_of_loss
+from ..config import TABLE_4_PRESSURE, share_of_loss
 from ..data import read_rows
 from ..evaluation import worlds
 from ..files import project_root, runs_folder
 from ..generation import Decoding
 from ..judges.base import ExactJudge
 from ..judges.load import load_judge
+from ..losses import EMBEDDING_PENALTIES
 from ..prepare.contrastive import contrastive_rows
 from .answers import harvest_unsafe, judge_by_name, run_all
 from .arms import ArmSpec, load_model, summary, train, training_rows

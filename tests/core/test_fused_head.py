@@ -29,7 +29,7 @@ def case(*, unsafe: float = 0.5, n: int = N, h: int = H, v: int = V, dtype=torch
         "weight": weight.to(dtype),
         "bias": bias.to(dtype),
         "targets": targets,
-        "penalized": torch.rand(n, generator=generator) < unsafe,
+        "unsafe": torch.rand(n, generator=generator) < unsafe,
         "asked": torch.rand(2, n, generator=generator, dtype=torch.float64),
     }
 
@@ -81,7 +81,7 @@ def test_one_sided_batches(penalty, unsafe, bias):
 
 
 def test_a_penalty_of_log_probabilities_is_plain_torch_on_the_output():
-    """NLCL on samples of tokens, by linearity: with `penalized` left out, every log p carries its gradient."""
+    """NLCL on samples of tokens, by linearity: with `unsafe` left out, every log p carries its gradient."""
     from tasft_lib import losses
 
     inputs = case()
@@ -112,16 +112,16 @@ def test_without_gradients_the_values_are_the_same_and_cost_no_gradient(penalty,
     with context(), FlopCounterMode(display=False) as counter:
         output, _ = run(fused_head, inputs, penalty=penalty)
     torch.testing.assert_close(output, expected)
-    assert counter.get_total_flops() == 2 * H * V * (N + inputs["penalized"].sum())
+    assert counter.get_total_flops() == 2 * H * V * (N + inputs["unsafe"].sum())
 
 
 @pytest.mark.parametrize("penalty, products", [("emd_exact", 3), ("emd", 4)])
 def test_products_per_token(penalty, products):
     """2 for a log-probability, 3 or 4 for a penalty; training the head takes the tile again and one more."""
     inputs = case() | {"bias": None}
-    penalized = inputs["penalized"].sum().item()
-    frozen = 2 * (N - penalized) + products * penalized
-    again = 1 * (N - penalized) + (products - 1) * penalized
+    unsafe = inputs["unsafe"].sum().item()
+    frozen = 2 * (N - unsafe) + products * unsafe
+    again = 1 * (N - unsafe) + (products - 1) * unsafe
     for trained, expected in ((("hidden",), frozen), (("hidden", "weight"), frozen + again + N)):
         with FlopCounterMode(display=False) as counter:
             run(fused_head, inputs, trained, penalty=penalty, chunk_size=8)
@@ -179,7 +179,7 @@ def test_float32_gradient_is_exact_to_five_digits(penalty):
         assert relative_error(gradients[name], expected[name]) <= 1e-5, name
 
 
-def trl_head(hidden, weight, targets, bias, penalized):
+def trl_head(hidden, weight, targets, bias, unsafe):
     log_prob, *_ = ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 512, None, 1.0, ("log_probs",))
     return dense_head(hidden, weight, targets, bias=bias)._replace(log_prob=log_prob)
 

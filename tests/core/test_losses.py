@@ -6,6 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linprog
 
 from tasft_lib import losses
@@ -158,6 +159,58 @@ def test_npo_is_its_definition_and_becomes_gradient_ascent():
         assert torch.autograd.gradcheck(lambda x, beta=beta: losses.npo(x, beta), (r,))
     (gradient,) = torch.autograd.grad(losses.npo(r, 1e-9).sum(), r)
     torch.testing.assert_close(gradient, torch.ones(5, dtype=torch.float64))
+
+
+SAMPLE = torch.tensor([0, 2, 0, 2, 2, 0])  # of three samples the second has no unsafe token
+REFERENCE = torch.tensor([-1.5, 0.0, -0.7], dtype=torch.float64)
+DEFINITIONS = {
+    "nlcl": lambda log_p, distance, reference: -(1 - log_p.mean().exp()).log(),
+    "gradient_ascent": lambda log_p, distance, reference: log_p.sum() / len(log_p),
+    "imitation": lambda log_p, distance, reference: F.nll_loss(log_p[:, None], torch.zeros(len(log_p)).long()),
+    "unlikelihood": lambda log_p, distance, reference: F.binary_cross_entropy(log_p.exp(), torch.zeros_like(log_p)),
+    "npo": lambda log_p, distance, reference: -2 / 0.3 * F.logsigmoid(-0.3 * (log_p.sum() - len(log_p) * reference)),
+    "simnpo": lambda log_p, distance, reference: -2 / 0.3 * F.logsigmoid(-0.3 * log_p.mean()),
+    "emd": lambda log_p, distance, reference: distance.mean(),
+    "emd_exact": lambda log_p, distance, reference: distance.mean(),
+}
+
+
+@pytest.mark.parametrize("name", losses.PENALTIES)
+def test_every_penalty_is_its_definition_sample_by_sample(name):
+    generator = torch.Generator().manual_seed(0)
+    log_prob, distance = (-3 * torch.rand(2, 6, generator=generator, dtype=torch.float64)).requires_grad_()
+    tokens = losses.UnsafeTokens(log_prob, distance, SAMPLE, 3, beta=0.3, reference_log_prob=REFERENCE)
+    expected = [
+        DEFINITIONS[name](log_prob[i == SAMPLE], distance[i == SAMPLE], REFERENCE[i]) if i != 1 else torch.zeros(())
+        for i in range(3)
+    ]
+    value = losses.sample_penalty(name, tokens)
+    torch.testing.assert_close(value, torch.stack(expected).double())
+    weights = torch.tensor([1.0, 5.0, -2.0], dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad((weights * total).sum(), (log_prob, distance), allow_unused=True, materialize_grads=True)
+        for total in (value, torch.stack(expected).double())
+    ]
+    torch.testing.assert_close(*gradients)
+    assert all(gradient.isfinite().all() for gradient in gradients[0])
+
+
+def test_npo_without_a_reference_measures_from_the_model_itself():
+    log_prob = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    tokens = losses.UnsafeTokens(log_prob, torch.zeros(2), torch.zeros(2, dtype=torch.long), 1, beta=0.3)
+    value = losses.sample_penalty("npo", tokens)
+    assert value.item() == pytest.approx(2 / 0.3 * math.log(2))
+    value.backward()
+    assert log_prob.grad.tolist() == [1, 1]  # as gradient ascent on the sum
+
+
+@pytest.mark.parametrize("certainty", [-1e-12, -1e-3, -1.0, -60.0])
+@pytest.mark.parametrize("name", sorted(set(losses.PENALTIES) - set(losses.EMBEDDING_PENALTIES)))
+def test_every_penalty_of_log_probabilities_falls_with_them_but_imitation(name, certainty):
+    log_prob = torch.full((1,), certainty, dtype=torch.float64, requires_grad=True)
+    tokens = losses.UnsafeTokens(log_prob, torch.zeros(1), torch.zeros(1, dtype=torch.long), 1, 2.5, torch.tensor([-1]))
+    (gradient,) = torch.autograd.grad(losses.sample_penalty(name, tokens).sum(), log_prob)
+    assert gradient.isfinite() and (gradient < 0 if name == "imitation" else gradient > 0)
 
 
 def test_sample_mean_of_one_token_and_of_none():

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from tasft_lib import TASFTConfig, TASFTTrainer, data, losses
+from tasft_lib import trainer as trainer_module
 from tasft_lib.experiments import methods
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -186,7 +187,7 @@ def test_only_the_first_tokens_can_be_penalised(penalty, first, padding_free, mo
 
 
 def test_a_one_hot_embedding_is_for_small_vocabularies(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("tasft_lib.trainer.LARGEST_ONE_HOT", 50)
+    monkeypatch.setattr("tasft_lib.forward.LARGEST_ONE_HOT", 50)
     with pytest.raises(ValueError, match="63 tokens are more than 50"):
         args = config(tmp_path, penalty_embedding="one_hot")
         TASFTTrainer(build_model(tokenizer), args, train_dataset=make_rows(8), processing_class=tokenizer)
@@ -195,14 +196,15 @@ def test_a_one_hot_embedding_is_for_small_vocabularies(tokenizer, tmp_path, monk
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 def test_imitation_is_the_likelihood_of_the_safe_answers_where_the_penalty_stands(weight, model, tokenizer, tmp_path):
     rows = make_rows(8)
-    benign, safe = data.by_label(rows)
     reference = copy.deepcopy(model)
-    trainer = methods.imitation(
-        model, one_step(tmp_path), benign, safe, penalty_weight=weight, processing_class=tokenizer
+    trainer = methods.make_trainer(
+        "imitation", model, tokenizer, *data.by_label(rows), penalty_weight=weight, lora={}, training=one_step(tmp_path)
     )
     trainer.train()
     loss = reference_loss(reference, tokenizer, rows, penalty="gradient_ascent", weight=-weight, eos=True)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert trainer.penalty_weight == weight and log["penalty"] > 0
 
 
 @pytest.mark.parametrize("loss_head", ["fused", "dense"])
@@ -661,3 +663,103 @@ def test_torch_compile_gives_the_same_step(model, tokenizer, tmp_path):
     compiled = gradient_step(model, args, make_rows(8), tokenizer)
     assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-6)
     assert_same_gradient({n.replace("_orig_mod.", ""): g for n, g in compiled[1].items()}, plain[1])
+
+
+@pytest.fixture
+def untested_trl(monkeypatch):
+    """A later version of TRL, and the warnings about it."""
+    warnings = []
+    monkeypatch.setattr(trainer_module.trl, "__version__", "1.99.0")
+    monkeypatch.setattr(trainer_module.logger, "warning_once", warnings.append)
+    return warnings
+
+
+@pytest.mark.parametrize("loss_head", ["fused", "dense"])
+@pytest.mark.parametrize("penalty", ["emd", "nlcl", "npo"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"packing": True, "max_length": 64, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}],
+    ids=["padded", "packed"],
+)
+def test_an_untested_trl_whose_loss_is_right_trains_as_a_tested_one(
+    layout, penalty, loss_head, tokenizer, tmp_path, request
+):
+    torch.manual_seed(0)
+    model = get_peft_model(build_model(tokenizer), LoraConfig(**LORA, init_lora_weights=False, lora_dropout=0.1))
+    args = config(tmp_path, penalty=penalty, loss_head=loss_head, max_steps=2, **layout)
+    expected = gradient_step(model, args, make_rows(8), tokenizer)
+    warnings = request.getfixturevalue("untested_trl")
+    log, gradient = gradient_step(model, args, make_rows(8), tokenizer)
+    assert warnings == ["TASFTTrainer is tested on TRL 1.15 and 1.16, not on 1.99.0."]
+    assert log["loss"] == expected[0]["loss"]
+    assert all(torch.equal(gradient[name], expected[1][name]) for name in gradient)
+
+
+def test_the_first_micro_batches_of_an_untested_trl_are_compared_until_one_held_unsafe_rows(
+    untested_trl, model, tokenizer, tmp_path, monkeypatch
+):
+    compared = []
+    compare = TASFTTrainer._compare_with_dense_head
+    monkeypatch.setattr(
+        TASFTTrainer, "_compare_with_dense_head", lambda *args: compared.append(args[1]["labels"]) or compare(*args)
+    )
+    rows = make_rows(8, unsafe_every=None).map(lambda row, i: {"label": i not in (2, 5)}, with_indices=True)
+    args = config(
+        tmp_path, per_device_train_batch_size=1, train_sampling_strategy="sequential", gradient_accumulation_steps=8
+    )
+    gradient_step(model, args, rows, tokenizer)
+    assert len(compared) == 3
+
+
+def _scaled_loss(monkeypatch):
+    compute_loss = SFTTrainer.compute_loss
+    monkeypatch.setattr(SFTTrainer, "compute_loss", lambda *args, **kwargs: 1.01 * compute_loss(*args, **kwargs))
+
+
+def _shifted_labels(monkeypatch):
+    collator = trainer_module.UnsafeLabelCollator
+    torch_call = collator.torch_call
+
+    def shift(self, examples):
+        batch = torch_call(self, examples)
+        return batch | {"labels": batch["labels"].roll(-1, 1)}
+
+    monkeypatch.setattr(collator, "torch_call", shift)
+
+
+def _another_head(monkeypatch):
+    from tasft_lib import forward
+
+    def head(*args, **kwargs):
+        output = losses.dense_head(*args, **{k: v for k, v in kwargs.items() if k not in ("inverse_norms", "gather")})
+        return output._replace(penalty=1.01 * output.penalty)
+
+    monkeypatch.setattr(forward, "fused_head", head)
+
+
+@pytest.mark.parametrize("change", [_scaled_loss, _shifted_labels, _another_head])
+def test_an_untested_trl_that_changes_the_loss_is_refused_in_one_line(
+    change, untested_trl, model, tokenizer, tmp_path, monkeypatch
+):
+    change(monkeypatch)
+    with pytest.raises(ValueError, match=r"TRL 1\.99\.0 changes the loss: .*; install trl>=1\.15,<1\.17") as error:
+        gradient_step(model, config(tmp_path), make_rows(8), tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_an_untested_trl_keeps_the_load_balancing_loss(untested_trl, tokenizer, tmp_path):
+    settings = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5,
+        initializer_range=0.3, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **settings)).float()
+    args = config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    log, _ = gradient_step(model, args, make_rows(8), tokenizer)
+    assert log["aux_loss"] > 0
+
+
+def test_an_untested_trl_under_bfloat16_is_within_a_thousandth(untested_trl, model, tokenizer, tmp_path):
+    gradient_step(model, config(tmp_path, bf16=True), make_rows(8), tokenizer)
