@@ -289,7 +289,7 @@ def _texts(n: int):
 def saft_contender(settings: dict, name: str) -> Callable[[], object]:
     """All of SAFT's filter on texts, or only the forward passes: the same batches, through no layer more."""
     from ..saft.activations import activations
-    from ..saft.find import find_harmful
+    from ..saft.find import Search, find_harmful
 
     rows, tokenizer = _texts(settings["rows"])
     model = _llama(settings, settings["dtype"]).eval()
@@ -298,7 +298,7 @@ def saft_contender(settings: dict, name: str) -> Callable[[], object]:
 
         def run():
             with tempfile.TemporaryDirectory() as folder:
-                return find_harmful(model, tokenizer, rows, contamination=0.1, folder=Path(folder), **options)
+                return find_harmful(model, tokenizer, rows, Search(contamination=0.1), folder=Path(folder), **options)
 
         return run
     batches = []

@@ -1,12 +1,10 @@
 """`tasft train`: TRL's SFT with a penalty on the rows labelled unsafe."""
 
-import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
-from accelerate import PartialState
 from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
@@ -16,8 +14,8 @@ from ..evaluation.samples import SampleCallback
 from ..generation import Decoding
 from ..models import load_tokenizer, load_weights
 from ..publish.card import RECORD, training_record
-from ..saft import find, report
-from ..saft.activations import token_lengths
+from ..saft.find import Search
+from ..saft.workflow import label_rows
 from ..trainer import TASFTTrainer
 
 HELP = """\
@@ -117,7 +115,7 @@ def main(argv: list[str]) -> None:
     )
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     if by_saft:
-        rows = _labelled_by_saft(rows, data_args, args, model_args, tokenizer)
+        rows = _labelled_by_saft(rows, data_args, args, model_args)
     benign, unsafe = data.by_label(rows)
     if data_args.unsafe_dataset_name is not None:
         unsafe = data.read_training_rows(
@@ -182,55 +180,38 @@ def main(argv: list[str]) -> None:
     trainer.end()
 
 
-def _labelled_by_saft(rows: Dataset, data_args, args, model_args, tokenizer) -> Dataset:
+def _labelled_by_saft(rows: Dataset, data_args, args, model_args) -> Dataset:
     """`rows` with `label` False for those that SAFT finds harmful with the model to be tuned.
 
-    The first process finds them and leaves the verdicts and a report in `<output_dir>/_saft`, which is never pushed to
-    the hub; the others, and a run that is resumed, read them there.
+    What it leaves in `<output_dir>/_saft` is never pushed to the hub.
     """
-    if not all(rows["label"][:]):
-        raise ValueError(f"{data_args.dataset_name}: has rows labelled false already; remove them, or do without SAFT.")
-    validation = None
-    if data_args.saft_validation is not None:
-        source = data_args.saft_validation
-        validation = data.to_training_rows(
-            data.read_rows(source, revision=data_args.saft_validation_revision),
-            label=None,
-            template=data_args.prompt_template,
-            source=source,
+    validation = data_args.saft_validation and data.read_training_rows(
+        data_args.saft_validation,
+        label=None,
+        template=data_args.prompt_template,
+        revision=data_args.saft_validation_revision,
+    )
+
+    def load() -> tuple:
+        model = load_weights(
+            model_args.model_name_or_path,
+            model_args.model_revision,
+            dtype=model_args.dtype,
+            device=args.device,
+            quantization_config=get_quantization_config(model_args),
         )
-    options = {"contamination": data_args.saft_contamination, "validation": validation}
-    find.check_settings(len(rows), **options)
-    asked = [data.fingerprint(rows), validation and data.fingerprint(validation), data_args.saft_contamination]
-    folder = Path(args.output_dir) / "_saft"
-    file = folder / f"verdicts-{files.content_hash([*asked, model_args.model_name_or_path, args.max_length])}.json"
-    with PartialState().main_process_first():
-        if not file.exists():
-            model = load_weights(
-                model_args.model_name_or_path,
-                model_args.model_revision,
-                dtype=model_args.dtype,
-                device=args.device,
-                quantization_config=get_quantization_config(model_args),
-            )
-            read = {"max_length": args.max_length, "folder": folder}
-            found, scores = find.find_harmful(model, tokenizer, rows, **options, **read)
-            page = report.report(
-                found,
-                scores,
-                rows,
-                token_lengths(tokenizer, rows),
-                source=Path(data_args.dataset_name).name,
-                model=Path(model_args.model_name_or_path).name,
-                max_length=args.max_length,
-                contamination=data_args.saft_contamination,
-            )
-            files.write_text(folder / "report.md", page)
-            files.write_json(file, found.drops(scores).tolist())
-            print(page)
-            del model
-    dropped = json.loads(file.read_text())
-    return rows.remove_columns("label").add_column("label", [not row for row in dropped])
+        return model, load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+
+    return label_rows(
+        rows,
+        Search(contamination=data_args.saft_contamination, validation=validation),
+        load,
+        folder=Path(args.output_dir) / "_saft",
+        source=data_args.dataset_name,
+        model_name=Path(model_args.model_name_or_path).name,
+        identity=model_args.model_name_or_path,
+        max_length=args.max_length,
+    )
 
 
 def _asked(prompts: list[str], tokenizer, rows, template: str) -> list[str]:

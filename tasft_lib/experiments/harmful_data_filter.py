@@ -17,7 +17,7 @@ from ..files import runs_folder
 from ..prepare import catalogue
 from ..saft import find
 from ..saft.activations import POOLINGS, activations, completion_loss, middle_layer, n_layers
-from ..saft.filter import SAFTFitter
+from ..saft.filter import SAFTFitter, check_share
 from . import row_detectors
 from .answers import judge_by_name
 from .arms import ArmSpec, load_model
@@ -69,8 +69,7 @@ def contaminated_rows(
 
     Raises `ValueError` for a share outside [0, 1] and where there are too few rows of a kind.
     """
-    if not 0 <= contamination <= 1:
-        raise ValueError(f"contamination={contamination}: the share of harmful rows lies between 0 and 1.")
+    check_share(contamination)
     n_harmful = round(contamination * n)
     world = worlds.load(source)
     sides = world.contaminated_sides(n - n_harmful, n_harmful, seed=seed, n_safe=n_safe, failure=failure)
@@ -211,7 +210,8 @@ def detectors(
     options = {"batch_size": config.generation_batch_size, "progress": files.show_progress()}
 
     def chosen(given: Dataset) -> tuple[np.ndarray, int]:
-        _, scores = find.find_harmful(*base, rows, contamination=harmful.mean(), validation=given, **options)
+        search = find.Search(contamination=harmful.mean(), validation=given)
+        _, scores = find.find_harmful(*base, rows, search, **options)
         return scores, len(given)
 
     given = mean[:n], mean[n:], is_harmful(labelled)

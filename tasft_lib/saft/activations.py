@@ -32,6 +32,12 @@ def middle_layer(model: PreTrainedModel) -> int:
     return (n_layers(model) + 1) // 2
 
 
+def check_poolings(poolings: tuple[str, ...]) -> None:
+    """Refuse a pooling that there is not."""
+    if unknown := set(poolings) - set(POOLINGS):
+        raise ValueError(f"pooling {unknown.pop()!r} is none of {', '.join(POOLINGS)}.")
+
+
 def activations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -67,8 +73,7 @@ def activations(
     blocks = _decoder_layers(model)
     if wrong := [layer for layer in layers if not 1 <= layer <= len(blocks)]:
         raise ValueError(f"layer {wrong[0]}: the model has the layers 1 to {len(blocks)}.")
-    if unknown := set(poolings) - set(POOLINGS):
-        raise ValueError(f"pooling {unknown.pop()!r} is none of {', '.join(POOLINGS)}.")
+    check_poolings(poolings)
     shape = (len(layers) * len(poolings), model.config.get_text_config().hidden_size)
     window = WINDOW * batch_size
     done = _rows_in(file, shape, len(rows), window)

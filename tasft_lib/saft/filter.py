@@ -27,6 +27,30 @@ BLOCK = 1024  # rows taken to float64 at a time
 RESOLUTION = float(np.finfo(np.float32).eps)
 
 
+def check_rows(n: int) -> None:
+    """Refuse fewer than two rows."""
+    if n < 2:
+        raise ValueError(f"SAFT compares rows with each other and got {n}; give at least two.")
+
+
+def check_share(contamination: float) -> None:
+    """Refuse a share outside [0, 1]."""
+    if not 0 <= contamination <= 1:
+        raise ValueError(f"contamination={contamination}: the share of harmful rows lies between 0 and 1.")
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a τ that is no number."""
+    if np.isnan(threshold):
+        raise ValueError("threshold=nan: give a number.")
+
+
+def check_rate(rate: float) -> None:
+    """Refuse a steering rate outside [-1, 1]."""
+    if not -1 <= rate <= 1:
+        raise ValueError(f"steering by {rate}: give a rate between -1 (drop nothing) and 1 (drop everything).")
+
+
 class SAFTFitter:
     """Accumulates batches of activations; `filter` is what they give.
 
@@ -43,8 +67,8 @@ class SAFTFitter:
     fitter = SAFTFitter()
     for batch in batches:  # [n, d]
         fitter.update(batch)
-    found = fitter.filter
-    found = found.at_contamination(found.scores(activations), 0.1)
+    saft = fitter.filter
+    saft = saft.at_contamination(saft.scores(activations), 0.1)
     ```
     """
 
@@ -153,8 +177,7 @@ class SAFTFitter:
 
     def _variance(self) -> float:
         """Sum of squares around the mean; raises where there is nothing to compare."""
-        if self.n_rows < 2:
-            raise ValueError(f"SAFT compares rows with each other and got {self.n_rows}; give at least two.")
+        check_rows(self.n_rows)
         variance = float(np.trace(self._scatter))
         if variance <= RESOLUTION**2 * self.n_rows * float(self._mean @ self._mean):
             raise ValueError("all rows have the same activation, so nothing sets harmful ones apart; check the data.")
@@ -220,8 +243,7 @@ class SAFTFilter:
 
     def at_threshold(self, threshold: float) -> "SAFTFilter":
         """With a fixed τ; infinite ones drop nothing or everything. Raises `ValueError` for NaN."""
-        if np.isnan(threshold):
-            raise ValueError("threshold=nan: give a number.")
+        check_threshold(threshold)
         return replace(self, threshold=float(threshold), threshold_from="fixed")
 
     def at_contamination(self, scores: ArrayLike, contamination: float) -> "SAFTFilter":
@@ -230,8 +252,7 @@ class SAFTFilter:
         Of `n` scores `round(contamination · n)` are dropped, fewer where the score at the border occurs several times.
         Raises `ValueError` for a share outside [0, 1] and for no scores.
         """
-        if not 0 <= contamination <= 1:
-            raise ValueError(f"contamination={contamination}: the share of harmful rows lies between 0 and 1.")
+        check_share(contamination)
         how = f"expected contamination {contamination:g}"
         return replace(self, threshold=_quantile(scores, contamination), threshold_from=how)
 
@@ -257,8 +278,7 @@ class SAFTFilter:
         """τ moved (SAFT, Fig 5): a rate above 0 drops that share of the rows kept so far too, below 0 keeps that share
         of the dropped ones; −1 drops nothing, 1 everything. (The paper does not define its rate; this one is ours.)
         """
-        if not -1 <= rate <= 1:
-            raise ValueError(f"steering by {rate}: give a rate between -1 (drop nothing) and 1 (drop everything).")
+        check_rate(rate)
         if rate == 0:
             return self
         scores = _checked(scores)

@@ -4,7 +4,9 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
-from .. import data
+from .. import data, files
 from ..text import markdown
 from .filter import SAFTFilter
 
@@ -23,8 +25,8 @@ USUAL_CONTAMINATION = (0.01, 0.5)
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-def report(
-    found: SAFTFilter,
+def page(
+    saft: SAFTFilter,
     scores: np.ndarray,
     rows: Dataset,
     lengths: np.ndarray,
@@ -44,21 +46,21 @@ def report(
         contamination: the share that was asked for, if one was.
         harmful: what each row is known to be, for an evaluation; it had no part in the filter.
     """
-    dropped = found.drops(scores)
+    dropped = saft.drops(scores)
     cut = 0 if max_length is None else int((lengths > max_length).sum())
     _, repeats = data.deduplicate(rows.select_columns(["prompt", "completion"]).add_column("label", [None] * len(rows)))
-    k = len(found.directions)
-    directions = f"{k} direction{'s' * (k > 1)} from {found.directions_from}{', one side' * (found.side != 'both')}"
+    k = len(saft.directions)
+    directions = f"{k} direction{'s' * (k > 1)} from {saft.directions_from}{', one side' * (saft.side != 'both')}"
     facts = {
         "rows": f"{len(rows):,}",
         "kept": f"{(~dropped).sum():,}",
         "dropped": f"{dropped.sum():,} ({dropped.mean():.1%})",
-        "threshold": f"{found.threshold:.6g}, from {found.threshold_from}",
-        "activations": f"layer {found.layer}, {found.pooling} token{'s' * (found.pooling == 'mean')}",
+        "threshold": f"{saft.threshold:.6g}, from {saft.threshold_from}",
+        "activations": f"layer {saft.layer}, {saft.pooling} token{'s' * (saft.pooling == 'mean')}",
         "scored by": directions,
-        "chosen with labels": ", ".join(found.chosen_with_labels) or "nothing",
-        "variance explained": f"{found.explained:.1%} by all directions, {_first_explains(found):.1%} by the first",
-        "singular values": ", ".join(f"{value:.4g}" for value in found.singular_values),
+        "chosen with labels": ", ".join(saft.chosen_with_labels) or "nothing",
+        "variance explained": f"{saft.explained:.1%} by all directions, {_first_explains(saft):.1%} by the first",
+        "singular values": ", ".join(f"{value:.4g}" for value in saft.singular_values),
         f"rows cut at {max_length} tokens" if max_length else "rows cut": f"{cut:,}",
         "rows that repeat another": f"{repeats:,}",
     }
@@ -69,14 +71,14 @@ def report(
     quantiles.insert(0, "score", [f"{q:.0%}" for q in _QUANTILES])
     lines = [f"# SAFT: {source}", "", f"Model: {model}", "", *(f"- {name}: {value}" for name, value in facts.items())]
     lines += ["", "## Warnings", ""]
-    said = warnings(found, scores, lengths, contamination=contamination)
+    said = warnings(saft, scores, lengths, contamination=contamination)
     if cut:
         said.append(f"{cut:,} rows are longer than {max_length} tokens: what follows was not read.")
     lines += [f"- {warning}" for warning in said or ["none"]]
     lines += ["", "## Scores", "", markdown(quantiles)]
     if harmful is not None:
         lines += ["", "## Against the rows' own labels", "", "They had no part in the filter.", ""]
-        lines += [f"- {name}: {value}" for name, value in _evaluation(found, scores, harmful).items()]
+        lines += [f"- {name}: {value}" for name, value in _evaluation(saft, scores, harmful).items()]
     lines += [
         "",
         "A high score is no proof of harm: look at the dropped rows before you train on them or without them.",
@@ -85,12 +87,12 @@ def report(
 
 
 def warnings(
-    found: SAFTFilter, scores: np.ndarray, lengths: np.ndarray, *, contamination: float | None = None
+    saft: SAFTFilter, scores: np.ndarray, lengths: np.ndarray, *, contamination: float | None = None
 ) -> list[str]:
     """What speaks against believing the scores, a sentence each."""
-    said, dropped = [], found.drops(scores)
-    by_variance = found.directions_from == SAFTFilter.directions_from
-    if by_variance and (first := _first_explains(found)) < LEAST_EXPLAINED:
+    said, dropped = [], saft.drops(scores)
+    by_variance = saft.directions_from == SAFTFilter.directions_from
+    if by_variance and (first := _first_explains(saft)) < LEAST_EXPLAINED:
         said.append(f"the first direction explains only {first:.1%} of the variance: no direction stands out.")
     correlation = length_correlation(scores, lengths)
     if correlation > LENGTH_CORRELATION:
@@ -100,7 +102,7 @@ def warnings(
         said.append(f"a contamination of {contamination:g} is outside {low} to {high}, where SAFT has been tested.")
     if dropped.all() or not dropped.any():
         said.append(f"{'every' if dropped.all() else 'no'} row is dropped.")
-    elif contamination is not None and not found.threshold_from.count("steered"):
+    elif contamination is not None and not saft.threshold_from.count("steered"):
         expected = round(contamination * len(scores))
         if dropped.sum() != expected:
             said.append(f"{dropped.sum()} rows are dropped instead of {expected}: scores at the border are equal.")
@@ -115,11 +117,11 @@ def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> float:
     if len(scores) < 3 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
         return 0.0
     ranks = stats.rankdata(lengths)
-    found = [abs(stats.spearmanr(scores, ranks)[0])]
+    correlations = [abs(stats.spearmanr(scores, ranks)[0])]
     from_middle = abs(ranks - ranks.mean())
     if np.ptp(from_middle) > 0:
-        found.append(stats.spearmanr(scores, from_middle)[0])
-    return float(max(found))
+        correlations.append(stats.spearmanr(scores, from_middle)[0])
+    return float(max(correlations))
 
 
 def histogram(
@@ -149,6 +151,76 @@ def histogram(
     return table if harmful is None else table.assign(harmful=count(np.asarray(harmful, bool)))
 
 
+@dataclass(frozen=True)
+class Output:
+    """The folder of a filtered set: kept and dropped rows in the format of `source`, and what was asked for.
+
+    Raises `ValueError`, one line, where writing would touch the source.
+    """
+
+    folder: Path
+    source: str
+    settings: dict[str, Any]
+
+    def __post_init__(self):
+        path = Path(self.source).expanduser()
+        if not path.exists():
+            return
+        for part in self.parts:
+            if part.resolve() == path.resolve() or (part.exists() and part.samefile(path)):
+                raise ValueError(f"{part}: is the input itself; choose another --output_dir.")
+        if path.is_dir() and path.resolve() in (self.folder.resolve(), *self.folder.resolve().parents):
+            raise ValueError(f"{self.folder}: lies in the input folder; choose another --output_dir.")
+
+    @property
+    def parts(self) -> tuple[Path, Path]:
+        """The files of the (kept, dropped) rows: those of a compressed file are not, of a hub id they are folders."""
+        path = Path(self.source)
+        suffixes = [] if path.is_dir() else [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".xz")]
+        suffix = suffixes[-1] if suffixes and suffixes[-1] in (".json", ".jsonl", ".csv", ".parquet") else ""
+        return self.folder / f"kept{suffix}", self.folder / f"dropped{suffix}"
+
+    def is_finished(self) -> bool:
+        """Whether this result is there. Raises `ValueError` where another one is, or anything else."""
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return False
+        if not (self.folder / "settings.json").exists():
+            raise ValueError(f"{self.folder}: holds other files; choose a new --output_dir.")
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            return False
+        try:
+            theirs = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{manifest}: not one of tasft filter; choose a new --output_dir.") from error
+        ours = json.loads(json.dumps(self.settings))
+        if theirs != ours:
+            changed = ", ".join(name for name in ours if theirs.get(name) != ours[name])
+            raise ValueError(
+                f"{self.folder}: holds a result with another {changed}; choose a new --output_dir or remove it."
+            )
+        return all(path.exists() for path in (*self.parts, self.folder / "report.md"))
+
+    def begin(self) -> None:
+        """Make the folder and write the settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(self.folder / "settings.json", self.settings)
+
+    def finish(self, saft: SAFTFilter, facts: dict[str, Any]) -> None:
+        """Write the manifest, which says that everything is there."""
+        of_filter = {
+            "layer": saft.layer,
+            "pooling": saft.pooling,
+            "n_directions": len(saft.directions),
+            "threshold": str(saft.threshold),
+            "directions_from": saft.directions_from,
+            "threshold_from": saft.threshold_from,
+            "chosen_with_labels": saft.chosen_with_labels,
+        }
+        manifest = {"settings": self.settings} | facts | of_filter | files.environment()
+        files.write_json(self.folder / "manifest.json", manifest)
+
+
 def save_rows(rows: Dataset, path: Path) -> Path:
     """Write rows whole or not at all, in the format of the suffix; without one a `save_to_disk` folder.
 
@@ -176,13 +248,13 @@ def save_rows(rows: Dataset, path: Path) -> Path:
     return path
 
 
-def _first_explains(found: SAFTFilter) -> float:
-    squared = found.singular_values**2
-    return float(found.explained * squared[0] / squared.sum())
+def _first_explains(saft: SAFTFilter) -> float:
+    squared = saft.singular_values**2
+    return float(saft.explained * squared[0] / squared.sum())
 
 
-def _evaluation(found: SAFTFilter, scores: np.ndarray, harmful: ArrayLike) -> dict[str, str]:
-    harmful, dropped = np.asarray(harmful, dtype=bool), found.drops(scores)
+def _evaluation(saft: SAFTFilter, scores: np.ndarray, harmful: ArrayLike) -> dict[str, str]:
+    harmful, dropped = np.asarray(harmful, dtype=bool), saft.drops(scores)
     known = {"harmful rows": f"{harmful.sum():,} of {len(harmful):,}"}
     if harmful.all() or not harmful.any():
         return known

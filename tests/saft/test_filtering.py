@@ -15,7 +15,7 @@ from tasft_lib import cli, data
 from tasft_lib.reporting import figures
 from tasft_lib.saft import find
 from tasft_lib.saft.filter import SCORE, SAFTFilter, SAFTFitter
-from tasft_lib.saft.find import find_harmful
+from tasft_lib.saft.find import Scoring, Search, best_scoring, find_harmful
 from tasft_lib.saft.report import histogram, length_correlation, save_rows, warnings
 
 HARMFUL = range(0, 40, 4)
@@ -54,7 +54,8 @@ def harmful_of(rows):
 
 
 def quiet(model, tokenizer, rows, **settings):
-    return find_harmful(model, tokenizer, rows, progress=False, **settings)
+    reading = {name: settings.pop(name) for name in ("max_length", "batch_size", "folder") if name in settings}
+    return find_harmful(model, tokenizer, rows, Search(**settings), progress=False, **reading)
 
 
 # --- find_harmful
@@ -107,10 +108,18 @@ def test_a_direction_of_little_variance_is_found_by_labelled_centroids_alone():
     harmful = np.arange(300) < 60
     z = rng.standard_normal((300, 1, 10)) * ([4] * 9 + [0.1])
     z[harmful, 0, 9] += 8
-    settings = dict(settings=[(3, "last")], row_numbers=np.arange(300), contamination=0.2)
-    assert find._best_setting(z, z, harmful, **settings, n_directions=None) == (3, "last", 1, "centroids")
-    assert find._best_setting(z, z[harmful], harmful[harmful], **settings, n_directions=None)[3] == "centroids"
-    assert find._best_setting(z, z, harmful, **settings, n_directions=2) == (3, "last", 2, "both sides")
+    rows = z[:, 0]
+
+    def best(labelled, harmful, **options):
+        return best_scoring(rows, labelled, search(harmful, contamination=0.2, **options))[:2]
+
+    assert best(rows, harmful) == (1, Scoring.CENTROIDS)
+    assert best(rows[harmful], harmful[harmful])[1] is Scoring.CENTROIDS
+    assert best(rows, harmful, n_directions=2) == (2, Scoring.BOTH_SIDES)
+
+
+def search(harmful, **options):
+    return Search(validation=Dataset.from_dict({"label": (~harmful).tolist()}), **options)
 
 
 def test_one_labelled_row_of_a_kind_makes_no_centroid(model, tokenizer):
@@ -121,21 +130,25 @@ def test_one_labelled_row_of_a_kind_makes_no_centroid(model, tokenizer):
 
 
 def test_the_setting_of_the_highest_auroc_is_chosen():
-    """Harm lies in the second of two settings, on one side of the first direction, whichever its sign."""
+    """Harm lies in the second of two poolings, on one side of the first direction, whichever its sign."""
     rng = np.random.default_rng(0)
-    harmful = np.arange(300) < 60
     useless, useful = rng.standard_normal((2, 300, 10))
     useful[:, 3] = 8 * rng.standard_normal(300)
     harmful = useful[:, 3] > 9
     z = np.stack([useless, useful], 1)
-    settings = dict(
-        settings=[(1, "last"), (7, "mean")], row_numbers=np.arange(300), n_directions=None, contamination=0.2
-    )
+
+    def setting(z, harmful):
+        read = lambda rows, layers, poolings: z  # noqa: E731
+        return find.choose_setting(read, range_of_rows(300), search(harmful, contamination=0.2, layer=7))
+
     for sign in (1, -1):
-        chosen = find._best_setting(sign * z, sign * z, harmful, **settings)
-        assert chosen[:3] == (7, "mean", 1) and chosen.by in ("one side", "centroids")
-    two_sided = find._best_setting(z, z, abs(useful[:, 3]) > 9, **settings)
-    assert two_sided == (7, "mean", 1, "both sides")
+        layer, pooling, k, scoring = setting(sign * z, harmful)
+        assert (layer, pooling, k) == (7, "mean", 1) and scoring in (Scoring.ONE_SIDE, Scoring.CENTROIDS)
+    assert setting(z, abs(useful[:, 3]) > 9) == (7, "mean", 1, Scoring.BOTH_SIDES)
+
+
+def range_of_rows(n):
+    return Dataset.from_dict({"row": list(range(n))})
 
 
 def test_few_rows_are_compared_in_all_layers_and_all_in_the_chosen_one(model, tokenizer, monkeypatch, tmp_path):
