@@ -94,6 +94,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(served, "_FIRST_WAIT", 0.002)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.002)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -24,6 +24,7 @@ TWO = PairSettings(streams=2, depth=2)
 def no_key_and_short_waits(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(served, "_FIRST_WAIT", 0.002)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.002)
 
 
 def strategy(request):
@@ -343,10 +344,8 @@ def test_the_command_attacks_servers_and_folders(tmp_path, tokenizer, goals_file
 
 
 def test_a_served_model_is_evaluated_by_the_same_command(tmp_path, monkeypatch, capsys):
-    from tasft_lib.evaluation import prompts as prompts_module
-
     prompts = pd.DataFrame({"benchmark": "B", "kind": "toxic", "prompt": [f"polish zorvex {i}" for i in range(6)]})
-    monkeypatch.setattr(prompts_module, "evaluation_prompts", lambda *_, **__: prompts)
+    monkeypatch.setattr("tasft_lib.evaluation.worlds.PublishedFiles.evaluation_prompts", lambda *_, **__: prompts)
     script = {"reply": lambda r: error(500) if "5" in last(r) else "I can't help with that."}
     with ChatServer(lambda r: script["reply"](r)) as server:
         command = ["evaluate", "--base_url", server.url, "--served_model", "m", "--output_dir", str(tmp_path / "out")]
