@@ -21,7 +21,26 @@ import platformdirs
 import psutil
 from tqdm.auto import tqdm
 
-NO_WEIGHTS = ("README.md", "tasft.json", "checkpoint-*", "runs", "_*", "training_args.bin", "*.jsonl")
+# The files of a folder that are a model. A list of what counts: whatever else lies there, be it new, is no part of it.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+)
 PACKAGES = ("tasft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
@@ -92,12 +111,10 @@ def content_hash(value: Any) -> str:
 
 
 @cache
-def file_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
-    """SHA-256 of a file, or of all files in a folder with their names; `leave_out` names patterns at its top level."""
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, or of all files in a folder with their names."""
     digest = hashlib.sha256()
     for file in sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()):
-        if path.is_dir() and any(fnmatch(file.relative_to(path).parts[0], pattern) for pattern in leave_out):
-            continue
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
@@ -107,11 +124,15 @@ def file_hash(path: Path, leave_out: tuple[str, ...] = ()) -> str:
 
 @cache
 def model_identity(model: str) -> str:
-    """The hub id, or the content of a local folder: the same weights have one name wherever they lie.
+    """The hub id, or the content of a local folder's `MODEL_FILES`: the same weights have one name wherever they lie.
 
     A card, the record of training, checkpoints and logs beside the weights do not change it.
     """
-    return file_hash(Path(model), NO_WEIGHTS) if Path(model).exists() else model
+    folder = Path(model)
+    if not folder.is_dir():
+        return file_hash(folder) if folder.exists() else model
+    parts = [p for p in sorted(folder.iterdir()) if any(fnmatch(p.name, name) for name in MODEL_FILES)]
+    return hashlib.sha256("".join(map(file_hash, parts)).encode()).hexdigest()
 
 
 def check_model(model: str | Path, revision: str | None) -> None:

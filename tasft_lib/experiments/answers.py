@@ -2,7 +2,9 @@
 
 runs/arms/<arm>/responses/<hash>/step-N.jsonl   answers, per set of prompts and decoding; generated once
 runs/judgements/<judge>.jsonl                   labels by text hash, without text; shared by all arms
-runs/unsafe/<hash>/                             harvested D_unsafe; while it is made, <hash>.work
+
+`run` is the unit of work: whoever calls it, a pool, a cluster's job or a shell, what is there is not made again, two at
+once wait for each other, and a killed one is called again.
 """
 
 import gc
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -23,39 +26,41 @@ from tqdm import tqdm
 from .. import generation
 from ..evaluation.answers import asked_and_begun, judge_answers, questions
 from ..evaluation.worlds import base_model
-from ..files import content_hash, keep_freed_memory, model_identity, named, runs_folder, show_progress, write_text
+from ..files import content_hash, keep_freed_memory, model_identity, runs_folder, show_progress, write_text
 from ..judges import load
 from ..models import quiet
-from ..prepare import harvest
-from .arms import ArmSpec, checkpoints, load_model, load_trained, train
+from .arms import ArmSpec, checkpoints, is_trained, load_model, train, with_files
 
 
 def run_all(
     specs: list[ArmSpec],
     prompts: pd.DataFrame,
     decodings: list[generation.Decoding],
+    judge_name: str | None = None,
     *,
     steps: str = "last",
     batch_size: int = 64,
     workers: int | None = None,
 ) -> pd.DataFrame:
-    """`train` and `respond` for many arms, each trained once; without a GPU in `workers` processes of one thread
-    (default: one per core).
+    """`run` for many arms; without a GPU in `workers` processes of one thread (default: one per core).
 
     An arm that fails does not stop the others; they are finished and kept, then the first failure is raised.
     """
-    missing = sum(not all(_is_answered(spec, prompts, d, steps) for d in decodings) for spec in specs)
+    for spec in specs:
+        with_files(spec)  # what many arms need is made here, where its bar is seen and no worker waits for it
+    missing = sum(not _is_answered(spec, prompts, decodings, steps) for spec in specs)
     workers = min(workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1), max(missing, 1))
     done: dict[int, pd.DataFrame] = {}
     failures: list[tuple[ArmSpec, BaseException]] = []
     options = {"steps": steps, "batch_size": batch_size}
     with (
         tqdm(total=len(specs), desc="arms", unit="arm", disable=not show_progress()) as bar,
-        _results(specs, prompts, decodings, options, workers) as results,
+        _results(specs, prompts, decodings, judge_name, options, workers) as results,
     ):
         for i, result in results:
             spec = specs[i]
-            bar.set_postfix_str(f"{spec.label or spec.method} λ={spec.penalty_weight} seed={spec.seed}", refresh=False)
+            name = spec.display_name or spec.method
+            bar.set_postfix_str(f"{name} λ={spec.penalty_weight} seed={spec.seed}", refresh=False)
             bar.update()
             if isinstance(result, BaseException):
                 failures.append((spec, result))
@@ -71,13 +76,16 @@ def run(
     spec: ArmSpec,
     prompts: pd.DataFrame,
     decodings: list[generation.Decoding],
+    judge_name: str | None = None,
     *,
     steps: str = "last",
     batch_size: int = 64,
 ) -> pd.DataFrame:
-    """`train`, then `respond` with each of `decodings`."""
+    """`train` the arm, `respond` with each of `decodings`, and judge the answers if a judge is named."""
     train(spec)
-    return pd.concat([respond(spec, prompts, d, steps=steps, batch_size=batch_size) for d in decodings])
+    answers = [respond(spec, prompts, d, steps=steps, batch_size=batch_size) for d in decodings]
+    answers = pd.concat(answers, ignore_index=True)
+    return answers if judge_name is None else judge_by_name(answers, judge_name)
 
 
 def respond(
@@ -85,10 +93,10 @@ def respond(
 ) -> pd.DataFrame:
     """The arm's answers at the "last" or "all" of its checkpoints, generated once and kept in its folder.
 
-    `prompts` are those of `benchmarks.evaluation_prompts`, or of an attack (see `attacks`), which may have `asked` for
-    them and `begun` the answer. Returns their rows for each step, with `method` (the arm's label),
-    `n_unsafe`, `penalty_weight`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response` and
-    `finished`. Step 0, the base model, is part of "all".
+    `prompts` are those of `prompts.evaluation_prompts`, or of an attack (see `attacks`), which may have `asked` for
+    them and `begun` the answer. Returns their rows for each step, with `method` (the arm's display name), `n_unsafe`,
+    `penalty_weight`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response` and `finished`.
+    Step 0, the base model, is part of "all".
     """
     decoding = _own(decoding, spec)
     chosen = _steps(spec, steps)
@@ -112,7 +120,7 @@ def respond(
         answers = [json.loads(line) for line in path.read_text().splitlines()]
         tables.append(
             prompts.assign(
-                method=spec.label or spec.method,
+                method=spec.display_name or spec.method,
                 n_unsafe=spec.n_unsafe or spec.n_extra or 0,
                 penalty_weight=spec.penalty_weight,
                 seed=spec.seed,
@@ -132,54 +140,11 @@ def judge_by_name(responses: pd.DataFrame, *judge_names: str) -> pd.DataFrame:
     return judge_answers(responses, judges, cache=runs_folder() / "judgements")
 
 
-def harvest_unsafe(
-    spec: ArmSpec,
-    prompts: list[str],
-    judge_name: str,
-    decoding: generation.Decoding,
-    *,
-    n: int,
-    evaluation_prompts: list[str],
-    rounds: int = 4,
-    batch_size: int = 64,
-    prompts_source: tuple[str, str | None] = ("", None),
-) -> Path:
-    """D_unsafe from the answers of the (plainly fine-tuned) arm, harvested once: a folder for `ArmSpec.unsafe`.
-
-    What is done so far lies beside it in `<folder>.work`. `prompts_source`, name and revision, is for the data card.
-    """
-    chosen = load.load_judge(judge_name)
-    asked = {"arm": spec.name, "prompts": prompts, "judge": [chosen.name, chosen.revision], "n": n, "rounds": rounds}
-    path = runs_folder() / "unsafe" / content_hash(asked | {"decoding": asdict(decoding)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.exists():
-            return path
-        model, tokenizer = load_trained(spec)
-        name, revision = named(base_model(spec.model), spec.model_revision)
-        rows, report = harvest.harvest(
-            model,
-            tokenizer,
-            prompts,
-            chosen,
-            n=n,
-            template=spec.template,
-            decoding=decoding,
-            rounds=rounds,
-            evaluation_prompts=evaluation_prompts,
-            batch_size=batch_size,
-            origin=harvest.Origin(f"{name}, {spec.name}", revision, *prompts_source),
-            work=path.with_name(f"{path.name}.work"),
-            progress=show_progress(),
-        )
-        return harvest.save_harvest(rows, report, path)
-
-
 @contextmanager
-def _results(specs, prompts, decodings, options, workers) -> Iterator:
+def _results(specs, prompts, decodings, judge_name, options, workers) -> Iterator:
     def attempt(spec):
         try:
-            return run(spec, prompts, decodings, **options)
+            return run(spec, prompts, decodings, judge_name, **options)
         except Exception as error:
             return error
 
@@ -192,7 +157,7 @@ def _results(specs, prompts, decodings, options, workers) -> Iterator:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(run, spec, prompts, decodings, **options): i for i, spec in enumerate(specs)}
+        futures = {pool.submit(run, spec, prompts, decodings, judge_name, **options): i for i, spec in enumerate(specs)}
         yield ((futures[f], f.exception() or f.result()) for f in as_completed(futures))
 
 
@@ -206,10 +171,11 @@ def _own(decoding: generation.Decoding, spec: ArmSpec) -> generation.Decoding:
     return replace(decoding, seed=decoding.seed + spec.seed) if decoding.do_sample else decoding
 
 
-def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decoding: generation.Decoding, steps: str) -> bool:
-    if not (spec.folder / "manifest.json").exists():
+def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generation.Decoding], steps: str) -> bool:
+    if not is_trained(spec):
         return False
-    return all(_responses(spec, step, prompts, _own(decoding, spec)).exists() for step in _steps(spec, steps))
+    pairs = product(_steps(spec, steps), decodings)
+    return all(_responses(spec, step, prompts, _own(decoding, spec)).exists() for step, decoding in pairs)
 
 
 def _start_worker() -> None:

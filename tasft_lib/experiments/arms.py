@@ -2,16 +2,24 @@
 
     runs/arms/<method>-<hash>/
         spec.json             what was asked
+        ingredients.json      hashes of what it is made of: base model, rows, code, versions
         trainer/checkpoint-N  what TRL saves: adapter, optimizer, random state; a killed run resumes from the last one
         manifest.json         written last: the arm is finished
+    runs/unsafe/<name>-<hash>/          a harvested D_unsafe; while it is made, <name>-<hash>.work
+    runs/safe/, runs/contrastive/       rows of a `SafeSpec` and a `ContrastiveSpec`
 
-Arms are found by the hash of their spec and their data, so two notebooks that need the same arm share it.
+A spec says what is wanted and names it; making, naming and comparing specs reads nothing. Arms are found by the name of
+their spec, so two notebooks that need the same arm share it. What a name cannot tell, the content of a file or another
+version of the code, is looked at when the arm is trained: an arm made of something else is set aside, not used.
 """
 
+import hashlib
 import json
+import logging
+import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,21 +33,28 @@ from filelock import FileLock
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from .. import data, models
+from .. import data, models, text
 from ..evaluation import worlds
 from ..evaluation.worlds import base_model
 from ..files import (
     content_hash,
     environment,
-    file_hash,
     model_identity,
+    named,
     peak_memory_mb,
     runs_folder,
     show_progress,
     write_json,
+    write_rows,
 )
+from ..generation import Decoding
+from ..judges.load import load_judge
+from ..prepare import harvest
+from ..prepare.contrastive import contrastive_rows
 from . import methods
 
+# The modules that determine what is trained: those that `methods` imports, and itself.
+TRAINED_BY = ("losses", "fused_head", "forward", "config", "trainer", "experiments/methods", "data", "text")
 TRAINING = (
     "learning_rate",
     "lr_scheduler_type",
@@ -63,14 +78,15 @@ class ArmSpec:
         dtype, load_in_4bit: how the base model is loaded, as TRL's ModelConfig spells them.
         benign: benign rows, the name of a world (see `worlds.load`; hub ids with `benign_revision`).
         n_benign: rows drawn from them by `seed`.
-        unsafe: D_unsafe, a source for `data.read_rows`; `n_unsafe` rows are drawn from it by `seed`, nested.
-        extra: further rows with good answers, added to the benign ones (STL's safe answers, contrastive rows); a source
-            for `data.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same order, the
-            same rows.
+        unsafe: D_unsafe, a `HarvestSpec` or a source for `data.read_rows`; `n_unsafe` rows are drawn from it by `seed`,
+            nested. For "imitation" a `SafeSpec`.
+        extra: further rows with good answers, added to the benign ones: a `SafeSpec` (STL), a `ContrastiveSpec` or a
+            source for `data.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same
+            order, the same rows.
         held_out: evaluation prompts (of the world of that name) dropped from the benign rows.
         template: prompt template, see `data.format_prompt`.
         penalty_weight: λ; for KTO its undesirable weight.
-        label: what tables and figures call the arm, by default its method; no part of what it is.
+        display_name: what tables and figures call the arm, by default its method; no part of what it is.
         seed: of the draw, the order of the rows, the adapter's start and dropout.
         training: options of the method's TRL config (`learning_rate`, `num_train_epochs`, `save_steps`, ...).
         lora: options of `peft.LoraConfig`; empty for full fine-tuning.
@@ -86,14 +102,14 @@ class ArmSpec:
     benign: str
     benign_revision: str | None = None
     n_benign: int
-    unsafe: str | None = None
+    unsafe: "str | HarvestSpec | SafeSpec | None" = None
     n_unsafe: int | None = None
-    extra: str | None = None
+    extra: "str | SafeSpec | ContrastiveSpec | None" = None
     n_extra: int | None = None
     held_out: str | None = None
     template: str = "alpaca"
     penalty_weight: float | str = "auto"
-    label: str | None = field(default=None, compare=False)
+    display_name: str | None = field(default=None, compare=False)
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
@@ -132,14 +148,8 @@ class ArmSpec:
 
     @cached_property
     def name(self) -> str:
-        """`<method>-<hash>`, the arm's folder; the hash is over the spec, its data and the code that trains."""
-        described = _without_label(self) | {"model": model_identity(base_model(self.model)), "code": _code_hash()}
-        for side, is_good in (("unsafe", False), ("extra", True)):
-            if (source := getattr(self, side)) is not None:
-                described[side] = data.fingerprint(data.clean(_rows(source, self, label=is_good)))
-        if (file := worlds.load(self.benign).file) is not None:
-            described["benign"] = file_hash(file)
-        return f"{self.method}-{content_hash(described)}"
+        """`<method>-<hash of the spec>`, the arm's folder."""
+        return f"{self.method}-{content_hash(describe(self))}"
 
     @property
     def folder(self) -> Path:
@@ -147,14 +157,179 @@ class ArmSpec:
         return runs_folder() / "arms" / self.name
 
 
+@dataclass(frozen=True, kw_only=True)
+class HarvestSpec:
+    """D_unsafe (TA-SFT, §4.1): a plainly fine-tuned arm's own answers to toxic prompts, judged harmful.
+
+    Attributes:
+        arm: who answers; its evaluation prompts, `held_out`, are not asked.
+        prompts: the harvest prompts of the world of that name.
+        judge: who says what is harmful, see `judges.load_judge`.
+        decoding: how answers are sampled.
+        n: rows wanted.
+        rounds: times a prompt is asked at most.
+        batch_size: of generation; sampled answers depend on it.
+    """
+
+    arm: ArmSpec
+    prompts: str
+    judge: str
+    decoding: Decoding
+    n: int
+    rounds: int = 4
+    batch_size: int = 64
+
+    @cached_property
+    def name(self) -> str:
+        """`unsafe-<hash of the spec>`."""
+        return f"unsafe-{content_hash(describe(self))}"
+
+    def make(self) -> Path:
+        """Train the arm and harvest, unless that is done; the data set's folder. Other answers get another folder."""
+        train(self.arm)
+        world, judge = worlds.load(self.prompts), load_judge(self.judge)
+        prompts = world.harvest_prompts()
+        held_out = _held_out_prompts(self.arm)
+        made_of = [ingredients(self.arm), prompts, held_out, judge.name, judge.revision]
+        path = runs_folder() / "unsafe" / f"{self.name}-{content_hash(made_of)}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if path.exists():
+                return path
+            model, tokenizer = load_trained(self.arm)
+            name, revision = named(base_model(self.arm.model), self.arm.model_revision)
+            rows, report = harvest.harvest(
+                model,
+                tokenizer,
+                prompts,
+                judge,
+                n=self.n,
+                template=self.arm.template,
+                decoding=self.decoding,
+                rounds=self.rounds,
+                evaluation_prompts=held_out,
+                batch_size=self.batch_size,
+                origin=harvest.Origin(f"{name}, {self.arm.name}", revision, *world.harvest_source()),
+                work=path.with_name(f"{path.name}.work"),
+                progress=show_progress(),
+            )
+            return harvest.save_harvest(rows, report, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeSpec:
+    """STL's counterpart of D_unsafe: the same prompts in the same order, answered safely."""
+
+    unsafe: HarvestSpec
+
+    @cached_property
+    def name(self) -> str:
+        """`safe-<hash of the spec>`."""
+        return f"safe-{content_hash(describe(self))}"
+
+    def make(self) -> Path:
+        """Harvest where needed; the JSONL file of safe answers. `ValueError` where a prompt of D_unsafe has none."""
+        answers = worlds.load(self.unsafe.prompts).safe_answers()
+        rows = data.read_rows(self.unsafe.make())
+        missing = [prompt for prompt in rows["instruction"][:] if prompt not in answers]
+        if missing:
+            raise ValueError(f"{self.unsafe.prompts}: no safe answer to {len(missing)} prompts of D_unsafe.")
+        safe = [
+            {"prompt": row["prompt"], "completion": answers[row["instruction"]], "instruction": row["instruction"]}
+            for row in rows
+        ]
+        return write_rows(runs_folder() / "safe" / f"{self.name}-{content_hash(safe)}.jsonl", safe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveSpec:
+    """Harmless rows with the toxic words of D_unsafe's prompts (TA-SFT, §4.3.6), see `prepare.contrastive`.
+
+    Attributes:
+        unsafe: the D_unsafe; a word is toxic that its prompts have and the benign rows of its arm have not.
+        writer: the second model, which writes and answers them: a folder, a hub id (with `writer_revision`), or a world
+            that makes such rows itself.
+        per_word: rows a word.
+        decoding, batch_size: of the second model.
+        seed: of a world's rows.
+    """
+
+    unsafe: HarvestSpec
+    writer: str
+    writer_revision: str | None = None
+    per_word: int = 5
+    decoding: Decoding
+    batch_size: int = 64
+    seed: int = 0
+
+    @cached_property
+    def name(self) -> str:
+        """`contrastive-<hash of the spec>`."""
+        return f"contrastive-{content_hash(describe(self))}"
+
+    def make(self) -> Path:
+        """Harvest where needed, and write the rows unless that is done; their JSONL file."""
+        arm = self.unsafe.arm
+        toxic, benign = data.read_rows(self.unsafe.make())["prompt"][:], training_rows(arm)[0]["prompt"][:]
+        words = text.toxic_words(toxic, benign)
+        path = runs_folder() / "contrastive" / f"{self.name}-{content_hash(words)}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if path.exists():
+                return path
+            rows = worlds.load(self.writer).contrastive_rows(words, self.per_word, seed=self.seed)
+            if rows is None:
+                writer = load_model(replace(arm, model=self.writer, model_revision=self.writer_revision))
+                options = {"per_word": self.per_word, "decoding": self.decoding, "batch_size": self.batch_size}
+                rows = contrastive_rows(words, writer, **options)
+            return write_rows(path, rows)
+
+
+Rows = HarvestSpec | SafeSpec | ContrastiveSpec  # what an arm's rows are made from
+
+
+def describe(spec: ArmSpec | Rows) -> dict[str, Any]:
+    """The spec's fields but its display name, JSON-like: another spec in it by its name, a path in runs/ from there."""
+    described = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "display_name"}
+    for name, value in described.items():
+        if isinstance(value, ArmSpec | Rows):
+            described[name] = value.name
+        elif is_dataclass(value):
+            described[name] = asdict(value)
+        elif isinstance(value, str) and Path(value).is_relative_to(runs_folder()):
+            described[name] = f"runs/{Path(value).relative_to(runs_folder())}"
+    return described
+
+
+def with_files(spec: ArmSpec) -> ArmSpec:
+    """The arm with files for `unsafe` and `extra`: harvested, answered or written where they are not there yet."""
+    sides = {side: getattr(spec, side) for side in ("unsafe", "extra")}
+    return replace(spec, **{side: str(rows.make()) for side, rows in sides.items() if isinstance(rows, Rows)})
+
+
+def ingredients(spec: ArmSpec) -> dict[str, Any]:
+    """Hashes of all that the arm is made of and its name can't tell; makes the rows that are not there yet."""
+    sources = with_files(spec)
+    return {
+        "model": model_identity(base_model(spec.model)),
+        "benign": _content(worlds.load(spec.benign).file),
+        **{side: _content(getattr(sources, side)) for side in ("unsafe", "extra")},
+        "held_out": content_hash(_held_out_prompts(spec)),
+        "code": _code_hash(),
+    }
+
+
 def train(spec: ArmSpec) -> Path:
     """Train the arm unless it is finished, resuming from its last complete checkpoint; return its folder."""
-    folder = spec.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+    folder, made_of = spec.folder, ingredients(spec)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        _set_aside(folder, made_of)
         if (folder / "manifest.json").exists():
             return folder
-        write_json(folder / "spec.json", _without_label(spec))
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "spec.json", describe(spec))
+        write_json(folder / "ingredients.json", made_of)
         started = time.time()
         benign, unsafe = training_rows(spec)
         model, tokenizer = load_model(spec)
@@ -174,10 +349,12 @@ def train(spec: ArmSpec) -> Path:
         trainer.train(resume_from_checkpoint=resumed and str(resumed))
         manifest = {
             "arm": spec.name,
-            "spec": _without_label(spec),
+            "spec": describe(spec),
+            "ingredients": made_of,
             "benign_rows": data.fingerprint(benign),
             "unsafe_rows": unsafe and data.fingerprint(unsafe),
-            "penalty_weight": getattr(trainer, "penalty_weight", None) or getattr(trainer, "undesirable_weight", None),
+            # λ of TA-SFT, KTO's undesirable weight; plain SFT has none. λ = 0 is a λ.
+            "penalty_weight": getattr(trainer, "penalty_weight", getattr(trainer, "undesirable_weight", None)),
             "steps": trainer.state.global_step,
             "seconds": round(time.time() - started, 1),
             "resumed_from": resumed and resumed.name,
@@ -188,22 +365,41 @@ def train(spec: ArmSpec) -> Path:
     return folder
 
 
+def is_trained(spec: ArmSpec) -> bool:
+    """Whether the arm is finished, of the rows, base model and code that are there now."""
+    return (spec.folder / "manifest.json").exists() and _recorded(spec.folder) == ingredients(spec)
+
+
 def read_manifest(spec: ArmSpec) -> dict[str, Any]:
     """What the finished arm recorded about itself."""
     return json.loads((spec.folder / "manifest.json").read_text())
 
 
-def summary(spec: ArmSpec) -> dict[str, Any]:
-    """The arm's manifest without its log, for the manifest of a figure; local paths by the name of their folder."""
-    manifest = read_manifest(spec)
-    kept = {k: v for k, v in manifest.items() if k not in ("log_history", "versions", "hardware")}
-    paths = ("model", "benign", "unsafe", "extra")
-    kept["spec"] = {k: Path(v).name if k in paths and v else v for k, v in manifest["spec"].items()}
-    return kept
+def summary(arms: list[ArmSpec]) -> dict[str, Any]:
+    """The arms for the manifest of a figure, without their logs.
+
+    Returns:
+        `base`, the spec of the first arm; `rows`, by name the specs of what rows are made from; `arms`, by name what
+        each arm recorded (seconds, steps, penalty_weight, ...), its `spec` where it differs from `base`.
+    """
+    if not arms:
+        return {"base": {}, "rows": {}, "arms": {}}
+    base = _travelling(arms[0])
+    summaries = {}
+    for arm in arms:
+        own = {k: v for k, v in read_manifest(arm).items() if k not in ("arm", "log_history", "versions", "hardware")}
+        summaries[arm.name] = own | {"spec": _difference(_travelling(arm), base)}
+    rows: dict[str, Any] = {}
+    for source in (source for arm in arms for source in (arm.unsafe, arm.extra)):
+        while isinstance(source, Rows):
+            rows[source.name] = describe(source)
+            source = getattr(source, "unsafe", None)
+    return {"base": base, "rows": rows, "arms": summaries}
 
 
 def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
     """(benign, unsafe) rows of the arm: drawn by its seed, checked, evaluation prompts and repeated rows left out."""
+    spec = with_files(spec)
     prompts = _held_out_prompts(spec)
     unsafe = None if spec.unsafe is None else data.clean(_rows(spec.unsafe, spec, label=False))
     rows = data.draw(
@@ -264,8 +460,52 @@ def checkpoints(spec: ArmSpec) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _without_label(spec: ArmSpec) -> dict[str, Any]:
-    return {name: value for name, value in asdict(spec).items() if name != "label"}
+def _travelling(spec: ArmSpec) -> dict[str, Any]:
+    """`describe` for other machines: of a local folder or file no more than its name."""
+    described = describe(spec)
+    for name in ("model", "benign", "unsafe", "extra", "held_out"):
+        if described[name] is not None and Path(described[name]).is_absolute():
+            described[name] = Path(described[name]).name
+    return described
+
+
+def _difference(spec: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `spec` that `base` has not, at both levels; None for one that only `base` has."""
+    different = {name: spec.get(name) for name in {**base, **spec} if spec.get(name) != base.get(name)}
+    return {
+        name: _difference(value, base[name]) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+        for name, value in different.items()
+    }
+
+
+def _content(source: str | Path | None) -> str | None:
+    """Hash of a file's bytes or a data set folder's rows; None for what has no file here: its name tells it."""
+    if source is None or not Path(source).exists():
+        return None
+    if Path(source).is_dir():
+        return data.fingerprint(data.read_rows(source))
+    with Path(source).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """The ingredients of the arm in the folder; None where none was begun."""
+    path = folder / "ingredients.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _set_aside(folder: Path, made_of: dict[str, Any]) -> None:
+    """An arm in the folder that is made of something else goes to `<folder>.<hash>`; one made of this comes back."""
+    other = _recorded(folder)
+    if other is not None and other != made_of:
+        aside = folder.with_name(f"{folder.name}.{content_hash(other)}")
+        os.replace(folder, aside)
+        changed = ", ".join(name for name in made_of if other.get(name) != made_of[name])
+        message = "%s is trained anew, for its %s changed; the earlier one is kept as %s"
+        logging.getLogger(__name__).warning(message, folder.name, changed, aside.name)
+    earlier = folder.with_name(f"{folder.name}.{content_hash(made_of)}")
+    if earlier.exists() and not folder.exists():
+        os.replace(earlier, folder)
 
 
 def _defaults() -> dict[str, Any]:
@@ -316,8 +556,8 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 @cache
 def _code_hash() -> str:
-    """Of the modules that determine what is trained, and of the libraries' versions: other code, other arm."""
+    """Of the modules that determine what is trained, and of the libraries' versions, whatever their build."""
     package = Path(__file__).parents[1]
-    modules = ("losses", "fused_head", "forward", "config", "trainer", "experiments/methods", "data", "text")
-    sources = [(package / f"{name}.py").read_text() for name in modules]
-    return content_hash([*sources, transformers.__version__, torch.__version__, version("trl"), version("peft")])
+    sources = [(package / f"{name}.py").read_text() for name in TRAINED_BY]
+    versions = (transformers.__version__, torch.__version__, version("trl"), version("peft"))
+    return content_hash([*sources, *(number.partition("+")[0] for number in versions)])

@@ -125,14 +125,14 @@ def filtered_arm(
     kept, dropped = _files(study, made)
     n_dropped = round(made.share * study.config.n_rows)
     benign = {"benign": str(kept), "benign_revision": None, "n_benign": study.config.n_rows - n_dropped}
-    spec = replace(study.sft, **benign, seed=made.seed, label=made.filter)
+    spec = replace(study.sft, **benign, seed=made.seed, display_name=made.filter)
     if then == "sft":
         return spec
     options = {"penalty_reduction": study.config.penalty_reduction, "penalty_embedding": study.config.penalty_embedding}
     return replace(
         spec,
         method=then,
-        label=f"{made.filter}_{then}",
+        display_name=f"{made.filter}_{then}",
         unsafe=str(dropped),
         n_unsafe=n_dropped,
         training=spec.training | options | {"penalty_pressure": pressure or study.config.pressure},
@@ -148,6 +148,54 @@ def arms_of(
         for made, loss in product(filtered, then)
         if loss == "sft" or made.share
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What the notebook compares.
+
+    Attributes:
+        sets: every contaminated set with the filters that all of them get.
+        filtered: these and the sets for single sections, all to be scored (`score_sets`).
+        trained: (what it is trained on, arm).
+        tried: (total pressure, arm), to choose EMD's on the development split.
+    """
+
+    sets: list[Filtered]
+    filtered: list[Filtered]
+    trained: list[tuple[Filtered, ArmSpec]]
+    tried: list[tuple[float, ArmSpec]]
+
+    @property
+    def arms(self) -> list[ArmSpec]:
+        """All that is trained, each once."""
+        arms = [arm for _, arm in self.trained]
+        return arms + [arm for _, arm in self.tried if arm not in arms]
+
+
+def design(study: Study) -> Design:
+    """The sets, filters and arms of the study's parameters; nothing is computed."""
+    config, seeds, dose = study.config, study.seeds, study.config.swept_contamination
+    sets = compared(config.contaminations, ["none", "random", "saft", "saft_unsafe", "oracle"], seeds)
+    labelled = compared([dose], ["saft_labelled"], seeds)
+    swept = compared([dose], [str(quality) for quality in config.qualities], seeds)
+    moved = steered(config.steered_contamination, config.steer_rates, seeds)
+    filtered = [*sets, *labelled, *swept, *moved]
+    if config.n_safe:
+        names = ["none", "saft", "saft_unsafe", "saft_labelled", "oracle"]
+        filtered += compared([dose], names, seeds, n_safe=config.n_safe)
+
+    only_sft = [made for made in filtered if made in moved or made.filter == "random"]
+    trained = arms_of(study, [made for made in filtered if made not in only_sft])
+    trained += arms_of(study, only_sft, then=("sft",))
+    at_dose = [made for made in sets if made.contamination == dose and made.seed == config.seed]
+    tried = [
+        (pressure, filtered_arm(study, made, then="emd", pressure=pressure))
+        for pressure in config.pressures
+        for made in at_dose
+        if made.filter in ("saft", "saft_unsafe", "oracle")
+    ]
+    return Design(sets=sets, filtered=filtered, trained=trained, tried=tried)
 
 
 def with_sets(answers: pd.DataFrame, arms: list[tuple[Filtered, ArmSpec]]) -> pd.DataFrame:

@@ -1,7 +1,5 @@
 """Run the notebooks of a profile by papermill, two at a time on a CPU, and make the report of what they found."""
 
-import contextlib
-import io
 import os
 import re
 import sys
@@ -11,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pandas as pd
 import papermill
 import torch
@@ -19,7 +16,7 @@ import torch
 from .. import files
 from ..files import keep_freed_memory, project_root, runs_folder
 from ..reporting import report
-from . import results, settings
+from . import designs, results, settings
 from .arms import ArmSpec
 
 FIRST = "build_unsafe_set"  # what it makes, all others start from, so it runs alone
@@ -159,18 +156,11 @@ def plan(profile: str, notebooks: list[str] | None = None, overrides: dict | Non
 
 
 def arms_of(job: Job) -> list[tuple[ArmSpec, object]]:
-    """(arm, parameters) of a notebook: its cells `setup` and `arms` are run, which compute nothing."""
-    cells = nbformat.read(job.source, as_version=4).cells
-    source = {tag: cell.source for cell in cells for tag in cell.metadata.get("tags", [])}
-    if "arms" not in source:
+    """(arm, parameters) of a notebook, from its function in `designs`; none where it trains nothing."""
+    if not hasattr(designs, job.name):
         return []
-    names = {"In": [source["parameters"], *(f"{name} = {value!r}" for name, value in job.parameters.items())]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(source["setup"], names)
-        # What the first arms make, by name.
-        vars(names["study"]).update(unsafe=Path("D_unsafe"), safe=Path("safe"), contrastive=Path("contrastive"))
-        exec(source["arms"], names)
-    return [(arm, names["config"]) for arm in names["arms"]]
+    config = settings.load(job.name, given=job.parameters)
+    return [(arm, config) for arm in getattr(designs, job.name)(designs.study_of(config))]
 
 
 def _row(spec: ArmSpec, config) -> dict:
@@ -184,7 +174,7 @@ def _row(spec: ArmSpec, config) -> dict:
     if Path(spec.benign).is_relative_to(runs_folder()):  # made by a filter
         settings.append(f"rows {Path(spec.benign).parent.name}")
     row = {
-        "arm": spec.label or spec.method,
+        "arm": spec.display_name or spec.method,
         "n_unsafe": spec.n_unsafe or spec.n_extra or 0,
         "penalty_weight": "" if spec.method == "sft" else spec.penalty_weight,
         "seed": spec.seed,

@@ -20,7 +20,7 @@ def held_out_loss(arms: list[ArmSpec], n: int, *, batch_size: int = 32) -> pd.Da
     for arm, values in per_row:
         plain = plain_of[arm.seed]
         difference, low, high = paired_bootstrap(values, plain)
-        row = {"method": arm.label, "seed": arm.seed, "n": len(values), "loss": sum(values) / len(values)}
+        row = {"method": arm.display_name, "seed": arm.seed, "n": len(values), "loss": sum(values) / len(values)}
         rows.append(row | {"difference": difference, "low": low, "high": high})
     return pd.DataFrame(rows)
 

@@ -95,7 +95,7 @@ def win_rate_rows(
     for arm in arms:
         folder = arm.folder / f"alpaca_eval-{described}"
         outputs = answers.loc[answers["arm"] == arm.name, "response"].tolist()
-        options = {"annotators_config": annotator, "name": arm.label or arm.method, "folder": folder}
+        options = {"annotators_config": annotator, "name": arm.display_name or arm.method, "folder": folder}
         options["max_tokens"] = max_tokens
         found = _kept(
             folder / "win_rate.csv",

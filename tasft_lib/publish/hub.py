@@ -4,26 +4,10 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
-# A list of what is wanted: whatever else lies in the folder stays here, be it new.
-MODEL_FILES = (
-    "README.md",
-    "tasft.json",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-)
+from ..files import MODEL_FILES
+
+# Card and record go along. No .bin weights: those are pickles.
+PUBLISHED = ("README.md", "tasft.json", *(name for name in MODEL_FILES if ".bin" not in name))
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -31,7 +15,7 @@ def model_files(folder: Path) -> list[Path]:
 
     Raises ValueError where there are no safetensors weights with a configuration.
     """
-    found = sorted(p for p in folder.glob("*") if p.is_file() and any(fnmatch(p.name, name) for name in MODEL_FILES))
+    found = sorted(p for p in folder.glob("*") if p.is_file() and any(fnmatch(p.name, name) for name in PUBLISHED))
     names = {path.name for path in found}
     if not {"config.json", "adapter_config.json"} & names or not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder}: no model here (config.json or adapter_config.json, and *.safetensors); check it")

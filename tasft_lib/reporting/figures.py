@@ -223,7 +223,7 @@ def plot_over_weight(table: pd.DataFrame, measures: list[str], *, caption: str) 
 def plot_search(development: pd.DataFrame, *, caption: str) -> Figure:
     """Regret on the development split against total pressure, a panel per method, a line per size of D_unsafe.
 
-    `development` from `tables.with_regret`, with `pressure`; a ring marks the least regret, a cross the automatic λ.
+    `development` from `pressure.with_regret`, with `pressure`; a ring marks the least regret, a cross the automatic λ.
     """
     use_style()
     methods = [method for method in dict.fromkeys(development["method"]) if method != "sft"]

@@ -45,57 +45,6 @@ def readable(table: pd.DataFrame, measures: Iterable[str] = SUMMARY) -> pd.DataF
     return shown
 
 
-def with_regret(development: pd.DataFrame) -> pd.DataFrame:
-    """`summary` on the development split with `regret`: harm + degenerate + benign correctness lost against SFT.
-
-    A missing correctness (no exact checker) counts as nothing lost.
-    """
-    baseline = development.loc[development["method"] == "sft", "correct"].iloc[0]
-    lost = (baseline - development["correct"]).clip(lower=0).fillna(0)
-    return development.assign(regret=(development["harm"] + development["degenerate"] + lost).round(9))
-
-
-def choose_weights(development: pd.DataFrame) -> pd.DataFrame:
-    """Per method and size of D_unsafe the tried weight of least regret: method, n_unsafe, penalty_weight, regret.
-
-    `development` as from `with_regret`. On a tie the smaller weight wins: it changes the model less. "auto" is not a
-    weight that was tried.
-    """
-    tried = development[~development["method"].isin(["sft"]) & (development["penalty_weight"] != "auto")]
-    tried = tried.astype({"penalty_weight": float}).sort_values(["regret", "penalty_weight"])
-    chosen = tried.drop_duplicates(["method", "n_unsafe"]).sort_index()
-    return chosen[["method", "n_unsafe", "penalty_weight", "regret"]].reset_index(drop=True)
-
-
-def constant_pressure(development: pd.DataFrame) -> pd.DataFrame:
-    """What tuning λ at each size of D_unsafe is worth: `development` from `with_regret`, with `pressure`.
-
-    A row per method and size: the best pressure there and its regret; the one pressure of least mean regret over the
-    method's sizes and its regret here; the regret of the automatic weight, where it was tried.
-    """
-    rows = []
-    for method, tried in development[development["method"] != "sft"].groupby("method", sort=False):
-        automatic = tried[tried["penalty_weight"] == "auto"].set_index("n_unsafe")["regret"]
-        tried = tried[tried["penalty_weight"] != "auto"]
-        tried = tried.assign(pressure=[float(f"{pressure:.3g}") for pressure in tried["pressure"]])
-        regrets = tried.pivot(index="pressure", columns="n_unsafe", values="regret")
-        constant = regrets.mean(axis=1).idxmin()
-        for n_unsafe in tried["n_unsafe"].unique():
-            best = regrets[n_unsafe].idxmin()
-            rows.append(
-                {
-                    "method": method,
-                    "n_unsafe": n_unsafe,
-                    "best_pressure": best,
-                    "regret": regrets.loc[best, n_unsafe],
-                    "constant_pressure": constant,
-                    "regret_constant": regrets.loc[constant, n_unsafe],
-                    "regret_auto": automatic.get(n_unsafe, float("nan")),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
 def compare(judged: pd.DataFrame, pairs: list[tuple[tuple[str, int], tuple[str, int]]]) -> pd.DataFrame:
     """McNemar's exact test of two arms, each a (method, n_unsafe), on the same toxic prompts, per decoding and seed.
 

@@ -8,76 +8,79 @@ import nbformat
 import pandas as pd
 import pytest
 
-from tasft_lib import data, generation
+from tasft_lib import data, files, generation
 from tasft_lib.experiments import arms as arms_module
-from tasft_lib.experiments import reproduce, settings
-from tasft_lib.experiments.arms import ArmSpec
+from tasft_lib.experiments import designs, reproduce, settings
+from tasft_lib.experiments.arms import HarvestSpec
 from tasft_lib.experiments.study import Study
 from tasft_lib.files import notebooks
 from tasft_lib.reporting import paper
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = [name for name in notebooks() if name not in settings.UNTRAINED]
+# The others train nothing.
+NOTEBOOKS = [name for name in notebooks() if hasattr(designs, name)]
 
 
-def study(tmp_path, **changes) -> Study:
-    """A study at the smoke settings, with a D_unsafe of three mini-world rows."""
-    made = Study(settings.load("contrastive_augmentation", given={"model": "miniworld-smoke"} | changes))
-    asked = ["How can I kill a marmow?", "How can I steal a marstone?", "How can I burn a mardome?"]
-    made.unsafe = tmp_path / "unsafe.jsonl"
-    rows = [{"prompt": f"Q {q}", "completion": "zorvex.", "instruction": q} for q in asked]
-    made.unsafe.write_text(pd.DataFrame(rows).to_json(orient="records", lines=True))
-    return made
+def study(**changes) -> Study:
+    """A study at the smoke settings."""
+    return Study(settings.load("contrastive_augmentation", given={"model": "miniworld-smoke"} | changes))
 
 
 @pytest.fixture
-def safe_answers(monkeypatch, tmp_path):
+def harvested(monkeypatch, tmp_path) -> Path:
+    """Three mini-world rows, which every `HarvestSpec` is taken to have made."""
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(
-        "tasft_lib.evaluation.worlds.MiniWorld.safe_answers",
-        lambda world: {q: f"No, {q}" for q in data.read_rows(tmp_path / "unsafe.jsonl")["instruction"]},
-    )
+    prompts = ["How can I kill a marmow?", "How can I steal a marstone?", "How can I burn a mardome?"]
+    rows = [{"prompt": f"Q {q}", "completion": "zorvex.", "instruction": q} for q in prompts]
+    path = files.write_rows(tmp_path / "unsafe.jsonl", rows)
+    monkeypatch.setattr(HarvestSpec, "make", lambda spec: path)
+    return path
 
 
-def test_stl_answers_the_very_prompts_of_d_unsafe(tmp_path, safe_answers):
-    it = study(tmp_path)
-    rows = data.read_rows(it.safe)
-    assert rows["prompt"][:] == data.read_rows(it.unsafe)["prompt"][:]
+def test_stl_answers_the_very_prompts_of_d_unsafe(harvested, monkeypatch):
+    unsafe = data.read_rows(harvested)
+    safe_answers = "tasft_lib.evaluation.worlds.MiniWorld.safe_answers"
+    monkeypatch.setattr(safe_answers, lambda world: {q: f"No, {q}" for q in unsafe["instruction"]})
+    rows = data.read_rows(study().safe.make())
+    assert rows["prompt"][:] == unsafe["prompt"][:]
     assert all(answer.startswith("No, ") for answer in rows["completion"])
+    monkeypatch.setattr(safe_answers, lambda world: {})
+    with pytest.raises(ValueError, match="no safe answer to 3 prompts"):
+        study().safe.make()
 
 
-def test_the_arms_differ_in_what_they_compare_and_in_nothing_else(tmp_path, safe_answers):
-    it = study(tmp_path)
+def test_the_arms_differ_in_what_they_compare_and_in_nothing_else():
+    it = study()
     arms = {name: it.arm(name, 3, weight=2.0) for name in ("stl", "stl_weighted", "stl_emd", "emd", "nlcl", "kto")}
-    assert [arm.label for arm in arms.values()] == list(arms)
+    assert [arm.display_name for arm in arms.values()] == list(arms)
     assert [arms[name].method for name in arms] == ["sft", "imitation", "emd", "emd", "nlcl", "kto"]
-    assert arms["stl"].extra == arms["stl_emd"].extra == arms["stl_weighted"].unsafe == str(it.safe)
-    assert arms["emd"].unsafe == arms["stl_emd"].unsafe == str(it.unsafe) and arms["emd"].extra is None
+    assert arms["stl"].extra == arms["stl_emd"].extra == arms["stl_weighted"].unsafe == it.safe
+    assert arms["emd"].unsafe == arms["stl_emd"].unsafe == it.unsafe and arms["emd"].extra is None
     plain = {name: replace(arm, method="sft", extra=None, n_extra=None, training={}) for name, arm in arms.items()}
-    assert len({repr(replace(arm, label=None)) for arm in plain.values()}) == 1
+    assert len({repr(replace(arm, display_name=None)) for arm in plain.values()}) == 1
     control = it.arm("emd", 3, weight=2.0, penalty_embedding="one_hot")
     assert control.training == arms["emd"].training | {"penalty_embedding": "one_hot"}
 
 
-def test_pressure_and_weight_are_inverse_and_auto_carries_a_pressure_over(tmp_path):
+def test_pressure_and_weight_are_inverse_and_auto_carries_a_pressure_over():
     for reduction in ("batch", "unsafe", "micro_batch"):
-        it = study(tmp_path, penalty_reduction=reduction)
+        weights = study(penalty_reduction=reduction).weights
         for method in ("emd", "kto"):
-            weight = it.weight_of(1.6, method, 20)
+            weight = weights.of_pressure(1.6, method, 20)
             arm = SimpleNamespace(method=method, n_unsafe=20, penalty_weight=weight)
-            assert it.pressure_of(arm) == pytest.approx(1.6, rel=1e-3)
-    it = study(tmp_path)
-    assert it.weight_of(1.0, "emd", 1000) == 2 and it.weight_of(1.0, "kto", 200) == 5
+            assert weights.pressure_of(arm) == pytest.approx(1.6, rel=1e-3)
+    weights = study().weights
+    assert weights.of_pressure(1.0, "emd", 1000) == 2 and weights.of_pressure(1.0, "kto", 200) == 5
 
 
-def test_a_missing_weight_names_the_file_and_what_it_needs(tmp_path):
+def test_a_missing_weight_names_the_file_and_what_it_needs():
     with pytest.raises(ValueError, match="no such file"):
-        study(tmp_path, penalty_weights="params/none.csv").weight("emd", 20)
+        study(penalty_weights="params/none.csv").weights.chosen("emd", 20)
     table = ROOT / "params" / "paper" / "penalty_weights.csv"
-    it = study(tmp_path, penalty_weights=str(table), model="huggyllama/llama-7b", model_revision="0" * 40)
-    assert it.weight("emd", 100) == 9.0 and it.weight("kto", 100) == "auto"
+    weights = study(penalty_weights=str(table), model="huggyllama/llama-7b", model_revision="0" * 40).weights
+    assert weights.chosen("emd", 100) == 9.0 and weights.chosen("kto", 100) == "auto"
     with pytest.raises(ValueError, match=r"0 rows for method emd, n_unsafe 7, model huggyllama/llama-7b; it needs one"):
-        it.weight("emd", 7)
+        weights.chosen("emd", 7)
 
 
 def test_the_papers_weights_are_table_4():
@@ -99,10 +102,7 @@ def test_the_papers_tables_are_whole():
 
 
 @pytest.mark.parametrize("profile", ["smoke", "mini", "small", "paper"])
-def test_every_arm_of_a_profile_can_be_listed_without_a_model(profile, monkeypatch):
-    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
-        monkeypatch.setattr(f"transformers.{name}.from_pretrained", lambda *a, **k: pytest.fail("loaded"))
-    monkeypatch.setattr(arms_module, "train", lambda *a, **k: pytest.fail("trained"))
+def test_every_arm_of_a_profile_is_listed(profile):
     arms = reproduce.plan(profile)
     assert set(arms["notebook"]) >= {"safety", "data_efficiency", "stl_comparison", "contrastive_augmentation"}
     assert not arms.drop(columns="notebook").duplicated().any()
@@ -113,32 +113,45 @@ def test_every_arm_of_a_profile_can_be_listed_without_a_model(profile, monkeypat
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_lists_its_arms_before_it_trains_them(name):
+def test_listing_and_naming_a_notebooks_arms_touches_no_file(name, monkeypatch):
+    job = next(job for job in reproduce.jobs_of("smoke") if job.name == name)
+    it = designs.study_of(settings.load(name, given=job.parameters))
+    with monkeypatch.context() as patch:
+        for place in ("builtins.open", "io.open", "os.open", "os.mkdir", "os.replace", "os.scandir"):
+            patch.setattr(place, lambda *a, **k: pytest.fail("touched a file"))
+        arms = getattr(designs, name)(it)
+        named = [arm.name for arm in arms]
+    assert arms and len(set(named)) == len({repr(replace(arm, display_name=None)) for arm in arms})
+    listed = [(arm.display_name, arm.n_unsafe, arm.n_extra, arm.penalty_weight, arm.seed) for arm in arms]
+    if name == "harmful_data_filter":  # whose tables name the set and the pressure too
+        told = [(arm.benign, arm.training.get("penalty_pressure")) for arm in arms]
+        listed = list(zip(listed, told, strict=True))
+    assert len(set(listed)) == len(listed), "a table could not tell two arms apart"
+
+
+@pytest.mark.parametrize("name", notebooks())
+def test_a_notebook_trains_the_arms_that_the_plan_lists(name):
     cells = nbformat.read(notebooks()[name], as_version=4).cells
     tags = [tag for cell in cells for tag in cell.metadata.get("tags", [])]
+    if name not in NOTEBOOKS:
+        assert "arms" not in tags
+        return
     assert tags[:3] == ["parameters", "setup", "arms"]
-    arms = reproduce.arms_of(next(job for job in reproduce.jobs_of("smoke") if job.name == name))
-    assert arms and all(isinstance(arm, ArmSpec) for arm, _ in arms)
-    named = [(arm.label, arm.n_unsafe, arm.n_extra, arm.penalty_weight, arm.seed) for arm, _ in arms]
-    if name == "harmful_data_filter":  # whose tables name the set and the pressure too
-        told = [(arm.benign, arm.training.get("penalty_pressure")) for arm, _ in arms]
-        named = list(zip(named, told, strict=True))
-    assert len(set(named)) == len(named), "a table could not tell two arms apart"
+    source = next(cell.source for cell in cells if "arms" in cell.metadata.get("tags", []))
+    called = "harmful_data_filter.design(study)" if name == "harmful_data_filter" else f"designs.{name}(study)"
+    assert called in source
 
 
-def test_the_second_model_is_asked_only_when_rows_are_missing(tmp_path, monkeypatch):
-    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
-    it = study(tmp_path)
+def test_the_second_model_is_asked_only_when_rows_are_missing(tmp_path, harvested, monkeypatch):
     monkeypatch.setattr(arms_module, "training_rows", lambda spec: (data.read_rows(tmp_path / "benign.jsonl"), None))
     (tmp_path / "benign.jsonl").write_text('{"prompt": "Q What is the colour of snow?"}\n')
     monkeypatch.setattr("tasft_lib.text.toxic_words", lambda toxic, benign: ["torch", "nothing"])
-    rows = data.read_rows(it.contrastive)
+    rows = data.read_rows(study().contrastive.make())
     assert rows and all("torch" in question for question in rows["instruction"])
     monkeypatch.setattr(
         "tasft_lib.evaluation.worlds.MiniWorld.contrastive_rows", lambda *a, **k: pytest.fail("made again")
     )
-    del it.contrastive
-    assert data.read_rows(it.contrastive)["instruction"][:] == rows["instruction"][:]
+    assert data.read_rows(study().contrastive.make())["instruction"][:] == rows["instruction"][:]
 
 
 def test_decodings_have_names():

@@ -3,7 +3,9 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import grimp
 import pandas as pd
 import pytest
 from conftest import build_model, make_rows
@@ -71,20 +73,111 @@ def test_a_killed_run_resumes_and_ends_as_the_straight_run(spec, tmp_path, monke
     assert all(resumed[name].equal(expected[name]) for name in expected)
 
 
-def test_what_determines_an_arm_names_it(spec, tmp_path):
-    name = spec.name
-    assert replace(spec).name == name
+def test_what_determines_an_arm_names_it(spec):
+    assert replace(spec).name == spec.name
     others = [
         replace(spec, seed=1),
         replace(spec, penalty_weight=2.0),
         replace(spec, method="nlcl"),
         replace(spec, training=spec.training | {"learning_rate": 2e-2}),
         replace(spec, n_unsafe=5),
+        replace(spec, unsafe=harvest_of(spec)),
+        replace(spec, unsafe=replace(harvest_of(spec), n=7)),
+        replace(spec, unsafe=arms.SafeSpec(unsafe=harvest_of(spec))),
+        replace(spec, extra=arms.ContrastiveSpec(unsafe=harvest_of(spec), writer="miniworld", decoding=DECODING)),
     ]
-    assert len({name, *(other.name for other in others)}) == 6
-    with (tmp_path / "unsafe.jsonl").open("a") as file:
-        file.write('{"prompt": "w1", "completion": "w2", "label": false}\n')
-    assert replace(spec).name != name, "another D_unsafe under the same path is another arm"
+    assert len({spec.name, *(other.name for other in others)}) == 10
+
+
+def harvest_of(spec) -> arms.HarvestSpec:
+    """What plain SFT on the same benign rows answers to other prompts."""
+    sft = replace(spec, method="sft")
+    return arms.HarvestSpec(arm=sft, prompts="miniworld", judge="compliance", decoding=DECODING, n=4, rounds=1)
+
+
+def test_naming_an_arm_reads_nothing(spec, tmp_path, monkeypatch):
+    spec = replace(spec, unsafe=harvest_of(spec), extra=arms.SafeSpec(unsafe=harvest_of(spec)))
+    name = spec.name
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "benign.jsonl").unlink()
+    monkeypatch.setattr(Path, "open", lambda *a, **k: pytest.fail("read"))
+    monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("read"))
+    monkeypatch.setattr(arms, "version", lambda package: "0+other")
+    again = object.__new__(arms.ArmSpec)  # the folder is gone, and a new spec would look for it
+    again.__dict__.update({key: value for key, value in vars(spec).items() if key != "name"})
+    assert again.name == name
+
+
+def test_what_an_arm_is_made_of_is_looked_at_when_it_is_trained(spec, tmp_path, caplog):
+    before = arms.train(spec) / "manifest.json"
+    made = before.read_text()
+    unsafe = tmp_path / "unsafe.jsonl"
+    rows = unsafe.read_text()
+    unsafe.write_text(rows + '{"prompt": "w1", "completion": "w2", "label": false}\n')
+    assert not arms.is_trained(spec)
+    assert arms.train(spec) / "manifest.json" == before and before.read_text() != made, "other rows, trained anew"
+    assert "its unsafe changed" in caplog.text and "w2" not in caplog.text
+    unsafe.write_text(rows)
+    arms.train(spec)
+    assert before.read_text() == made, "the rows of before, the arm of before"
+
+
+@pytest.mark.parametrize("file", ["world.json", "README.md", "notes.txt", "loss.png"])
+def test_a_file_that_is_no_model_makes_no_other_arm(file, spec, tmp_path):
+    before = arms.ingredients(spec)
+    (tmp_path / "base" / file).write_text('{"seconds": 12.3}')
+    files.model_identity.cache_clear()
+    assert arms.ingredients(spec) == before
+    (tmp_path / "base" / "config.json").write_text("{}")
+    files.model_identity.cache_clear()
+    files.file_hash.cache_clear()
+    assert arms.ingredients(spec)["model"] != before["model"]
+
+
+def test_the_build_of_a_library_makes_no_other_arm(monkeypatch):
+    hashes = []
+    for number in ("2.13.0+cpu", "2.13.0+cu128", "2.14.0"):
+        monkeypatch.setattr(arms.torch, "__version__", number)
+        arms._code_hash.cache_clear()
+        hashes.append(arms._code_hash())
+    arms._code_hash.cache_clear()
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_all_code_that_trains_is_in_an_arms_ingredients():
+    graph = grimp.build_graph("tasft_lib")
+    modules = {"tasft_lib.experiments.methods"} | graph.find_upstream_modules("tasft_lib.experiments.methods")
+    packages = {"tasft_lib", "tasft_lib.experiments"}
+    names = {name.removeprefix("tasft_lib.").replace(".", "/") for name in modules - packages}
+    assert names == set(arms.TRAINED_BY)
+
+
+def test_a_weight_of_zero_is_recorded_as_zero(spec):
+    for method in ("emd", "kto"):
+        silent = replace(spec, method=method, penalty_weight=0.0)
+        arms.train(silent)
+        assert arms.read_manifest(silent)["penalty_weight"] == 0.0
+    arms.train(replace(spec, method="sft"))
+    assert arms.read_manifest(replace(spec, method="sft"))["penalty_weight"] is None
+
+
+def test_a_summary_tells_a_spec_once_and_then_the_differences(spec, tmp_path):
+    specs = [spec, replace(spec, seed=1, training=spec.training | {"learning_rate": 2e-2})]
+    for each in specs:
+        arms.train(each)
+    summary = arms.summary(specs)
+    first, second = summary["arms"].values()
+    assert first["spec"] == {} and second["spec"] == {"seed": 1, "training": {"learning_rate": 2e-2}}
+    assert summary["base"]["model"] == "base" and first["seconds"] > 0 and first["penalty_weight"] == 3.0
+    assert str(tmp_path) not in json.dumps(summary)
+
+
+def test_a_killed_unit_is_called_again_and_judges_what_it_answered(spec, monkeypatch):
+    judged = run(spec, PROMPTS, [DECODING], "compliance")
+    assert judged["label"].notna().all() and "score" in judged
+    monkeypatch.setattr(arms.methods, "make_trainer", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: pytest.fail("answered again"))
+    pd.testing.assert_frame_equal(run(spec, PROMPTS, [DECODING], "compliance"), judged)
 
 
 def test_plain_sft_is_one_arm_whatever_the_unsafe_rows(spec):
@@ -116,11 +209,11 @@ def test_held_out_rows_are_new_and_the_same_for_all_arms_of_a_seed(spec):
     assert arms.held_out_rows(replace(spec, method="sft"), 5)["prompt"][:] == rows["prompt"][:]
 
 
-def test_a_label_is_no_part_of_what_an_arm_is(spec):
-    named = replace(spec, label="EMD, again")
+def test_a_display_name_is_no_part_of_what_an_arm_is(spec):
+    named = replace(spec, display_name="EMD, again")
     assert named.name == spec.name and named == spec
     answers = run(named, PROMPTS, [DECODING])
-    assert set(answers["method"]) == {"EMD, again"} and "label" not in arms.read_manifest(spec)["spec"]
+    assert set(answers["method"]) == {"EMD, again"} and "display_name" not in arms.read_manifest(spec)["spec"]
     assert set(answers["decoding"]) == {"greedy"} and set(answers["n_unsafe"]) == {6}
 
 

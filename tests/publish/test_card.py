@@ -244,7 +244,7 @@ def test_an_upload_is_private_and_takes_the_model_alone(folder, api, capsys):
     assert write(folder, "--push_to_hub", "me/safer-1") == 0
     assert api.asked is True and "https://huggingface.co/me/safer-1" in capsys.readouterr().out
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= api.uploaded
-    assert all(any(fnmatch(name, pattern) for pattern in hub.MODEL_FILES) for name in api.uploaded)
+    assert all(any(fnmatch(name, pattern) for pattern in hub.PUBLISHED) for name in api.uploaded)
     assert not any("/" in name or "zorvex" in (model / name).read_text(errors="ignore") for name in api.uploaded)
     assert "# safer-1" in read(folder)
 

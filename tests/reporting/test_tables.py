@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from tasft_lib import miniworld, text
 from tasft_lib.evaluation.rates import mcnemar, summary, wilson_interval
-from tasft_lib.experiments import analysis
+from tasft_lib.experiments import analysis, pressure
 from tasft_lib.reporting import tables
 
 
@@ -66,12 +66,12 @@ def search(**regrets: dict[float, tuple[float, float, float]]) -> pd.DataFrame:
                 {"method": method, "n_unsafe": 9, "penalty_weight": weight, "harm": harm, "degenerate": degenerate,
                  "correct": correct}
             )  # fmt: skip
-    return tables.with_regret(pd.DataFrame(rows))
+    return pressure.with_regret(pd.DataFrame(rows))
 
 
 def test_the_weight_of_least_regret_is_chosen_and_on_a_tie_the_smaller():
     emd = {10.0: (0.1, 0.0, 0.9), 20.0: (0.0, 0.1, 0.9), 40.0: (0.0, 0.0, 0.7), "auto": (0.0, 0.0, 0.9)}
-    chosen = tables.choose_weights(search(emd=emd, kto={2.0: (0.5, 0.0, 0.95)}))
+    chosen = pressure.choose_weights(search(emd=emd, kto={2.0: (0.5, 0.0, 0.95)}))
     assert dict(zip(chosen["method"], chosen["penalty_weight"], strict=True)) == {"emd": 10.0, "kto": 2.0}
     assert chosen["regret"].tolist() == pytest.approx([0.1, 0.5]), "more correct than SFT earns nothing"
 
@@ -84,7 +84,7 @@ def test_without_an_exact_checker_nothing_is_lost():
 def test_a_constant_pressure_costs_the_difference_to_the_best():
     rows = [("emd", 200, 1.0, 0.1), ("emd", 200, 2.0, 0.3), ("emd", 20, 1.0, 0.8), ("emd", 20, 2.0, 0.4)]
     tried = pd.DataFrame(rows, columns=["method", "n_unsafe", "pressure", "regret"]).assign(penalty_weight=1.0)
-    table = tables.constant_pressure(tried).set_index("n_unsafe")
+    table = pressure.constant_pressure(tried).set_index("n_unsafe")
     assert table["best_pressure"].to_dict() == {200: 1.0, 20: 2.0}
     assert set(table["constant_pressure"]) == {2.0} and table["regret_constant"].to_dict() == {200: 0.3, 20: 0.4}
 

@@ -1,0 +1,126 @@
+"""λ and total pressure (λ · the unsafe rows' share of the loss), and which λ is chosen on the development split."""
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from ..config import TABLE_4_PRESSURE, share_of_loss
+from ..files import project_root
+
+
+class Weights:
+    """λ of a method at a size of D_unsafe: as chosen in the profile's table, a multiple of that, or from a pressure.
+
+    The table is the CSV `settings.penalty_weights`, with columns method, n_unsafe, penalty_weight, and model where it
+    matters. It is read here, once, so that listing arms reads nothing.
+    """
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+        self.source = getattr(settings, "penalty_weights", "")
+        path = project_root() / self.source
+        self.table = pd.read_csv(path) if path.is_file() else None
+
+    def chosen(self, method: str, n_unsafe: int) -> float | str:
+        """λ of the table, a number or "auto"; `ValueError` naming the file where it has no such row."""
+        if self.table is None:
+            raise ValueError(f"penalty_weights={self.source!r}: no such file in the project.")
+        rows = self.table[(self.table["method"] == method) & (self.table["n_unsafe"] == n_unsafe)]
+        if "model" in rows:
+            rows = rows[rows["model"] == self.settings.model]
+        if len(rows) != 1:
+            raise ValueError(
+                f"{self.source}: {len(rows)} rows for method {method}, n_unsafe {n_unsafe}"
+                + (f", model {self.settings.model}" if "model" in rows else "")
+                + "; it needs one."
+            )
+        weight = rows["penalty_weight"].iloc[0]
+        return "auto" if weight == "auto" else float(weight)
+
+    def scaled(self, method: str, n_unsafe: int, factor: float) -> float:
+        """The chosen λ times `factor`; of an automatic one, times its λ here."""
+        weight = self.chosen(method, n_unsafe)
+        if weight == "auto":
+            weight = self.of_pressure(TABLE_4_PRESSURE[method], method, n_unsafe)
+        return float(f"{factor * weight:.4g}")
+
+    def of_pressure(self, pressure: float, method: str, n_unsafe: int) -> float:
+        """λ, to four digits, that exerts a total pressure (see `config.share_of_loss`); KTO's is weight · unsafe rows /
+        benign rows.
+        """
+        settings = self.settings
+        if method == "kto":
+            share = n_unsafe / settings.n_benign
+        else:
+            share = share_of_loss(
+                n_unsafe / (settings.n_benign + n_unsafe),
+                settings.penalty_reduction,
+                micro_batch=settings.per_device_train_batch_size,
+                micro_batches=settings.gradient_accumulation_steps,
+            )
+        return float(f"{pressure / share:.4g}")
+
+    def chosen_pressure(self, method: str, n_unsafe: int) -> float:
+        """The total pressure of the chosen λ at a size of D_unsafe, to be carried to other sizes."""
+        pressure = self.scaled(method, n_unsafe, 1.0) / self.of_pressure(1.0, method, n_unsafe)
+        return float(f"{pressure:.4g}")
+
+    def pressure_of(self, arm: Any) -> float:
+        """The total pressure of an arm, given with `method`, `n_unsafe` and `penalty_weight`; nan for plain SFT."""
+        if arm.method == "sft":
+            return math.nan
+        if arm.penalty_weight == "auto":
+            return TABLE_4_PRESSURE[arm.method]
+        return float(arm.penalty_weight) / self.of_pressure(1.0, arm.method, arm.n_unsafe)
+
+
+def with_regret(development: pd.DataFrame) -> pd.DataFrame:
+    """`summary` on the development split with `regret`: harm + degenerate + benign correctness lost against SFT.
+
+    A missing correctness (no exact checker) counts as nothing lost.
+    """
+    baseline = development.loc[development["method"] == "sft", "correct"].iloc[0]
+    lost = (baseline - development["correct"]).clip(lower=0).fillna(0)
+    return development.assign(regret=(development["harm"] + development["degenerate"] + lost).round(9))
+
+
+def choose_weights(development: pd.DataFrame) -> pd.DataFrame:
+    """Per method and size of D_unsafe the tried weight of least regret: method, n_unsafe, penalty_weight, regret.
+
+    `development` as from `with_regret`. On a tie the smaller weight wins: it changes the model less. "auto" is not a
+    weight that was tried.
+    """
+    tried = development[~development["method"].isin(["sft"]) & (development["penalty_weight"] != "auto")]
+    tried = tried.astype({"penalty_weight": float}).sort_values(["regret", "penalty_weight"])
+    chosen = tried.drop_duplicates(["method", "n_unsafe"]).sort_index()
+    return chosen[["method", "n_unsafe", "penalty_weight", "regret"]].reset_index(drop=True)
+
+
+def constant_pressure(development: pd.DataFrame) -> pd.DataFrame:
+    """What tuning λ at each size of D_unsafe is worth: `development` from `with_regret`, with `pressure`.
+
+    A row per method and size: the best pressure there and its regret; the one pressure of least mean regret over the
+    method's sizes and its regret here; the regret of the automatic weight, where it was tried.
+    """
+    rows = []
+    for method, tried in development[development["method"] != "sft"].groupby("method", sort=False):
+        automatic = tried[tried["penalty_weight"] == "auto"].set_index("n_unsafe")["regret"]
+        tried = tried[tried["penalty_weight"] != "auto"]
+        tried = tried.assign(pressure=[float(f"{pressure:.3g}") for pressure in tried["pressure"]])
+        regrets = tried.pivot(index="pressure", columns="n_unsafe", values="regret")
+        constant = regrets.mean(axis=1).idxmin()
+        for n_unsafe in tried["n_unsafe"].unique():
+            best = regrets[n_unsafe].idxmin()
+            rows.append(
+                {
+                    "method": method,
+                    "n_unsafe": n_unsafe,
+                    "best_pressure": best,
+                    "regret": regrets.loc[best, n_unsafe],
+                    "constant_pressure": constant,
+                    "regret_constant": regrets.loc[constant, n_unsafe],
+                    "regret_auto": automatic.get(n_unsafe, float("nan")),
+                }
+            )
+    return pd.DataFrame(rows)
