@@ -15,7 +15,7 @@ from tasft_lib.experiments import your_model
 from tasft_lib.judges import base, load
 from tasft_lib.reporting import figures
 
-ARMS = [SimpleNamespace(name="sft-1", label="sft"), SimpleNamespace(name="emd-2", label="emd")]
+ARMS = [SimpleNamespace(name="sft-1", display_name="sft"), SimpleNamespace(name="emd-2", display_name="emd")]
 
 
 def judged(first: str, second: str, *, kind: str = "toxic", judge: str = "a") -> pd.DataFrame:
@@ -99,7 +99,7 @@ def test_capability_is_measured_once_per_arm_and_again_for_other_questions(arms,
 
 def test_win_rates_are_paid_for_once(arms, tmp_path, monkeypatch):
     references = [{"instruction": f"name w{i}", "output": "w1"} for i in range(3)]
-    said = {arm.name: [f"{arm.label}{i}" for i in range(3)] for arm in arms}
+    said = {arm.name: [f"{arm.display_name}{i}" for i in range(3)] for arm in arms}
     answers = pd.concat(pd.DataFrame({"arm": name, "response": texts}) for name, texts in said.items())
     paid = []
 

@@ -159,8 +159,8 @@ def test_decodings_have_names():
     assert names == ["sampled", "greedy", "beam"]
 
 
-def test_texts_are_shown_in_full_where_prompts_and_model_are_invented(tmp_path):
-    assert study(tmp_path).in_full
+def test_texts_are_shown_in_full_where_prompts_and_model_are_invented():
+    assert study().in_full
     for change in ({"model": "a/b"}, {"benchmark_prompts": "stl"}, {"harvest_prompts": "prompts.txt"}):
         given = {"model_revision": "0" * 40} if "model" in change else {}
-        assert not study(tmp_path, **change, **given).in_full
+        assert not study(**change, **given).in_full

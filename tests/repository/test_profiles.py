@@ -4,6 +4,7 @@ A stand-in has the base's architecture and tokenizer class and random weights; d
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,10 +129,9 @@ def test_the_papers_arms_train_and_answer_on_every_base(base, load_in_4bit, tmp_
     # In the place of a harvest: nothing that a random model says would be kept.
     unsafe = [{"instruction": f"w55 w{i}", "prompt": f"w55 w{i}", "completion": f"w{i} w9 w{i}"} for i in range(6)]
     (files / "unsafe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unsafe))
-    study.unsafe = files / "unsafe.jsonl"
     tuned = paper.tuned_weights().set_index(["model", "method", "n_unsafe"])["penalty_weight"]
     for method in ("emd", "nlcl"):
-        arm = study.arm(method, 6)
+        arm = replace(study.arm(method, 6), unsafe=str(files / "unsafe.jsonl"))
         assert arm.penalty_weight == tuned[NAMES[base], method, 1000] and arm.lora["r"] == 8
         assert arm.training["penalty_reduction"] == "micro_batch"
         answers = study.answers([arm], [study.greedy])
