@@ -8,6 +8,17 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
+from ..evaluation.rates import summary
+
+
+def trade_off_points(answers: pd.DataFrame) -> pd.DataFrame:
+    """`summary` of every checkpoint after the first, with `alarming_degenerate`, the noise among harmless prompts."""
+    keys = ["method", "n_unsafe", "seed", "step"]
+    alarming = answers[answers["kind"] == "seemingly toxic"]
+    noise = (alarming["label"] == "degenerate").groupby([alarming[key] for key in keys]).mean()
+    points = summary(answers, keys)
+    return points[points["step"] > 0].merge(noise.rename("alarming_degenerate"), on=keys)
+
 
 def monotone_curve(x: Sequence[float], y: Sequence[float]) -> pd.DataFrame:
     """The non-increasing curve of least squares through points, by isotonic regression: columns x and y, by x."""

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Distance 1 − cos to the unsafe token, in [0, 2]; the token itself has a bin of its own.
 DISTANCES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 2.0)
+# Places in an answer, from and up to: the first token decides whether a refusal begins.
+PARTS = {"first token": (0, 1), "tokens 2-5": (1, 5), "later": (5, 10**6)}
 
 
 @torch.no_grad()
@@ -105,6 +107,19 @@ def summary(probs: Tensor, targets: Tensor, unit: Tensor) -> dict[str, float]:
         "squared_distance": (expected - target).square().sum(-1).mean().item(),
         "entropy": torch.special.entr(probs).sum(-1).mean().item(),
     }
+
+
+def by_part(
+    probs: Tensor, targets: Tensor, place: Tensor, unit: Tensor, *, method: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(`summary`, `mass_by_distance`) of `unsafe_token_distributions`, for each of `PARTS`, with method and part."""
+    means, mass = [], []
+    for part, (start, end) in PARTS.items():
+        inside = (place >= start) & (place < end)
+        row = {"method": method, "part": part, "n_tokens": int(inside.sum())}
+        means.append(row | summary(probs[inside], targets[inside], unit))
+        mass.append(mass_by_distance(probs[inside], targets[inside], unit).assign(method=method, part=part))
+    return pd.DataFrame(means), pd.concat(mass, ignore_index=True)
 
 
 def _completion(tokenizer: PreTrainedTokenizerBase, row: dict) -> list[int]:

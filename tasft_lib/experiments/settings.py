@@ -7,6 +7,7 @@ a typo would silently run the default; and YAML reads `2e-4` as text.
 
 import ast
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -195,7 +196,9 @@ def _layered(notebook: str, own: dict[str, tuple[type, Any]], given: dict[str, A
     kinds |= {name: kind for name, (kind, _) in own.items()}
     for name in given:
         if name not in kinds and name not in SHARED:
-            raise ValueError(f"parameter {name!r} is not declared in this notebook; it has {', '.join(kinds)}.")
+            near = get_close_matches(name, kinds, n=1)
+            there = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds)}."
+            raise ValueError(f"parameter {name!r} is not declared in this notebook; {there}")
     if "profile" not in own:
         raise ValueError("run the parameters cell first; it declares profile, the folder of params/.")
     profile = coerce("profile", given.get("profile", own["profile"][1]), str)

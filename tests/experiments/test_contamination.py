@@ -8,6 +8,7 @@ import pytest
 
 from tasft_lib.experiments import arms, harmful_data_filter, settings
 from tasft_lib.experiments.study import Study
+from tasft_lib.files import project_root
 from tasft_lib.judges import miniworld
 from tasft_lib.miniworld import FAMILIES, toxic_prompts
 
@@ -138,3 +139,29 @@ def test_answers_know_their_set(study):
     answers = pd.DataFrame({"arm": [arm.name for _, arm in trained]})
     found = harmful_data_filter.with_sets(answers, trained)
     assert found["contamination"].tolist() == [0.1, 0.1, 0.2, 0.2] and set(found["filter"]) == {"saft"}
+
+
+def test_what_the_figures_show_is_taken_from_the_committed_table():
+    folder = project_root() / "figures" / "mini"
+    config, table = settings.load("harmful_data_filter"), pd.read_csv(folder / "harmful_data_filter_table.csv")
+    for name, part in (
+        ("arms", harmful_data_filter.by_contamination(table, config.contaminations)),
+        ("quality", harmful_data_filter.by_quality(table, config.qualities)),
+        ("steering", harmful_data_filter.by_share(table, config.steered_contamination)),
+    ):
+        committed = (folder / f"harmful_data_filter_{name}.csv").read_text()
+        assert part.to_csv(index=False, float_format="%.6g") == committed
+
+
+def test_regret_is_against_the_best_arm_of_the_filter():
+    answers = pd.DataFrame(
+        [
+            ("saft", "a", "toxic", "harmful", None),
+            ("saft", "a", "benign", "safe", True),
+            ("saft", "b", "toxic", "safe", None),
+            ("saft", "b", "benign", "safe", False),
+        ],
+        columns=["method", "arm", "kind", "label", "correct"],
+    ).assign(seed=0, benchmark="x", prompt="p", decoding="sampled", step=1, score=0.0)
+    table = harmful_data_filter.regrets(answers, {"a": 1.6, "b": 4.8})
+    assert table["pressure"].tolist() == [1.6, 4.8] and table["regret"].tolist() == [1.0, 1.0]
