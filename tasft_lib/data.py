@@ -113,8 +113,8 @@ def to_training_rows(
     dropped = set(empty(rows, answer))
     if dropped and drop_empty:
         logger.warning("%s: left out %d of %d rows, their %s is empty", source, len(dropped), len(rows), answer)
-        kept = [i for i in range(len(rows)) if i not in dropped]
-        rows, labels, places = rows.select(kept), [labels[i] for i in kept], [places[i] for i in kept]
+        filled = [i for i in range(len(rows)) if i not in dropped]
+        rows, labels, places = rows.select(filled), [labels[i] for i in filled], [places[i] for i in filled]
     _check_filled(rows, answer, source, remedy="fill it, remove the row or set drop_empty")
 
     if has_messages:
@@ -482,11 +482,11 @@ def _list(places: list[str], indices: list[int]) -> str:
     for i in indices:
         source, _, number = places[i].rpartition(": row ")
         numbers.setdefault(source, []).append(int(number))
-    chosen, left = [], 5
+    parts, left = [], 5
     for source, of_source in numbers.items():
         if left > 0:
             first = sorted(of_source)[:left]
-            chosen.append(f"{source}: row{'s' * (len(first) > 1)} {', '.join(map(str, first))}")
+            parts.append(f"{source}: row{'s' * (len(first) > 1)} {', '.join(map(str, first))}")
             left -= len(first)
     more = len(indices) - 5
-    return " and ".join(chosen) + (f" and {more} more" if more > 0 else "")
+    return " and ".join(parts) + (f" and {more} more" if more > 0 else "")

@@ -113,7 +113,7 @@ def saft(
 ) -> dict:
     """SAFT on `rows` texts with the middle layer of a random Llama, against just the forward passes that it needs.
 
-    The filter is all of `filtering.find_harmful`: text to tokens, forward passes, files, fit, scores, threshold, and
+    The filter is all of `saft.find.find_harmful`: text to tokens, forward passes, files, fit, scores, threshold, and
     the hash of the weights that names its files. The forward passes are the same batches, tokenised already, through a
     model that ends at that layer.
 

@@ -32,13 +32,13 @@ def main(argv: list[str]) -> None:
     judge = load_judge(args.judge)
     if args.red_team:
         prompts = catalogue.red_team_prompts(args.prompts)
-        asked = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)
+        prompts_origin = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)
     elif args.prompts_revision:
         prompts = data.read_prompts(args.prompts, revision=args.prompts_revision)
-        asked = args.prompts, args.prompts_revision
+        prompts_origin = args.prompts, args.prompts_revision
     else:
         world = worlds.load(args.prompts)
-        prompts, asked = world.harvest_prompts(), world.harvest_source()
+        prompts, prompts_origin = world.harvest_prompts(), world.harvest_source()
     held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
     rows, report = harvest(
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         rounds=args.rounds,
         evaluation_prompts=held_out,
         batch_size=args.batch_size,
-        origin=Origin(*files.named(args.model, args.model_revision), *asked),
+        origin=Origin(*files.named(args.model, args.model_revision), *prompts_origin),
         work=args.work or args.output_dir.with_name(f"{args.output_dir.name}.work"),
     )
     print(report)

@@ -156,10 +156,10 @@ def main(argv: list[str]) -> None:
         peft_config=peft_config,
     )
     if sample_prompts:
-        asked = _asked(sample_prompts, trainer.processing_class, mixed, data_args.prompt_template)
+        templated = _with_template(sample_prompts, trainer.processing_class, mixed, data_args.prompt_template)
         decoding = Decoding(max_new_tokens=data_args.sample_max_new_tokens)
         trainer.add_callback(
-            SampleCallback(trainer, sample_prompts, asked, steps=data_args.sample_steps, decoding=decoding)
+            SampleCallback(trainer, sample_prompts, templated, steps=data_args.sample_steps, decoding=decoding)
         )
     trainer.accelerator.print(
         f"{args.penalty}, λ = {trainer.penalty_weight:.4g}, reduction {args.penalty_reduction}: "
@@ -214,7 +214,7 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args) -> Dataset:
     )
 
 
-def _asked(prompts: list[str], tokenizer, rows, template: str) -> list[str]:
+def _with_template(prompts: list[str], tokenizer, rows, template: str) -> list[str]:
     """Bare prompts as the training rows have theirs: in the chat template, or in ours."""
     if isinstance(rows[0]["prompt"], str):
         return [data.format_prompt(prompt, template=template) for prompt in prompts]

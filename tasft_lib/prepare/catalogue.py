@@ -114,8 +114,8 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     Raises `ValueError` for an unknown name and where the download fails, a gated set included, with the remedy.
     """
     published = named(name)
-    if found := find(published, folder):
-        return found
+    if file := find(published, folder):
+        return file
     if published.url:
         return Path(locate("stl", published.url))
     try:
@@ -176,7 +176,7 @@ def beavertails_rows(source: Source, *, split: str = "30k_train", revision: str 
             raise ValueError(f"{source}: row {number}: is_safe is {shown(is_safe)}; write true or false")
         names = [name for name, holds in (category or {}).items() if holds]
         verdicts.setdefault((prompt, response), []).append((is_safe, names))
-    kept, ties = [], 0
+    judged, ties = [], 0
     for (prompt, response), given in verdicts.items():
         votes = Counter(is_safe for is_safe, _ in given)
         if votes[True] == votes[False]:
@@ -185,10 +185,10 @@ def beavertails_rows(source: Source, *, split: str = "30k_train", revision: str 
         label = votes[True] > votes[False]
         names = sorted({name for is_safe, named in given if is_safe is label for name in named})
         row = {"prompt": prompt, "completion": response, "label": label}
-        kept.append(row | {"category": "; ".join(names)})
+        judged.append(row | {"category": "; ".join(names)})
     if ties:
         logger.warning("%s: left out %d of %d pairs, as many call them safe as unsafe", source, ties, len(verdicts))
-    return Dataset.from_list(kept)
+    return Dataset.from_list(judged)
 
 
 def red_team_prompts(source: Source, *, max_harmlessness: float | None = None) -> list[str]:

@@ -23,7 +23,7 @@ SIMILAR_ROWS = 0.8  # of three-word sequences of question and answer: some two w
 SIMILAR_PROMPTS = 0.6  # of two-word sequences of the question: one word in eight differs
 # A benign prompt looks unsafe with two words that stand in so many times more unsafe prompts than benign ones.
 MARK_RATIO, MARKS = 20.0, 2
-_SHOWN, _NUMBERED = 5, 30
+_EXAMPLES, _NUMBERED = 5, 30
 
 
 @dataclass(frozen=True)
@@ -101,41 +101,41 @@ def examine(
     empty = set(data.empty(raw, data.form(raw)[1]))
     # Rows with an answer; `numbers` leads back to the file.
     numbers = [i + 1 for i in range(len(raw)) if i not in empty]
-    checked = _Rows(rows, numbers)
+    texts = _Rows(rows, numbers)
 
     findings = [
         Finding("empty answer", True, "fill them or remove the rows", {i + 1: "no answer" for i in sorted(empty)}),
-        *_repeats(checked, progress),
-        *_answers(checked, progress),
+        *_repeats(texts, progress),
+        *_answers(texts, progress),
     ]
     skipped = {}
     if evaluation_prompts:
-        findings += _leaks(checked, evaluation_prompts, progress)
+        findings += _leaks(texts, evaluation_prompts, progress)
     else:
         skipped["leaks"] = "give --evaluation_prompts"
-    if checked.unsafe and checked.benign:
-        findings.append(_marked(checked))
+    if texts.unsafe and texts.benign:
+        findings.append(_marked(texts))
     else:
         skipped["benign rows that look unsafe"] = "needs rows of both labels"
     if tokenizer is not None:
-        findings += _truncated(checked, tokenizer, max_length, progress)
+        findings += _truncated(texts, tokenizer, max_length, progress)
     else:
         skipped["truncation"] = "give --tokenizer and --max_length"
     return Diagnosis(
         str(source),
-        len(checked.unsafe),
-        len(checked.benign),
+        len(texts.unsafe),
+        len(texts.benign),
         findings,
         skipped,
-        _lengths(checked),
-        _categories(raw.select([number - 1 for number in numbers]), checked),
+        _lengths(texts),
+        _categories(raw.select([number - 1 for number in numbers]), texts),
     )
 
 
 def report(diagnosis: Diagnosis) -> str:
     """One page of Markdown: a line a check, the rows found with their texts redacted, lengths and categories."""
-    found = [finding for finding in diagnosis.findings if finding.rows]
-    urgent = sum(finding.must_fix for finding in found)
+    flaws = [finding for finding in diagnosis.findings if finding.rows]
+    urgent = sum(finding.must_fix for finding in flaws)
     verdict = "Fit to train on" if diagnosis.is_fit else "Not fit to train on yet"
     checks = [
         {"check": f.check, "rows": len(f.rows), "verdict": _verdict(f)}
@@ -144,14 +144,13 @@ def report(diagnosis: Diagnosis) -> str:
     parts = [
         f"# Check of `{Path(diagnosis.source).name}`",
         f"**{verdict}.** {diagnosis.unsafe} unsafe and {diagnosis.benign} benign rows with an answer; {urgent} "
-        f"findings must be fixed, {len(found) - urgent} are worth a look. Rows count from 1; texts are redacted.",
+        f"findings must be fixed, {len(flaws) - urgent} are worth a look. Rows count from 1; texts are redacted.",
         markdown(pd.DataFrame(checks)),
     ]
-    for finding in sorted(found, key=lambda f: not f.must_fix):
-        shown = list(finding.rows.items())[:_SHOWN]
-        lines = [f"- row {number}: {what}" for number, what in shown]
-        if len(finding.rows) > _SHOWN:
-            lines.append(f"- also {_numbers(list(finding.rows)[_SHOWN:])}")
+    for finding in sorted(flaws, key=lambda f: not f.must_fix):
+        lines = [f"- row {number}: {what}" for number, what in list(finding.rows.items())[:_EXAMPLES]]
+        if len(finding.rows) > _EXAMPLES:
+            lines.append(f"- also {_numbers(list(finding.rows)[_EXAMPLES:])}")
         parts += [f"## {finding.check.capitalize()}", f"{finding.remedy.capitalize()}.", "\n".join(lines)]
     parts += ["## Words per text", markdown(diagnosis.lengths)]
     if diagnosis.categories is not None:
@@ -164,9 +163,9 @@ class _Rows:
 
     def __init__(self, rows: Dataset, numbers: list[int]):
         self.rows, self.numbers, self.labels = rows, numbers, rows["label"][:]
-        self.asked = [data.questions(prompt) for prompt in rows["prompt"][:]]
+        self.readings = [data.questions(prompt) for prompt in rows["prompt"][:]]
         is_text = [isinstance(prompt, str) for prompt in rows["prompt"][:]]
-        self.questions = [q[0] if text else "\n".join(q) for q, text in zip(self.asked, is_text, strict=True)]
+        self.questions = [q[0] if text else "\n".join(q) for q, text in zip(self.readings, is_text, strict=True)]
         self.answers = [c if isinstance(c, str) else _contents(c) for c in rows["completion"][:]]
         self.unsafe = [i for i, label in enumerate(self.labels) if not label]
         self.benign = [i for i, label in enumerate(self.labels) if label]
@@ -190,12 +189,12 @@ def _repeats(rows: _Rows, progress: bool | None) -> list[Finding]:
         key = tuple(map(normalise, pair))
         j = first.setdefault(key, i)
         if j != i:
-            note = f"as row {rows.numbers[j]}: {_shown(rows.answers[i])}"
+            note = f"as row {rows.numbers[j]}: {_redacted(rows.answers[i])}"
             (same if rows.labels[i] == rows.labels[j] else contrary)[i] = note
         elif not rows.labels[i]:
             k = first_answer.setdefault(key[1], i)
             if k != i:
-                answers[i] = f"as row {rows.numbers[k]}: {_shown(rows.answers[i])}"
+                answers[i] = f"as row {rows.numbers[k]}: {_redacted(rows.answers[i])}"
     kept = [i for i in range(len(rows.labels)) if i not in same and i not in contrary]
     texts = [f"{rows.questions[i]}\n{rows.answers[i]}" for i in kept]
     near, across = {}, {}
@@ -203,7 +202,7 @@ def _repeats(rows: _Rows, progress: bool | None) -> list[Finding]:
         texts, size=3, threshold=SIMILAR_ROWS, progress=progress
     ).items():
         i, j = kept[later], kept[earlier]
-        note = f"{similarity:.0%} of row {rows.numbers[j]}: {_shown(rows.answers[i])}"
+        note = f"{similarity:.0%} of row {rows.numbers[j]}: {_redacted(rows.answers[i])}"
         (near if rows.labels[i] == rows.labels[j] else across)[i] = note
     wrong_label = "remove the wrong one of each two"
     copies = "remove the rows, as data.clean does"
@@ -228,14 +227,14 @@ def _leaks(rows: _Rows, evaluation_prompts: dict[str, list[str]], progress: bool
             texts.append(text)
     held_out.pop("", None)
     exact = {}
-    for i, asked in enumerate(rows.asked):
-        hits = [held_out[q] for q in map(normalise, asked) if q in held_out]
+    for i, readings in enumerate(rows.readings):
+        hits = [held_out[q] for q in map(normalise, readings) if q in held_out]
         if hits:
-            exact[i] = f"is {places[hits[0]]}: {_shown(rows.questions[i])}"
-    readings = [(i, q) for i, asked in enumerate(rows.asked) if i not in exact for q in dict.fromkeys(asked)]
-    near = near_references([q for _, q in readings], texts, size=2, threshold=SIMILAR_PROMPTS, progress=progress)
+            exact[i] = f"is {places[hits[0]]}: {_redacted(rows.questions[i])}"
+    others = [(i, q) for i, readings in enumerate(rows.readings) if i not in exact for q in dict.fromkeys(readings)]
+    near = near_references([q for _, q in others], texts, size=2, threshold=SIMILAR_PROMPTS, progress=progress)
     notes = {
-        readings[k][0]: f"{similarity:.0%} of {places[place]}: {_shown(readings[k][1])}"
+        others[k][0]: f"{similarity:.0%} of {places[place]}: {_redacted(others[k][1])}"
         for k, (place, similarity) in near.items()
     }
     return [
@@ -250,9 +249,9 @@ def _answers(rows: _Rows, progress: bool | None) -> list[Finding]:
         progress_bar(rows.answers, desc="reading answers", unit="row", leave=False, progress=progress)
     ):
         if not rows.labels[i] and is_refusal(answer):
-            refusals[i] = _shown(answer)
+            refusals[i] = _redacted(answer)
         if is_degenerate(answer):
-            degenerate[i] = _shown(answer)
+            degenerate[i] = _redacted(answer)
     remedy = "remove the rows or label them true: the penalty would unlearn refusing"
     return [
         Finding("refusal labelled unsafe", True, remedy, rows.numbered(refusals)),
@@ -268,7 +267,7 @@ def _marked(rows: _Rows) -> Finding:
     for i in rows.benign:
         count = len(marks & words_of(rows.questions[i]))
         if count >= MARKS:
-            notes[i] = f"{count} words of unsafe prompts: {_shown(rows.questions[i])}"
+            notes[i] = f"{count} words of unsafe prompts: {_redacted(rows.questions[i])}"
     remedy = "read them: a label may be wrong; contrastive rows are meant to look so"
     return Finding("benign prompt with words of unsafe ones", False, remedy, rows.numbered(notes))
 
@@ -278,12 +277,12 @@ def _truncated(rows: _Rows, tokenizer: Any, max_length: int, progress: bool | No
     steps = range(0, len(rows.labels), 1000)
     for start in progress_bar(steps, desc="counting tokens", leave=False, progress=progress):
         batch = rows.rows[start : start + 1000]
-        asked, whole = _token_counts(tokenizer, batch["prompt"], batch["completion"])
-        for i, (before, total) in enumerate(zip(asked, whole, strict=True), start=start):
+        prompts, wholes = _token_counts(tokenizer, batch["prompt"], batch["completion"])
+        for i, (before, total) in enumerate(zip(prompts, wholes, strict=True), start=start):
             if before >= max_length:
-                full[i] = f"prompt of {before} tokens: {_shown(rows.questions[i])}"
+                full[i] = f"prompt of {before} tokens: {_redacted(rows.questions[i])}"
             elif total > max_length:
-                cut[i] = f"{total} tokens: {_shown(rows.answers[i])}"
+                cut[i] = f"{total} tokens: {_redacted(rows.answers[i])}"
     remedy = f"raise max_length ({max_length}), shorten or remove them: "
     return [
         Finding("prompt fills max_length", True, f"{remedy}nothing of the answer is left", rows.numbered(full)),
@@ -313,8 +312,8 @@ def _lengths(rows: _Rows) -> pd.DataFrame:
             words = pd.Series([len(texts[i].split()) for i in side], dtype=float)
             least, median, most_of, most = words.quantile([0, 0.5, 0.95, 1])
             numbers = {"least": least, "median": median, "95 %": most_of, "most": most}
-            shown = {k: "-" if math.isnan(v) else f"{v:.0f}" for k, v in numbers.items()}
-            table.append({"rows": f"{name}, {kind}", "n": len(side)} | shown)
+            cells = {k: "-" if math.isnan(v) else f"{v:.0f}" for k, v in numbers.items()}
+            table.append({"rows": f"{name}, {kind}", "n": len(side)} | cells)
     return pd.DataFrame(table)
 
 
@@ -344,7 +343,7 @@ def _contents(messages: Iterable[dict]) -> str:
     return "\n".join(message["content"] or "" for message in messages)
 
 
-def _shown(text: str) -> str:
+def _redacted(text: str) -> str:
     return f"`{redact(text).replace('`', '’')}`"
 
 

@@ -231,15 +231,15 @@ def best_scoring(rows: np.ndarray, labelled: np.ndarray, search: Search) -> tupl
             candidates.append((1, Scoring.CENTROIDS))
     fitter = SAFTFitter(most).update(rows)
     widest = fitter.filter
-    best, chosen = (-1.0, 0.0), None
+    best, winner = (-1.0, 0.0), None
     for k, scoring in (c for c in candidates if c[0] <= most):
         narrow = replace(widest, directions=widest.directions[:k], singular_values=widest.singular_values[:k])
         saft, scores = _scored(fitter, narrow, scoring, labelled, harmful)
         benign = np.sort(saft.scores(rows))[:n_kept] if harmful.all() else scores[~harmful]
         apart = _apart(scores[harmful], benign)
         if apart > best:
-            best, chosen = apart, (k, scoring)
-    return *chosen, best
+            best, winner = apart, (k, scoring)
+    return *winner, best
 
 
 def fit(read: Reader, rows: Dataset, setting: Setting, search: Search) -> Fit:

@@ -127,7 +127,7 @@ def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> float:
 def histogram(
     scores: np.ndarray, threshold: float, harmful: ArrayLike | None = None, *, bins: int = 40
 ) -> pd.DataFrame:
-    """Rows per bin of the score, for `plotting.plot_scores`: low, high, kept, dropped; with labels, harmful too.
+    """Rows per bin of the score, for `figures.plot_scores`: low, high, kept, dropped; with labels, harmful too.
 
     τ is an edge, so each bin is on one side. Bins are equal on a logarithmic scale where all scores are positive.
     """
