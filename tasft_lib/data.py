@@ -90,12 +90,13 @@ def to_training_rows(
     drop_empty: bool = False,
     with_place: bool = False,
 ) -> Dataset:
-    """Rows of either accepted form as a data set of exactly `prompt`, `completion` and `label`.
+    """Rows of either accepted form as `prompt`, `completion` and `label`, each row checked by itself.
 
     The forms: `prompt` and `completion`, text or lists of {role, content} messages, passed on untouched; or Alpaca's
     `instruction`, `output` and (optional) `input`, put into `template`. `label` is given to every row; with None it is
     read from the rows' own `label` column. Only booleans are labels, except in a CSV file, which has none: there true,
     false, 1 and 0 (any case) are read. `drop_empty` leaves out rows without an answer and logs how many.
+    `with_place` adds a column `place`, "<source>: row <number>", by which `check` names a row; `draw` takes it away.
 
     Raises:
         ValueError: missing column, text that is not text, label that is no boolean or contradicts `label`, empty row.
