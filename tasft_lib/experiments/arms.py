@@ -379,20 +379,20 @@ def summary(arms: list[ArmSpec]) -> dict[str, Any]:
     """The arms for the manifest of a figure, without their logs.
 
     Returns:
-        `base`, the spec of the first arm; `rows`, by name the specs of what rows are made from; `arms`, by name what
-        each arm recorded (seconds, steps, penalty_weight, ...), its `spec` where it differs from `base`.
+        `base`, spec and ingredients of the first arm; `rows`, by name the specs of what rows are made from; `arms`, by
+        name what each arm recorded (seconds, steps, penalty_weight, ...), spec and ingredients where they differ.
     """
-    if not arms:
-        return {"base": {}, "rows": {}, "arms": {}}
-    base = _travelling(arms[0])
-    summaries = {}
+    base, summaries, rows = {}, {}, {}
     for arm in arms:
-        own = {k: v for k, v in read_manifest(arm).items() if k not in ("arm", "log_history", "versions", "hardware")}
-        summaries[arm.name] = own | {"spec": _difference(_travelling(arm), base)}
-    rows: dict[str, Any] = {}
+        manifest = read_manifest(arm)
+        own = {"spec": _travelling(arm), "ingredients": manifest["ingredients"]}
+        base = base or own
+        left_out = ("arm", "log_history", "versions", "hardware")
+        different = {part: _difference(own[part], base[part]) for part in own}
+        summaries[arm.name] = {k: v for k, v in manifest.items() if k not in left_out} | different
     for source in (source for arm in arms for source in (arm.unsafe, arm.extra)):
         while isinstance(source, Rows):
-            rows[source.name] = describe(source)
+            rows[source.name] = _travelling(source)
             source = getattr(source, "unsafe", None)
     return {"base": base, "rows": rows, "arms": summaries}
 
@@ -460,13 +460,10 @@ def checkpoints(spec: ArmSpec) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _travelling(spec: ArmSpec) -> dict[str, Any]:
-    """`describe` for other machines: of a local folder or file no more than its name."""
-    described = describe(spec)
-    for name in ("model", "benign", "unsafe", "extra", "held_out"):
-        if described[name] is not None and Path(described[name]).is_absolute():
-            described[name] = Path(described[name]).name
-    return described
+def _travelling(spec: ArmSpec | Rows) -> dict[str, Any]:
+    """`describe` for other machines: of a path on this one no more than its last name."""
+    absolute = {k: v for k, v in describe(spec).items() if isinstance(v, str) and Path(v).is_absolute()}
+    return describe(spec) | {name: Path(path).name for name, path in absolute.items()}
 
 
 def _difference(spec: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from . import harmful_data_filter as filtering
 from .arms import ArmSpec
+from .settings import Settings
 from .study import Study
 
 
-def study_of(config: Any) -> Study:
+def study_of(config: Settings) -> Study:
     """The notebook's study. The benign rows of `harmful_data_filter` are those of its contaminated sets."""
     if config.notebook == "harmful_data_filter":
         return Study(config, benign=config.contamination_source, n_benign=config.n_rows)

@@ -7,6 +7,7 @@ import pandas as pd
 
 from ..config import TABLE_4_PRESSURE, share_of_loss
 from ..files import project_root
+from .settings import Settings
 
 
 class Weights:
@@ -16,7 +17,7 @@ class Weights:
     matters. It is read here, once, so that listing arms reads nothing.
     """
 
-    def __init__(self, settings: Any):
+    def __init__(self, settings: Settings):
         self.settings = settings
         self.source = getattr(settings, "penalty_weights", "")
         path = project_root() / self.source

@@ -167,8 +167,9 @@ def test_a_summary_tells_a_spec_once_and_then_the_differences(spec, tmp_path):
         arms.train(each)
     summary = arms.summary(specs)
     first, second = summary["arms"].values()
-    assert first["spec"] == {} and second["spec"] == {"seed": 1, "training": {"learning_rate": 2e-2}}
-    assert summary["base"]["model"] == "base" and first["seconds"] > 0 and first["penalty_weight"] == 3.0
+    assert first["spec"] == first["ingredients"] == second["ingredients"] == {}
+    assert second["spec"] == {"seed": 1, "training": {"learning_rate": 2e-2}}
+    assert summary["base"]["spec"]["model"] == "base" and first["seconds"] > 0 and first["penalty_weight"] == 3.0
     assert str(tmp_path) not in json.dumps(summary)
 
 
