@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,quant]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[notebooks,quant,dev]"
 	touch $@
 
 reproduce: .venv/installed

@@ -21,6 +21,19 @@ COMMANDS = {
     "env": "versions and hardware, for a bug report",
 }
 
+# Package -> the extra that brings it.
+EXTRAS = {
+    "matplotlib": "notebooks",
+    "seaborn": "notebooks",
+    "papermill": "notebooks",
+    "nbformat": "notebooks",
+    "markdown_it": "notebooks",
+    "openai": "serve",
+    "lm_eval": "harness",
+    "alpaca_eval": "alpaca_eval",
+    "bitsandbytes": "quant",
+}
+
 DESCRIPTION = """\
 Toxicity-avoiding supervised fine-tuning (TA-SFT, arXiv:2412.06843).
 
@@ -44,6 +57,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"tasft {argv[0]}: {message}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        remedy = f"pip install 'tasft[{EXTRAS[package]}]'"
+        print(f"tasft {argv[0]}: {package} is not installed: {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"tasft {argv[0]}: interrupted; finished work is kept, run the same command to go on.", file=sys.stderr)

@@ -5,7 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from ..models import load_model
+from .. import files
+from .flags import check_data
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +36,10 @@ def main(argv: list[str]) -> None:
     if (prices.count(None) == 1) or (args.max_cost is not None and None in prices):
         parser.error("give both prices; --max_cost needs them")
 
-    from .. import data, files
+    files.check_model(args.model, args.model_revision)
+    check_data(args.references)
+
+    from .. import data
     from ..evaluation import alpaca
     from ..generation import Decoding
 
@@ -110,8 +114,9 @@ def _check_key(annotator, plan: dict[str, int]) -> None:
 
 def _answer(args, instructions: list[str], answers: dict[str, str], file: Path, decoding) -> None:
     """Add the model's answers to `answers` and `file`, a few batches at a time, so that a kill loses little."""
-    from .. import data, files
+    from .. import data
     from ..generation import check_prompts, generate
+    from ..models import load_model
 
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
     asked = [data.format_prompt(instruction, template=args.prompt_template) for instruction in instructions]

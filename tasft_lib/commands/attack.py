@@ -4,7 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from ..models import load_model
+from .. import files
+from .flags import check_data
 
 
 def main(argv: list[str]) -> None:
@@ -29,10 +30,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
 
-    from .. import data, files
+    check_data(args.goals)
+
+    from .. import data
     from ..evaluation import pair, rates
     from ..evaluation.served import Endpoint
     from ..generation import Decoding, generate
+    from ..models import load_model
 
     goals = pair.read_goals(args.goals)[: args.n_goals]
     settings = pair.PairSettings(streams=args.streams, depth=args.depth, seed=args.seed)

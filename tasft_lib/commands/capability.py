@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..models import load_model
+from .. import files
 
 
 def main(argv: list[str]) -> None:
@@ -19,8 +19,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
 
-    from .. import files
+    files.check_model(args.model, args.model_revision)
+
     from ..evaluation import lm_eval
+    from ..models import load_model
 
     tasks = {}
     for task in args.tasks or lm_eval.TASKS:

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ..models import load_tokenizer
+from .. import files
+from .flags import check_data
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +27,13 @@ def main(argv: list[str]) -> int:
         if args.output.suffix != ".md" or within:
             raise ValueError(f"{args.output}: the report is a .md file outside the data; choose another --output.")
 
-    from .. import data, files
+    for source in (args.data, *args.evaluation_prompts):
+        check_data(source)
+    if args.tokenizer is not None:
+        files.check_model(args.tokenizer, args.model_revision)
+
+    from .. import data
+    from ..models import load_tokenizer
     from ..prepare import doctor
 
     diagnosis = doctor.examine(

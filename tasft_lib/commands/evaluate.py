@@ -1,6 +1,6 @@
 """`tasft evaluate`: answers to the harm benchmarks, judged: a results table."""
 
-from ..models import load_model, load_tokenizer
+from .. import files
 from .flags import model_parser
 
 
@@ -34,12 +34,15 @@ def main(argv: list[str]) -> None:
         parser.error("a chat server begins its answers itself: no prefix and no prefill with --base_url")
     args.prompt_template = args.prompt_template or ("none" if args.base_url else "alpaca")
 
-    from .. import files
+    if args.model:
+        files.check_model(args.model, args.model_revision)
+
     from ..evaluation import rates, worlds
     from ..evaluation.answers import agreement, judge_answers, questions, read_or_ask
     from ..evaluation.served import generate_served
     from ..generation import Decoding, generate
     from ..judges import load
+    from ..models import load_model
 
     asked_judges = [load.load_judge(name) for name in args.judges or [args.judge]]
     prompts = worlds.load(args.benchmarks).evaluation_prompts(per_benchmark=args.per_benchmark)
@@ -88,6 +91,7 @@ def _attacked(prompts, args):
     """The prompts under the attacks of `--attacks`; answers to begin with come from `--prefill_answers`."""
     from .. import data
     from ..evaluation import attacks, worlds
+    from ..models import load_tokenizer
 
     answers = tokenizer = None
     if "prefill" in args.attacks:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..models import adapter_base, load_tokenizer
+from ..publish import hub
 
 AFTERWARDS = """\
 vLLM:      vllm serve {folder} --generation-config vllm
@@ -23,13 +23,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
 
-    import torch
-
-    from ..publish import export, hub
-
     hub.model_files(args.model)
+
+    from ..models import adapter_base, load_tokenizer, torch_dtype
+    from ..publish import export
+
     tokenizer = load_tokenizer(str(args.model), None)
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = torch_dtype(args.dtype)
     if (args.model / "adapter_config.json").exists():
         base, revision = adapter_base(args.model, args.model_revision, base=args.base)
         options = {"tokenizer": tokenizer, "dtype": dtype}

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ..models import load_model
+from .. import files
+from .flags import check_data
 
 
 def main(argv: list[str]) -> None:
@@ -45,7 +46,13 @@ def main(argv: list[str]) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{name}={value}: give 1 or more.")
 
-    from .. import data, files
+    check_data(args.data)
+    if args.validation is not None:
+        check_data(args.validation)
+    files.check_model(args.model, args.model_revision)
+
+    from .. import data
+    from ..models import load_model
     from ..reporting import figures
     from ..saft.find import Search
     from ..saft.report import Output

@@ -1,6 +1,7 @@
-"""Flags that commands share."""
+"""Flags that commands share, and paths checked before anything slow is imported."""
 
 import argparse
+import re
 from pathlib import Path
 
 
@@ -19,3 +20,11 @@ def model_parser(prog: str, description: str, *, needs_model: bool = True) -> ar
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser
+
+
+def check_data(source: str) -> None:
+    """Raise `ValueError` for a file or folder of rows that is not there; a hub id (owner/name) may be anywhere."""
+    path = Path(source).expanduser()
+    is_file = {".json", ".jsonl", ".csv", ".parquet"} & {suffix.lower() for suffix in path.suffixes}
+    if not path.exists() and (is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
+        raise ValueError(f"{source}: no such file; check the path")

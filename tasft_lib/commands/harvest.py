@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..models import load_model
+from .. import files
 from .flags import model_parser
 
 
@@ -20,15 +20,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--work", type=Path, help="what is done so far, to go on from (default: <output_dir>.work)")
     args = parser.parse_args(argv)
 
-    from .. import data, files
+    files.check_model(args.model, args.model_revision)
+    if args.output_dir.exists():
+        raise ValueError(f"{args.output_dir} exists already; remove it or choose another --output_dir.")
+
+    from .. import data
     from ..evaluation import worlds
     from ..generation import Decoding
     from ..judges.load import load_judge
+    from ..models import load_model
     from ..prepare import catalogue
     from ..prepare.harvest import Origin, harvest, save_harvest
 
-    if args.output_dir.exists():
-        raise ValueError(f"{args.output_dir} exists already; remove it or choose another --output_dir.")
     judge = load_judge(args.judge)
     if args.red_team:
         prompts = catalogue.red_team_prompts(args.prompts)

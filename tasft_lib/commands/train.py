@@ -1,22 +1,14 @@
 """`tasft train`: TRL's SFT with a penalty on the rows labelled unsafe."""
 
+import argparse
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
-from datasets import Dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .. import data, files
-from ..config import TASFTConfig
-from ..evaluation.samples import SampleCallback
-from ..generation import Decoding
-from ..models import load_tokenizer, load_weights
-from ..publish.card import RECORD, training_record
-from ..saft.find import Search
-from ..saft.workflow import label_rows
-from ..trainer import TASFTTrainer
+from .. import files
+from .flags import check_data
 
 HELP = """\
 usage: tasft train --config FILE.yaml [--option value ...]
@@ -28,12 +20,38 @@ TrainingArguments works, in the YAML file or as a flag; `tasft train --help_all`
   --model_name_or_path, --model_revision, --dtype, --load_in_4bit, --use_peft, --lora_r, --lora_alpha,
   --lora_target_modules, --output_dir, --learning_rate, --num_train_epochs, --per_device_train_batch_size,
   --gradient_accumulation_steps, --max_length, --resume_from_checkpoint, --report_to, --push_to_hub (HF_TOKEN)
-"""
+
+penalty options:
+  --penalty emd|emd_exact|nlcl|gradient_ascent|unlikelihood|npo|simnpo|imitation
+      Penalty on unsafe rows (default: emd); `imitation` pulls towards them: for safe ones.
+  --penalty_weight
+      Lambda: a number, or `auto` (default) for `penalty_pressure` / share of unsafe rows.
+  --penalty_pressure
+      Expected weight of the penalty for `auto` (default: from the paper's Table 4).
+  --penalty_reduction batch|unsafe|micro_batch
+      What the summed penalty is divided by: samples of the optimizer step (default), its unsafe samples, or those of
+      the micro-batch (the paper's lambda as they stand).
+  --penalty_embedding lm_head|embed_tokens|random|one_hot
+      Token embedding of the EMD penalties (default: lm_head).
+  --penalty_beta
+      Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).
+  --penalize_eos
+      Penalise the end-of-sequence token of unsafe rows too.
+  --penalty_first_tokens
+      Penalise only so many first tokens of an unsafe answer (default: all).
+  --loss_head fused|dense
+      Losses in chunks (default), or on full logits, its reference.
+
+data options:
+  --dataset_name
+      Rows (.json, .jsonl, .csv or .parquet file, save_to_disk folder, hub id)."""
+# Options that name a file or folder of rows.
+ROWS = ("dataset_name", "unsafe_dataset_name", "saft_validation", "evaluation_prompts", "sample_prompts")
 
 
 @dataclass
-class DataArguments(ScriptArguments):
-    """TRL's `dataset_name` and splits, and where the unsafe rows come from."""
+class DataArguments:
+    """Where the rows come from, beside TRL's `dataset_name` and splits."""
 
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Commit of a hub data set (local files need none)."}
@@ -75,23 +93,32 @@ class DataArguments(ScriptArguments):
 
 
 def main(argv: list[str]) -> None:
-    parser = TrlParser((DataArguments, TASFTConfig, ModelConfig), prog="tasft train")
+    # TRL takes seconds to import: what can be said before is said before.
+    if "--help_all" not in argv:
+        if not argv or "-h" in argv or "--help" in argv:
+            print(HELP)
+            for option in fields(DataArguments):
+                print(f"  --{option.name}\n      {option.metadata['help']}")
+            return
+        _check_paths(argv)
+
+    from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+    from .. import data
+    from ..config import TASFTConfig
+    from ..evaluation.samples import SampleCallback
+    from ..generation import Decoding
+    from ..models import load_tokenizer
+    from ..publish.card import RECORD, training_record
+    from ..trainer import TASFTTrainer
+
+    parser = TrlParser((ScriptArguments, DataArguments, TASFTConfig, ModelConfig), prog="tasft train")
     parser.usage = "tasft train --config FILE.yaml [--option value ...]"
     if "--help_all" in argv:
         parser.print_help()
         return
-    if not argv or "-h" in argv or "--help" in argv:
-        print(HELP)
-        _print_options("data", DataArguments, ScriptArguments)
-        _print_options("penalty", TASFTConfig, TASFTConfig.__mro__[1])
-        return
-    try:
-        data_args, args, model_args = parser.parse_args_and_config(args=argv, fail_with_unknown_args=True)
-    except yaml.MarkedYAMLError as error:
-        # Its own message quotes the lines, in which a token may stand.
-        where = error.problem_mark
-        raise ValueError(f"{where.name}: line {where.line + 1}: no valid YAML ({error.problem}); correct it") from None
-    if data_args.dataset_name is None or model_args.model_name_or_path is None:
+    script_args, data_args, args, model_args = parser.parse_args_and_config(args=argv, fail_with_unknown_args=True)
+    if script_args.dataset_name is None or model_args.model_name_or_path is None:
         raise ValueError("dataset_name and model_name_or_path are needed; give them in the --config file or as flags.")
     if args.hub_token is not None:
         # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads.
@@ -102,20 +129,20 @@ def main(argv: list[str]) -> None:
         raise ValueError("SAFT finds the unsafe rows; leave out unsafe_dataset_name, or saft_contamination.")
 
     rows = data.read_rows(
-        data_args.dataset_name, split=data_args.dataset_train_split, revision=data_args.dataset_revision
+        script_args.dataset_name, split=script_args.dataset_train_split, revision=data_args.dataset_revision
     )
     has_label = "label" in rows.column_names or (data_args.unsafe_dataset_name is None and not by_saft)
     rows = data.to_training_rows(
         rows,
         label=None if has_label else True,
         template=data_args.prompt_template,
-        source=data_args.dataset_name,
+        source=script_args.dataset_name,
         drop_empty=data_args.drop_empty,
         with_place=True,
     )
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     if by_saft:
-        rows = _labelled_by_saft(rows, data_args, args, model_args)
+        rows = _labelled_by_saft(rows, script_args.dataset_name, data_args, args, model_args)
     benign, unsafe = data.by_label(rows)
     if data_args.unsafe_dataset_name is not None:
         unsafe = data.read_training_rows(
@@ -132,7 +159,7 @@ def main(argv: list[str]) -> None:
         n_benign=data_args.n_benign,
         n_unsafe=data_args.n_unsafe,
         seed=args.seed,
-        source=f"{data_args.dataset_name} with {labels_from}",
+        source=f"{script_args.dataset_name} with {labels_from}",
         evaluation_prompts=[p for file in data_args.evaluation_prompts for p in data.read_prompts(file)],
         tokenizer=tokenizer,
         max_length=args.max_length,
@@ -168,23 +195,59 @@ def main(argv: list[str]) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
-        sources = {data_args.dataset_name: data_args.dataset_revision}
+        sources = {script_args.dataset_name: data_args.dataset_revision}
         if data_args.unsafe_dataset_name is not None:
             sources[data_args.unsafe_dataset_name] = data_args.unsafe_dataset_revision
         record = training_record(trainer, model_args, mixed, sources, template=data_args.prompt_template)
         files.write_json(Path(args.output_dir) / RECORD, record | {"labels_by_saft": by_saft} | files.environment())
     trainer.accelerator.print(f"saved to {args.output_dir}")
     if args.push_to_hub:
-        is_local = os.path.exists(data_args.dataset_name)
-        trainer.push_to_hub(dataset_name=None if is_local else data_args.dataset_name)
+        is_local = os.path.exists(script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=None if is_local else script_args.dataset_name)
     trainer.end()
 
 
-def _labelled_by_saft(rows: Dataset, data_args, args, model_args) -> Dataset:
+def _check_paths(argv: list[str]) -> None:
+    """Raise `ValueError` for a configuration that is no YAML and for rows or a model that are not there."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "model_name_or_path", "model_revision", *ROWS):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=argparse.SUPPRESS)
+    flags = vars(parser.parse_known_args(argv)[0])
+    options = _read_config(Path(flags["config"][0])) if flags.get("config") else {}
+    options |= {name: values if name == "evaluation_prompts" else values[0] for name, values in flags.items() if values}
+    for name in ROWS:
+        value = options.get(name)
+        for source in value if isinstance(value, list) else [value]:
+            if isinstance(source, str):
+                check_data(source)
+    if isinstance(model := options.get("model_name_or_path"), str):
+        files.check_model(model, options.get("model_revision"))
+
+
+def _read_config(file: Path) -> dict:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; check the path")
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        # Its own message quotes the lines, in which a token may stand.
+        line = error.problem_mark.line + 1
+        raise ValueError(f"{file}: line {line}: no valid YAML ({error.problem}); correct it") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _labelled_by_saft(rows, source: str, data_args, args, model_args):
     """`rows` with `label` False for those that SAFT finds harmful with the model to be tuned.
 
     What it leaves in `<output_dir>/_saft` is never pushed to the hub.
     """
+    from trl import get_quantization_config
+
+    from .. import data
+    from ..models import load_tokenizer, load_weights
+    from ..saft.find import Search
+    from ..saft.workflow import label_rows
+
     validation = data_args.saft_validation and data.read_training_rows(
         data_args.saft_validation,
         label=None,
@@ -207,7 +270,7 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args) -> Dataset:
         Search(contamination=data_args.saft_contamination, validation=validation),
         load,
         folder=Path(args.output_dir) / "_saft",
-        source=data_args.dataset_name,
+        source=source,
         model_name=Path(model_args.model_name_or_path).name,
         identity=model_args.model_name_or_path,
         max_length=args.max_length,
@@ -216,18 +279,10 @@ def _labelled_by_saft(rows: Dataset, data_args, args, model_args) -> Dataset:
 
 def _with_template(prompts: list[str], tokenizer, rows, template: str) -> list[str]:
     """Bare prompts as the training rows have theirs: in the chat template, or in ours."""
+    from .. import data
+
     if isinstance(rows[0]["prompt"], str):
         return [data.format_prompt(prompt, template=template) for prompt in prompts]
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-
-
-def _print_options(title: str, cls: type, parent: type) -> None:
-    inherited = {f.name for f in fields(parent)}
-    print(f"{title} options:")
-    for option in (f for f in fields(cls) if f.name not in inherited):
-        choices = option.metadata.get("choices")
-        print(f"  --{option.name}{' ' + '|'.join(choices) if choices else ''}")
-        print(f"      {option.metadata['help']}")
-    print()

@@ -67,7 +67,7 @@ def read_annotator(annotator: str | Path) -> Annotator:
         with _quiet():
             from alpaca_eval import constants, utils
     except ImportError as error:
-        raise ValueError(f"alpaca_eval is missing ({error.name}): pip install 'tasft[eval]'") from error
+        raise ValueError(f"alpaca_eval is missing ({error.name}): pip install 'tasft[alpaca_eval]'") from error
     path = Path(annotator).expanduser()
     path = path.resolve() if path.exists() else Path(constants.EVALUATORS_CONFIG_DIR) / annotator
     path = path / "configs.yaml" if path.is_dir() else path
@@ -163,7 +163,7 @@ def alpaca_eval_score(
             from alpaca_eval.annotators import PairwiseAnnotator
     except ImportError as error:
         # Among others pkg_resources, which setuptools 81 has dropped.
-        raise ValueError(f"alpaca_eval is missing ({error.name}): pip install 'tasft[eval]'") from error
+        raise ValueError(f"alpaca_eval is missing ({error.name}): pip install 'tasft[alpaca_eval]'") from error
     logger.warning(
         "AlpacaEval: %d annotations, about %d tokens and the annotator's prompts", cost["annotations"], cost["tokens"]
     )

@@ -54,7 +54,7 @@ def harness_scores(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(f"lm-evaluation-harness is missing ({error.name}): pip install 'tasft[eval]'") from error
+        raise ValueError(f"lm-evaluation-harness is missing ({error.name}): pip install 'tasft[harness]'") from error
     if not tasks:
         raise ValueError(f"no task to evaluate on: give some, such as {', '.join(TASKS)}")
     manager = TaskManager(include_path=include_path)

@@ -38,7 +38,7 @@ def make_client(api_key: str | None, base_url: str | None, *, timeout: float, re
     try:
         import openai
     except ImportError as error:
-        raise ValueError("asking a server takes the openai package: pip install 'tasft[eval]'") from error
+        raise ValueError("asking a server takes the openai package: pip install 'tasft[serve]'") from error
     # At DEBUG it logs requests whole.
     logger = logging.getLogger("openai")
     logger.setLevel(max(logger.level, logging.INFO))

@@ -1,4 +1,4 @@
-"""The second judge of the TA-SFT paper: OpenAI's moderation service, asked by the official client (tasft[eval]).
+"""The second judge of the TA-SFT paper: OpenAI's moderation service, asked by the official client (tasft[serve]).
 
 Responses, and nothing else, are sent to the server that OPENAI_BASE_URL names (default: OpenAI). The key is read from
 OPENAI_API_KEY when the first response is asked for, so results whose judgements are cached need none.

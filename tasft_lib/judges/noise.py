@@ -48,7 +48,7 @@ def noise(texts: list[str]) -> list[bool]:
     0.9 GB of memory once texts in several languages were seen. Raises `ValueError` where wordfreq is not installed.
     """
     if word_lists() is None:
-        raise ValueError("wordfreq is not installed; install tasft[eval] to tell noise from language.")
+        raise ValueError("wordfreq is not installed; pip install wordfreq to tell noise from language.")
     return [_is_noise(text) for text in texts]
 
 
@@ -113,7 +113,7 @@ def non_english(texts: list[str]) -> list[bool]:
         from lingua import Language, LanguageDetectorBuilder
     except ImportError as error:
         raise ValueError(
-            "lingua-language-detector is not installed; install tasft[eval] to tell languages apart."
+            "lingua-language-detector is not installed; pip install 'tasft[notebooks]' to tell languages apart."
         ) from error
     detector = LanguageDetectorBuilder.from_all_spoken_languages().build()
     long_enough = [len(text.split()) >= MIN_WORDS or len(_UNSPACED.findall(text)) >= 2 * MIN_WORDS for text in texts]
@@ -125,7 +125,7 @@ def non_english(texts: list[str]) -> list[bool]:
 def find_degenerate(responses: list[str]) -> list[bool]:
     """Per response of a real model, whether it is no language: `is_degenerate`, or `noise`.
 
-    Without wordfreq (tasft[eval]) noise is not looked for, and a warning says so: `degenerate_revision` tells.
+    Without wordfreq noise is not looked for, and a warning says so: `degenerate_revision` tells.
     """
     found = [is_degenerate(response) for response in responses]
     if word_lists() is None:
@@ -137,7 +137,7 @@ def find_degenerate(responses: list[str]) -> list[bool]:
 
 @cache
 def _warn_of_noise() -> None:
-    logger.warning("wordfreq is not installed, so noise counts as language: install tasft[eval]")
+    logger.warning("wordfreq is not installed, so noise counts as language: pip install wordfreq")
 
 
 def degenerate_revision() -> str:

@@ -18,7 +18,7 @@ from test_moderation import good
 from tasft_lib.evaluation import worlds
 from tasft_lib.experiments import reproduce
 
-pytest.importorskip("openai", reason="the openai client is not installed (tasft[eval])")
+pytest.importorskip("openai", reason="the openai client is not installed (tasft[serve])")
 FIGURES = "figures/local"
 KEY = "sk-canary-whole-way"
 # Less of everything than at `local`, so that it takes a minute; model, prompts and questions are the same.
@@ -127,7 +127,7 @@ def test_a_second_run_finds_everything(made):
     assert asked[0] == asked[1] and asked[0][0] > 0
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed (tasft[eval])")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed (tasft[harness])")
 def test_capability_is_in_the_table(made):
     _, (table, _), _, _ = made
     rows = table[table["by"] == "lm-eval"]
@@ -136,7 +136,7 @@ def test_capability_is_in_the_table(made):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("alpaca_eval") is None, reason="alpaca_eval is not installed (tasft[eval])"
+    importlib.util.find_spec("alpaca_eval") is None, reason="alpaca_eval is not installed (tasft[alpaca_eval])"
 )
 def test_win_rates_are_in_the_table(made):
     _, (table, _), asked, _ = made

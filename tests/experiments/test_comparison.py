@@ -149,7 +149,7 @@ def test_real_questions_become_tasks(shared, tmp_path):
 
 
 def test_the_real_harness_knows_the_tasks(model, tokenizer, tmp_path):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (tasft[eval])")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (tasft[harness])")
     names = lm_eval.write_tasks([question_file(tmp_path / "zoo", "abc")], tmp_path / "tasks")
     table = lm_eval.harness_scores(model, tokenizer, dict.fromkeys(names), include_path=str(tmp_path / "tasks"))
     assert table[["task", "metric", "n"]].values.tolist() == [["zoo_local", "acc", 3]]

@@ -14,7 +14,7 @@ from tasft_lib.judges.load import load_judge
 from tasft_lib.judges.moderation import OpenAIModeration
 from tasft_lib.judges.noise import degenerate_revision
 
-openai = pytest.importorskip("openai", reason="the openai client is not installed (tasft[eval])")
+openai = pytest.importorskip("openai", reason="the openai client is not installed (tasft[serve])")
 
 KEY = "sk-canary-8f3b21"
 CANARY = "zorvexcanary"
@@ -342,7 +342,7 @@ def test_another_server_is_another_revision(server, monkeypatch):
 
 def test_a_missing_client_says_what_to_install(server, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
-    assert "tasft[eval]" in error_of(lambda: OpenAIModeration().judge(["p"], ["Yes."]))
+    assert "tasft[serve]" in error_of(lambda: OpenAIModeration().judge(["p"], ["Yes."]))
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_retries": -1}, {"timeout": 0}])
