@@ -49,7 +49,7 @@ def test_every_set_is_pinned_to_a_commit_and_named_once():
 
 def test_pins_agree_with_those_of_the_parameter_files():
     alpaca = next(p for p in DATA_SETS if p.hub == "tatsu-lab/alpaca")
-    used = [yaml.safe_load(path.read_text()) for path in (ROOT / "params").rglob("*.yaml")]
+    used = [yaml.safe_load(path.read_text()) or {} for path in (ROOT / "params").rglob("*.yaml")]
     revisions = {p["benign_revision"] for p in used if p.get("benign") == alpaca.hub}
     assert revisions == {alpaca.revision}
 
