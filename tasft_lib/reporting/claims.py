@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..files import project_root
 from . import tables
-from .figures import detector_name
+from .figures.filters import detector_name
 
 # Profiles whose numbers can speak about a claim; the others test formats and mechanics.
 TELLING = ("mini", "small", "paper")
@@ -261,15 +261,15 @@ def _saft_detects(read):
     table = read("harmful_data_filter_detectors")
     dose = min(0.3, table["contamination"].max())  # that of the paper's Fig 4 and 5
     table = table[(table["n_safe"] == 0) & (table["contamination"] == dose)]
-    found = table.groupby("detector", sort=False)[["auroc", "auroc_low", "auroc_high"]].mean()
-    if "saft" not in found.index:
+    means = table.groupby("detector", sort=False)[["auroc", "auroc_low", "auroc_high"]].mean()
+    if "saft" not in means.index:
         raise _NoSuchArm("no SAFT")
     shown = [
         f"{detector_name(name)} {row.auroc:.2f} ({row.auroc_low:.2f}-{row.auroc_high:.2f})"
-        for name, row in found.iterrows()
+        for name, row in means.iterrows()
     ]
     evidence = f"AUROC at contamination {dose:g}: " + "; ".join(shown)
-    auroc = found["auroc"]
+    auroc = means["auroc"]
     if auroc["saft"] < 0.9:
         return evidence, "not reproduced"
     unlabelled = [name for name in ("saft", "saft_1", "loss", "length") if name in auroc]

@@ -30,8 +30,8 @@ def build(profile: str) -> str:
     Raises `ValueError` when the profile has no figures yet.
     """
     folder = project_root() / "figures" / profile
-    found = [name for name in notebooks() if (folder / f"{name}_manifest.json").exists()]
-    if not found:
+    names = [name for name in notebooks() if (folder / f"{name}_manifest.json").exists()]
+    if not names:
         raise ValueError(f"{folder}: no results; run `make reproduce PROFILE={profile}` first.")
     verdicts = claims_table(profile)
     parts = [
@@ -40,7 +40,7 @@ def build(profile: str) -> str:
         "## Claims and verdicts",
         markdown(verdicts),
     ]
-    parts += [_section(folder, name) for name in found]
+    parts += [_section(folder, name) for name in names]
     text = "\n\n".join(parts) + "\n"
     write_text(folder / "report.md", text)
     body = MarkdownIt("commonmark").enable("table").render(text)
@@ -130,12 +130,11 @@ def _section(folder: Path, name: str) -> str:
     manifest = json.loads((folder / f"{name}_manifest.json").read_text())
     notebook = nbformat.read(notebooks()[name], as_version=4)
     title, *prose = notebook.cells[0].source.split("\n\n")
-    files = manifest.get("files", [])
     parts = [f"## {title.removeprefix('# ')}", prose[0], _provenance(name, manifest)]
-    if (file := f"{name}_table.csv") in files:
+    if (file := f"{name}_table.csv") in manifest["files"]:
         table = pd.read_csv(folder / file)
         parts.append(markdown(tables.readable(table) if "seeds" in table else table))
-    drawn = sorted(file for file in files if file.endswith(".png"))
+    drawn = sorted(file for file in manifest["files"] if file.endswith(".png"))
     parts += [f"![{file.removesuffix('.png')}]({file})" for file in drawn]
     return "\n\n".join(parts)
 

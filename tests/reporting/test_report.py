@@ -101,6 +101,15 @@ def test_one_curve_means_intervals_around_zero_or_small_distances(distances, ver
     assert decide("one over-refusal curve", over_alignment_table=pd.DataFrame(rows)) == verdict
 
 
+@pytest.mark.parametrize("emd, verdict", [(SAFE, "reproduced"), (HARMFUL, "not reproduced")])
+def test_jailbreaks_are_decided_by_the_best_attack_on_the_prompt(emd, verdict):
+    # The beginning of an answer, written for it, breaks both.
+    answers = judged({("emd", 9, 0): emd, ("stl", 9, 0): HARMFUL}).assign(attack=tables.ANY_PROMPT)
+    begun = judged({("emd", 9, 0): HARMFUL, ("stl", 9, 0): HARMFUL}).assign(attack=tables.ANY_BEGINNING)
+    table = rates.summary(pd.concat([answers, begun]), ["method", "n_unsafe", "attack"])
+    assert decide("jailbreaks", jailbreak_table=table) == verdict
+
+
 def contrastive(with_it: str, without: str, weight: float) -> pd.DataFrame:
     parts = [judged({("sft", 0, 0): HARMFUL}).assign(penalty_weight="auto")]
     parts += [

@@ -1,0 +1,45 @@
+"""Figures in one style: `plot_*` takes a table and returns a figure, `save_figure` writes it with its table.
+
+`arms` draws trained models, `penalties` the method itself, `filters` SAFT, `bench` time and memory.
+"""
+
+from .arms import (
+    plot_attacks,
+    plot_comparison,
+    plot_detectors,
+    plot_harm_by_benchmark,
+    plot_harvest,
+    plot_outcomes,
+    plot_over,
+    plot_search,
+    plot_summary,
+    plot_trade_off,
+)
+from .bench import plot_bench, plot_scaling
+from .filters import plot_detection, plot_layers, plot_scores
+from .penalties import plot_bounds, plot_distance, plot_mass, plot_push
+from .style import NAMES, save_figure
+
+__all__ = [
+    "NAMES",
+    "plot_attacks",
+    "plot_bench",
+    "plot_bounds",
+    "plot_comparison",
+    "plot_detection",
+    "plot_detectors",
+    "plot_distance",
+    "plot_harm_by_benchmark",
+    "plot_harvest",
+    "plot_layers",
+    "plot_mass",
+    "plot_outcomes",
+    "plot_over",
+    "plot_push",
+    "plot_scaling",
+    "plot_scores",
+    "plot_search",
+    "plot_summary",
+    "plot_trade_off",
+    "save_figure",
+]
