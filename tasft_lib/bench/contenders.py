@@ -55,7 +55,8 @@ def head_contender(settings: dict, name: str) -> Callable[[], Tensor]:
             log_prob, *_ = ChunkedLogProbFunction.apply(leaf, weight, None, targets, 1.0, chunk, None, 1.0, outputs)
             return -log_prob.mean()
         head = partial(fused_head, inverse_norms=norms) if name == OURS else dense_head
-        return _tasft_loss(head, leaf, weight, targets, unsafe, settings["penalty"])
+        output = head(leaf, weight, targets, **_penalized(settings, unsafe))
+        return _tasft_loss(output.log_prob, output.penalty, unsafe, settings["penalty"])
 
     def run() -> Tensor:
         leaf = states.detach().requires_grad_()
@@ -64,11 +65,15 @@ def head_contender(settings: dict, name: str) -> Callable[[], Tensor]:
     return run
 
 
-def _tasft_loss(head, states, weight, targets, unsafe, penalty) -> Tensor:
-    """Mean NLL of the benign tokens plus the penalty of the unsafe ones, taken as one sample."""
-    if penalty == "nlcl":
-        output = head(states, weight, targets)
-        value = losses.nlcl(output.log_prob[unsafe].mean()) if unsafe.any() else 0.0
+def _penalized(settings: dict, unsafe: Tensor) -> dict:
+    """What a head is told of the unsafe tokens; nothing for NLCL, which needs their log-probabilities alone."""
+    return {} if settings["penalty"] == "nlcl" else {"penalized": unsafe, "penalty": settings["penalty"]}
+
+
+def _tasft_loss(log_prob: Tensor, penalty: Tensor, unsafe: Tensor, name: str) -> Tensor:
+    """Mean NLL of the benign tokens plus the penalty of the unsafe ones, taken as one sample; from a head's output."""
+    if name == "nlcl":
+        value = losses.nlcl(log_prob[unsafe].mean()) if unsafe.any() else 0.0
     else:
         output = head(states, weight, targets, unsafe=unsafe, penalty=penalty)
         value = output.penalty.sum() / unsafe.sum().clamp(min=1)
@@ -79,9 +84,6 @@ def exact_head_gradient(settings: dict, *, plain: bool) -> Tensor:
     """Of TA-SFT's loss, or of plain SFT's, by `dense_head` in float64; a few tokens at a time, for its memory."""
     states, weight, targets, unsafe = _head_inputs(settings)
     unsafe = torch.zeros_like(unsafe) if plain else unsafe
-    log_prob = torch.empty(len(states), dtype=torch.float64, device=states.device).requires_grad_()
-    value = torch.empty_like(log_prob).requires_grad_()
-    chunks = torch.arange(len(states), device=states.device).split(64)
     matrix = weight.double()
 
     def run(chunk: Tensor, leaf: Tensor):
@@ -89,22 +91,20 @@ def exact_head_gradient(settings: dict, *, plain: bool) -> Tensor:
             return dense_head(leaf, matrix, targets[chunk])
         return dense_head(leaf, matrix, targets[chunk], unsafe=unsafe[chunk], penalty=settings["penalty"])
 
+    # The head's outputs for all tokens; what the loss's gradient by each of them is; from there, token by token, back
+    # to the hidden states.
+    chunks = torch.arange(len(states), device=states.device).split(64)
     with torch.no_grad():
-        for chunk in chunks:
-            output = run(chunk, states[chunk].double())
-            log_prob[chunk], value[chunk] = output.log_prob, output.penalty
-    # What the loss asks of every token's outputs, then token by token back to the hidden states.
-    known = losses.HeadOutput(log_prob, torch.empty(0), torch.empty(0), value)
-    loss = _tasft_loss(lambda *_, **__: known, states, weight, targets, unsafe, settings["penalty"])
-    asked = [
-        torch.zeros_like(x) if g is None else g
-        for x, g in zip((log_prob, value), torch.autograd.grad(loss, (log_prob, value), allow_unused=True), strict=True)
-    ]
+        outputs = [head(chunk, states[chunk].double()) for chunk in chunks]
+    log_prob = torch.cat([output.log_prob for output in outputs]).requires_grad_()
+    penalty = torch.cat([output.penalty for output in outputs]).requires_grad_()
+    loss = _tasft_loss(log_prob, penalty, unsafe, settings["penalty"])
+    by_log_prob, by_penalty = torch.autograd.grad(loss, (log_prob, penalty), materialize_grads=True)
     rows = []
     for chunk in chunks:
         leaf = states[chunk].double().requires_grad_()
-        output = run(chunk, leaf)
-        total = (output.log_prob * asked[0][chunk] + output.penalty * asked[1][chunk]).sum()
+        output = head(chunk, leaf)
+        total = (output.log_prob * by_log_prob[chunk] + output.penalty * by_penalty[chunk]).sum()
         rows.append(torch.autograd.grad(total, leaf)[0])
     return torch.cat(rows)
 
@@ -337,8 +337,8 @@ def fit_contender(settings: dict, name: str) -> Callable[[], object]:
         fitter = SAFTFitter(4)
         for block in blocks(embedded):
             fitter.update(block)
-        found = fitter.filter
-        scores = np.concatenate([found.scores(block) for block in blocks(embedded)])
-        return found.at_contamination(scores, 0.1).drops(scores)
+        saft = fitter.filter
+        scores = np.concatenate([saft.scores(block) for block in blocks(embedded)])
+        return saft.at_contamination(scores, 0.1).drops(scores)
 
     return run

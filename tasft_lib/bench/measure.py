@@ -133,14 +133,12 @@ def saft(
     timed = _in_new_process(request)
     if timed is None:
         raise RuntimeError("the model does not fit into GPU memory; give a smaller geometry or batch_size.")
-    seconds = timed["seconds"]
-    ratios = [ours / theirs for ours, theirs in zip(seconds[SAFT], seconds[FORWARD], strict=True)]
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio, spread = _time_ratio(timed["seconds"], SAFT, FORWARD)
     return {
         "kind": "saft",
-        "time_ratio_vs_forward_passes": median[SAFT] / median[FORWARD],
-        "spread": {"time_ratio_vs_forward_passes": [min(ratios), max(ratios)]},
-        "seconds": median,
+        "time_ratio_vs_forward_passes": ratio,
+        "spread": {"time_ratio_vs_forward_passes": spread},
+        "seconds": _medians(timed["seconds"]),
         "fit_peak_bytes": peaks,
         "settings": settings,
     }
@@ -246,35 +244,38 @@ def _speed(contenders: dict[str, Callable], seconds: dict[str, list[float]], set
 
 
 def _report(kind: str, settings: dict, memory: dict, seconds: dict, errors: dict, **speed: dict) -> dict:
-    """Ratios of medians, and the lowest and highest ratio of a single round as their spread."""
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-
-    def time_ratio(name: str) -> float | None:
-        return median[OURS] / median[name] if {OURS, name} <= median.keys() else None
+    """The result of `head` and `step`; null where a contender did not fit."""
 
     def memory_ratio(name: str) -> float | None:
         return memory[OURS] / memory[name] if memory[OURS] is not None and memory[name] else None
 
-    def rounds(name: str) -> list[float] | None:
-        if not {OURS, name} <= seconds.keys():
-            return None
-        ratios = [ours / theirs for ours, theirs in zip(seconds[OURS], seconds[name], strict=True)]
-        return [min(ratios), max(ratios)]
-
+    against = {name: _time_ratio(seconds, OURS, name) for name in (TRL, DENSE)}
     return {
         "kind": kind,
-        "time_ratio_vs_trl_sft": time_ratio(TRL),
-        "time_ratio_vs_dense_tasft": time_ratio(DENSE),
+        "time_ratio_vs_trl_sft": against[TRL][0],
+        "time_ratio_vs_dense_tasft": against[DENSE][0],
         "memory_ratio_vs_trl_sft": memory_ratio(TRL),
         "memory_ratio_vs_dense_tasft": memory_ratio(DENSE),
         "max_relative_grad_error": errors.get(OURS),
         "max_relative_grad_error_trl_sft": errors.get(TRL),
-        "spread": {"time_ratio_vs_trl_sft": rounds(TRL), "time_ratio_vs_dense_tasft": rounds(DENSE)},
-        "seconds": median,
+        "spread": {"time_ratio_vs_trl_sft": against[TRL][1], "time_ratio_vs_dense_tasft": against[DENSE][1]},
+        "seconds": _medians(seconds),
         "peak_bytes": memory,
         "settings": settings,
         **speed,
     }
+
+
+def _time_ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> tuple[float | None, list[float] | None]:
+    """Ratio of medians, and the lowest and the highest ratio of a single round; None where one was not timed."""
+    if not {ours, theirs} <= seconds.keys():
+        return None, None
+    ratios = [a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+    return statistics.median(seconds[ours]) / statistics.median(seconds[theirs]), [min(ratios), max(ratios)]
+
+
+def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _device(device: str | None) -> str:
