@@ -92,7 +92,7 @@ def examples(answers: pd.DataFrame, per_benchmark: int = 1, *, in_full: bool = F
 def rate_text(row: pd.Series, measure: str) -> str:
     """A rate of a `summary` row with n, interval and range over seeds."""
     ends = (row[f"{measure}{end}"] for end in ("", "_low", "_high"))
-    text = format_rate(*ends, n=row[f"{measure}_n"])
+    text = format_rate(*ends, n=int(row[f"{measure}_n"]))
     if row["seeds"] > 1 and pd.notna(row[measure]):
         text += f", seeds {100 * row[f'{measure}_min']:.1f}-{100 * row[f'{measure}_max']:.1f}"
     return text
