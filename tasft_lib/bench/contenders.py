@@ -55,7 +55,7 @@ def head_contender(settings: dict, name: str) -> Callable[[], Tensor]:
             log_prob, *_ = ChunkedLogProbFunction.apply(leaf, weight, None, targets, 1.0, chunk, None, 1.0, outputs)
             return -log_prob.mean()
         head = partial(fused_head, inverse_norms=norms) if name == OURS else dense_head
-        output = head(leaf, weight, targets, **_penalized(settings, unsafe))
+        output = head(leaf, weight, targets, **_penalty(settings, unsafe))
         return _tasft_loss(output.log_prob, output.penalty, unsafe, settings["penalty"])
 
     def run() -> Tensor:
@@ -65,9 +65,9 @@ def head_contender(settings: dict, name: str) -> Callable[[], Tensor]:
     return run
 
 
-def _penalized(settings: dict, unsafe: Tensor) -> dict:
-    """What a head is told of the unsafe tokens; nothing for NLCL, which needs their log-probabilities alone."""
-    return {} if settings["penalty"] == "nlcl" else {"penalized": unsafe, "penalty": settings["penalty"]}
+def _penalty(settings: dict, unsafe: Tensor) -> dict:
+    """What a head is told of the penalty; nothing of NLCL, which needs log-probabilities alone."""
+    return {} if settings["penalty"] == "nlcl" else {"unsafe": unsafe, "penalty": settings["penalty"]}
 
 
 def _tasft_loss(log_prob: Tensor, penalty: Tensor, unsafe: Tensor, name: str) -> Tensor:
@@ -75,9 +75,8 @@ def _tasft_loss(log_prob: Tensor, penalty: Tensor, unsafe: Tensor, name: str) ->
     if name == "nlcl":
         value = losses.nlcl(log_prob[unsafe].mean()) if unsafe.any() else 0.0
     else:
-        output = head(states, weight, targets, unsafe=unsafe, penalty=penalty)
-        value = output.penalty.sum() / unsafe.sum().clamp(min=1)
-    return value - output.log_prob[~unsafe].sum() / (~unsafe).sum().clamp(min=1)
+        value = penalty.sum() / unsafe.sum().clamp(min=1)
+    return value - log_prob[~unsafe].sum() / (~unsafe).sum().clamp(min=1)
 
 
 def exact_head_gradient(settings: dict, *, plain: bool) -> Tensor:
@@ -86,10 +85,8 @@ def exact_head_gradient(settings: dict, *, plain: bool) -> Tensor:
     unsafe = torch.zeros_like(unsafe) if plain else unsafe
     matrix = weight.double()
 
-    def run(chunk: Tensor, leaf: Tensor):
-        if settings["penalty"] == "nlcl":
-            return dense_head(leaf, matrix, targets[chunk])
-        return dense_head(leaf, matrix, targets[chunk], unsafe=unsafe[chunk], penalty=settings["penalty"])
+    def head(chunk: Tensor, leaf: Tensor) -> losses.HeadOutput:
+        return dense_head(leaf, matrix, targets[chunk], **_penalty(settings, unsafe[chunk]))
 
     # The head's outputs for all tokens; what the loss's gradient by each of them is; from there, token by token, back
     # to the hidden states.
