@@ -245,7 +245,7 @@ def keep_freed_memory() -> None:
 
 
 def show_progress() -> bool:
-    """Bars for the person who waits; none in worker processes, whose arms are bars' steps already, nor in CI."""
+    """Whether to draw bars: not in CI, and not in a worker process, whose work is one step of its parent's bar."""
     return multiprocessing.parent_process() is None and "CI" not in os.environ
 
 

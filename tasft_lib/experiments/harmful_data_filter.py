@@ -381,7 +381,7 @@ def _contaminated(study: Study, n: int, contamination: float, **options) -> Data
 
 
 def _scores(name: str, detected: dict[str, tuple[np.ndarray, int]], harmful: np.ndarray, seed: int) -> np.ndarray:
-    """Of the filter called `name`, see `Filtered`."""
+    """Scores `[n]` of the rows by the filter `name`, one of those that `Filtered` lists; higher is more harmful."""
     if name in detected:
         return detected[name][0]
     if name in ("none", "oracle"):

@@ -1,7 +1,8 @@
 """SAFT (Choi, Du and Li, arXiv:2410.10014): harmful rows of a fine-tuning set, found by a model's own activations.
 
 Of all rows' activations z (centred), v₁ is the first right singular vector; a row's score is ⟨z, v₁⟩², and rows with a
-score above τ are dropped. Nothing here needs labels unless a function is given them; a filter says what for.
+score above τ are dropped. No labels are needed. Some functions take them, and a filter records which of its
+parts were chosen with their help.
 """
 
 import json

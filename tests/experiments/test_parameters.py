@@ -219,7 +219,5 @@ def test_a_notebook_ends_with_what_it_showed_when_it_was_published(name):
         assert all(f"| {row.activations:,} | {row.peak_mb:.0f} MB |" in last for row in table.itertuples())
         return
     (profile, picture) = re.search(rf"!\[[^\]]+\]\(\.\./figures/(\w+)/({name}_\w+\.png)\)", last).groups()
-    if name == "method" and not (ROOT / "figures" / profile / picture).exists():
-        pytest.skip("its figures come with the next `make reproduce`")
     assert (ROOT / "figures" / profile / picture).exists()
-    assert name == "method" or manifest[1] == profile
+    assert manifest[1] == profile
