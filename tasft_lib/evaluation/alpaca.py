@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pandas as pd
 import yaml
 
 from ..files import content_hash
-from .lm_eval import _quiet
 
 logger = logging.getLogger(__name__)
 # Characters per token of English text, roughly.
@@ -219,6 +219,19 @@ def alpaca_eval_score(
             }
         ]
     )
+
+
+@contextmanager
+def _quiet():
+    """alpaca_eval talks to the root logger, sets its level, and logs what servers say, which may hold texts."""
+    root = logging.getLogger()
+    level = root.level
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        root.setLevel(level)
 
 
 def _known_annotations(folder: Path, annotator: Annotator) -> set[tuple[str, str, str]]:

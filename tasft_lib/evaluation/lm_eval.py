@@ -2,11 +2,9 @@
 
 import copy
 import json
-import logging
 import re
 import tempfile
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +75,6 @@ def harness_scores(
         for module, training in modes:
             module.training = training
     return _tidy(results)
-
-
-@contextmanager
-def _quiet():
-    """alpaca_eval talks to the root logger, sets its level, and logs what servers say, which may hold texts."""
-    root = logging.getLogger()
-    level = root.level
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        root.setLevel(level)
 
 
 def _pinned(task: str, commit: str | None, manager, folder: Path) -> str:
