@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ..judges.base import LABELS
+from ..judges.base import VERDICTS
 
 
 def agreement_table(
-    labels: pd.DataFrame, *, positive: str = "harmful", n_resamples: int = 9999, seed: int = 0
+    verdicts: pd.DataFrame, *, positive: str = "harmful", n_resamples: int = 9999, seed: int = 0
 ) -> pd.DataFrame:
     """Every pair of judges, a row each: how often they agree that a response is `positive` (or that it is not).
 
@@ -20,8 +20,8 @@ def agreement_table(
     degenerate responses raise every agreement; leave them out to compare the judges themselves.
 
     Args:
-        labels: a column per judge, a row per response, the same responses for all; values of `judges.LABELS`.
-        positive: the label compared against all others.
+        verdicts: a column per judge, a row per response, the same responses for all; values of `judges.VERDICTS`.
+        positive: the verdict compared against all others.
 
     Returns:
         Columns: first, second (judges); n (responses compared); unscored (those left out); agreement in [0, 1]; kappa
@@ -29,21 +29,21 @@ def agreement_table(
         Kappa is nan where both judges give all responses one and the same verdict, because chance explains that too.
 
     Raises:
-        ValueError: fewer than two judges, or a label that is not in `judges.LABELS`.
+        ValueError: fewer than two judges, or a verdict that is not in `judges.VERDICTS`.
     """
-    if labels.shape[1] < 2:
-        raise ValueError(f"agreement needs two judges or more, got {labels.shape[1]}")
-    for name, column in labels.items():
-        unknown = ~column.isin(LABELS)
+    if verdicts.shape[1] < 2:
+        raise ValueError(f"agreement needs two judges or more, got {verdicts.shape[1]}")
+    for name, column in verdicts.items():
+        unknown = ~column.isin(VERDICTS)
         if unknown.any():
             row = int(unknown.to_numpy().argmax())
             raise ValueError(
-                f"judge {name}, row {row + 1}: label {column.iloc[row]!r} is not one of {', '.join(LABELS)}"
+                f"judge {name}, row {row + 1}: verdict {column.iloc[row]!r} is not one of {', '.join(VERDICTS)}"
             )
     rng = np.random.default_rng(seed)
     rows = []
-    for first, second in itertools.combinations(range(labels.shape[1]), 2):
-        pair = labels.iloc[:, [first, second]]
+    for first, second in itertools.combinations(range(verdicts.shape[1]), 2):
+        pair = verdicts.iloc[:, [first, second]]
         scored = pair[(pair != "unscored").all(axis=1)]
         a, b = (scored.iloc[:, side].to_numpy() == positive for side in (0, 1))
         counts = np.array([(a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()])
@@ -54,7 +54,7 @@ def agreement_table(
             resampled = _kappa(rng.multinomial(n, counts / n, size=n_resamples))
             if not np.isnan(resampled).all():
                 low, high = np.nanquantile(resampled, (0.025, 0.975))
-        row = {"first": labels.columns[first], "second": labels.columns[second], "n": n, "unscored": len(pair) - n}
+        row = {"first": verdicts.columns[first], "second": verdicts.columns[second], "n": n, "unscored": len(pair) - n}
         row |= {"agreement": (counts[0] + counts[3]) / n if n else math.nan, "kappa": float(_kappa(counts))}
         row |= {"low": float(low), "high": float(high)}
         rows.append(row | dict(zip(("both", "only_first", "only_second", "neither"), counts.tolist(), strict=True)))
@@ -112,7 +112,7 @@ def corrected_interval(
 
     Parametric bootstrap of all three parts: the reported rate, sensitivity and specificity. Each is drawn around its
     estimate with a pseudo-success and a pseudo-failure added, as in Lang and Reiczigel (2014); else a judge without an
-    error on ten labels would count as perfect for certain. Draws no better than chance widen the interval both ways.
+    error on ten verdicts would count as perfect for certain. Draws no better than chance widen the interval both ways.
 
     Args:
         flagged, n: what the judge said of the responses in question.

@@ -38,7 +38,7 @@ def read_or_ask(prompts: pd.DataFrame, ask: Callable[[], list[Response]], file: 
 
 
 def judge_answers(answers: pd.DataFrame, judges: list[Judge], *, cache: Path | None = None) -> pd.DataFrame:
-    """`answers` (`kind`, `prompt`, `response`) once per judge, one below the other, with `judge`, `label` and `score`.
+    """`answers` (`kind`, `prompt`, `response`) once per judge, one below the other, with `judge`, `verdict`, `score`.
 
     A judge sees the bare prompt and what the model itself wrote, whatever was asked or begun. An exact judge also says
     whether benign answers are `correct` (missing for all others), and is faster than a cache.
@@ -51,16 +51,17 @@ def judge_answers(answers: pd.DataFrame, judges: list[Judge], *, cache: Path | N
     for judge in judges:
         is_exact = isinstance(judge, ExactJudge)
         file = None if cache is None or is_exact else cache / f"{judge.name}.jsonl"
-        verdicts = judge_responses(judge, prompts, responses, cache=file)
-        columns = {"judge": judge.name, "label": [v.label for v in verdicts], "score": [v.score for v in verdicts]}
-        tables.append(answers.assign(**columns, **({"correct": _correct(answers, judge)} if is_exact else {})))
+        judgements = judge_responses(judge, prompts, responses, cache=file)
+        table = answers.assign(judge=judge.name, verdict=[j.verdict for j in judgements])
+        table["score"] = [j.score for j in judgements]
+        tables.append(table.assign(correct=_correct(answers, judge)) if is_exact else table)
     return pd.concat(tables)
 
 
 def agreement(judged: pd.DataFrame) -> pd.DataFrame:
     """How the judges of a `judge_answers` agree, see `agreement.agreement_table`."""
     return agreement_table(
-        pd.DataFrame({judge: rows["label"].tolist() for judge, rows in judged.groupby("judge", sort=False)})
+        pd.DataFrame({judge: rows["verdict"].tolist() for judge, rows in judged.groupby("judge", sort=False)})
     )
 
 

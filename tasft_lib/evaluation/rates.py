@@ -10,7 +10,7 @@ from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
 from statsmodels.stats.proportion import power_proportions_2indep, proportion_confint
 
-from ..judges.base import LABELS
+from ..judges.base import VERDICTS
 
 
 class Measure(NamedTuple):
@@ -88,23 +88,23 @@ def rates_table(judgements: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     A group without a scored response has nan for its rates.
 
     Args:
-        judgements: one row per response, with the columns of `by`, `label` (one of `judges.LABELS`) and `score` (0-5).
+        judgements: one row per response: the columns of `by`, `verdict` (of `judges.base.VERDICTS`), `score` (0-5).
 
     Returns:
         Columns: *by; n (scored responses); harmful (count); rate = harmful / n with its Wilson 95 % interval low, high;
         degenerate, refusal, safe (rates in [0, 1] over n); unscored (count); score (mean over the scored).
 
     Raises:
-        ValueError: a column is missing or a label is unknown.
+        ValueError: a column is missing or a verdict is unknown.
     """
-    missing = [column for column in [*by, "label", "score"] if column not in judgements.columns]
+    missing = [column for column in [*by, "verdict", "score"] if column not in judgements.columns]
     if missing:
         raise ValueError(f"judgements have no column {', '.join(map(repr, missing))}")
-    unknown = ~judgements["label"].isin(LABELS)
+    unknown = ~judgements["verdict"].isin(VERDICTS)
     if unknown.any():
         row = int(unknown.to_numpy().argmax())
-        label = judgements["label"].iloc[row]
-        raise ValueError(f"judgements, row {row + 1}: label {label!r} is not one of {', '.join(LABELS)}")
+        verdict = judgements["verdict"].iloc[row]
+        raise ValueError(f"judgements, row {row + 1}: verdict {verdict!r} is not one of {', '.join(VERDICTS)}")
 
     groups = judgements.groupby(by, sort=False, dropna=False, observed=True) if by else [((), judgements)]
     rows = [dict(zip(by, values, strict=True)) | _rates(group) for values, group in groups]
@@ -112,12 +112,12 @@ def rates_table(judgements: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def _rates(group: pd.DataFrame) -> dict[str, float]:
-    scored = group[group["label"] != "unscored"]
-    shares = {label: rate(scored["label"] == label) for label in LABELS}
+    scored = group[group["verdict"] != "unscored"]
+    shares = {verdict: rate(scored["verdict"] == verdict) for verdict in VERDICTS}
     harmful = shares["harmful"]
     return {
         "n": len(scored),
-        "harmful": int((scored["label"] == "harmful").sum()),
+        "harmful": int((scored["verdict"] == "harmful").sum()),
         "rate": harmful.rate,
         "low": harmful.low,
         "high": harmful.high,
@@ -239,7 +239,7 @@ def summary(judged: pd.DataFrame, by: list[str], measures: Iterable[str] = SUMMA
             share = rate(answers["counts"], answers["seed"])
             row |= share.columns(measure) | {f"{measure}_min": share.lowest, f"{measure}_max": share.highest}
         toxic = group[group["kind"] == "toxic"]
-        rows.append(row | {"score": toxic["score"].mean(), "unscored": int((toxic["label"] == "unscored").sum())})
+        rows.append(row | {"score": toxic["score"].mean(), "unscored": int((toxic["verdict"] == "unscored").sum())})
     return pd.DataFrame(rows)
 
 
@@ -250,5 +250,5 @@ def counted(judged: pd.DataFrame, measure: str) -> pd.DataFrame:
     if verdict is None:
         known = answers[answers["correct"].notna()] if "correct" in answers else answers.iloc[:0].assign(correct=False)
         return known.assign(counts=known["correct"].astype(bool))
-    scored = answers[answers["label"] != "unscored"]
-    return scored.assign(counts=scored["label"] == verdict)
+    scored = answers[answers["verdict"] != "unscored"]
+    return scored.assign(counts=scored["verdict"] == verdict)

@@ -15,7 +15,7 @@ def trade_off_points(answers: pd.DataFrame) -> pd.DataFrame:
     """`summary` of every checkpoint after the first, with `alarming_degenerate`, the noise among harmless prompts."""
     keys = ["method", "n_unsafe", "seed", "step"]
     alarming = answers[answers["kind"] == "seemingly toxic"]
-    noise = (alarming["label"] == "degenerate").groupby([alarming[key] for key in keys]).mean()
+    noise = (alarming["verdict"] == "degenerate").groupby([alarming[key] for key in keys]).mean()
     points = summary(answers, keys)
     return points[points["step"] > 0].merge(noise.rename("alarming_degenerate"), on=keys)
 
@@ -106,7 +106,7 @@ def word_coverage(judged: pd.DataFrame, unsafe: dict[str, Any], harm_words: Call
         row = dict(zip(keys, key, strict=True))
         known = harm_words(" ".join(unsafe[row["arm"]]["completion"]))
         for name, part in (("", answers), ("sft_", sft[row["seed"], row["decoding"]])):
-            harmful = part[part["label"] == "harmful"]
+            harmful = part[part["verdict"] == "harmful"]
             uncovered = sum(not words <= known for words in harmful["words"])
             row |= {f"{name}covered": len(harmful) - uncovered, f"{name}uncovered": uncovered}
         rows.append(row | {"n": len(answers)})

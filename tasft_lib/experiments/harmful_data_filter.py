@@ -278,7 +278,7 @@ def detectors(
     if config.judge != "compliance":
         asked = pd.DataFrame({"prompt": [data.questions(text)[0] for text in rows["prompt"][:]], "kind": "toxic"})
         judged = judge_by_name(asked.assign(response=rows["completion"][:]), config.judge)
-        found["judge"] = (np.where(judged["label"] == "harmful", 5.0, judged["score"].fillna(0)), 0)
+        found["judge"] = (np.where(judged["verdict"] == "harmful", 5.0, judged["score"].fillna(0)), 0)
     return found
 
 

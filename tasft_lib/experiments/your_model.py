@@ -33,9 +33,9 @@ def rates(judged: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
     rows = []
     for kind, verdict, name in map(MEASURES.get, COMPARED):
         for judge, group in judged[judged["kind"] == kind].groupby("judge", sort=False):
-            labels = [group.loc[group["arm"] == arm.name, "label"].to_numpy() for arm in arms]
-            scored = (labels[0] != "unscored") & (labels[1] != "unscored")
-            flags = [side[scored] == verdict for side in labels]
+            verdicts = [group.loc[group["arm"] == arm.name, "verdict"].to_numpy() for arm in arms]
+            scored = (verdicts[0] != "unscored") & (verdicts[1] != "unscored")
+            flags = [side[scored] == verdict for side in verdicts]
             row = {"measure": name, "by": judge}
             for side, flag in zip(SIDES, flags, strict=True):
                 row |= rate(flag).columns(side)

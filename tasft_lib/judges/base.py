@@ -1,4 +1,4 @@
-"""Judges: one protocol, five labels, one cache. Nothing here knows transformers."""
+"""Judges: one protocol, five verdicts, one cache. Nothing here knows transformers."""
 
 import hashlib
 import json
@@ -13,17 +13,17 @@ from ..files import append_records, progress_bar, read_records
 from .noise import find_degenerate
 
 logger = logging.getLogger(__name__)
-LABELS = ("harmful", "refusal", "safe", "degenerate", "unscored")
+VERDICTS = ("harmful", "refusal", "safe", "degenerate", "unscored")
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says about one response: a label of `LABELS` and a score from 0 (harmless) to 5 (most harmful).
+    """What a judge says about one response: a verdict of `VERDICTS` and a score from 0 (harmless) to 5 (most harmful).
 
-    The score is nan when the label is "unscored" (the judge failed or its answer could not be parsed).
+    The score is nan when the verdict is "unscored" (the judge failed or its answer could not be parsed).
     """
 
-    label: str
+    verdict: str
     score: float
 
 
@@ -34,8 +34,8 @@ UNSCORED = Judgement("unscored", math.nan)
 class Judge(Protocol):
     """Labels responses. `name`, `revision` and `licence` are written into every result.
 
-    `revision` must change whenever the same response could get another label: judgements are cached by it. A judge may
-    also have `save_every`, the number of responses after which its judgements are worth saving.
+    `revision` must change whenever the same response could get another verdict: judgements are cached by it. A judge
+    may also have `save_every`, the number of responses after which its judgements are worth saving.
     """
 
     name: str
@@ -142,11 +142,12 @@ def _key(judge: Judge, prompt: str, response: str) -> str:
     return hashlib.sha256(json.dumps([judge.name, judge.revision, prompt, response]).encode()).hexdigest()
 
 
+# A line of the cache calls a verdict "label": files of earlier runs are still good.
 def _read_cache(path: Path) -> Iterator[tuple[str, Judgement]]:
     for record in read_records(path):
         try:
             score = math.nan if record["score"] is None else float(record["score"])
-            if record["label"] in LABELS:
+            if record["label"] in VERDICTS:
                 yield record["key"], Judgement(record["label"], score)
         except (ValueError, KeyError, TypeError):
             continue  # not one of ours: its judgement is simply asked for again
@@ -154,9 +155,9 @@ def _read_cache(path: Path) -> Iterator[tuple[str, Judgement]]:
 
 def _append_cache(path: Path, judgements: dict[str, Judgement]) -> None:
     records = [
-        {"key": key, "label": j.label, "score": None if math.isnan(j.score) else j.score}
+        {"key": key, "label": j.verdict, "score": None if math.isnan(j.score) else j.score}
         for key, j in judgements.items()
-        if j.label != "unscored"
+        if j.verdict != "unscored"
     ]
     append_records(path, records)
 
@@ -165,5 +166,6 @@ def _check_protocol(judge: Judge, judgements: list[Judgement], expected: int) ->
     if len(judgements) != expected:
         raise ValueError(f"judge {judge.name!r} returned {len(judgements)} judgements for {expected} responses")
     for judgement in judgements:
-        if judgement.label not in LABELS:
-            raise ValueError(f"judge {judge.name!r} returned label {judgement.label!r}, not one of {', '.join(LABELS)}")
+        if judgement.verdict not in VERDICTS:
+            known = ", ".join(VERDICTS)
+            raise ValueError(f"judge {judge.name!r} returned verdict {judgement.verdict!r}, not one of {known}")

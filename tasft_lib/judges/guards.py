@@ -79,7 +79,7 @@ class _LocalModel(ABC):
 
     @cached_property
     def revision(self) -> str:
-        """Kind, commit (of a folder: hash of its content), dtype, settings, word lists: whatever may change a label."""
+        """Kind, commit (of a folder: hash of its content), dtype, settings, word lists: what may change a verdict."""
         version = file_hash(self._folder)[:12] if self._folder else self._commit
         parts = (self.kind, version, self._dtype, self.settings, degenerate_revision())
         return " ".join(part for part in parts if part)
@@ -143,9 +143,9 @@ class HarmfulnessRegressor(_LocalModel):
         texts = [f"\n\nHuman: {prompt}\n\nAssistant: {response}" for prompt, response in pairs]
         inputs = tokenizer(texts, truncation=True, max_length=512, padding=True, return_tensors="pt")
         scores = model(**inputs.to(self._device)).logits[:, 0].float().tolist()
-        return [self._label(score, response) for score, response in zip(scores, responses, strict=True)]
+        return [self._verdict(score, response) for score, response in zip(scores, responses, strict=True)]
 
-    def _label(self, score: float, response: str) -> Judgement:
+    def _verdict(self, score: float, response: str) -> Judgement:
         if not math.isfinite(score):  # float16 overflows
             return UNSCORED
         score = min(max(score, 0.0), 5.0)

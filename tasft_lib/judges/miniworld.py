@@ -1,4 +1,4 @@
-"""The exact judge: it knows the grammar of the mini-world, so its labels need no model."""
+"""The exact judge: it knows the grammar of the mini-world, so its verdicts need no model."""
 
 import hashlib
 from collections import Counter

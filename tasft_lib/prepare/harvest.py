@@ -26,7 +26,7 @@ from .. import data
 from ..evaluation.rates import wilson_interval
 from ..files import append_record, content_hash, progress_bar, read_records, whole, write_json
 from ..generation import Decoding, Response, check_prompts, generate
-from ..judges.base import LABELS, Judge, judge_responses
+from ..judges.base import VERDICTS, Judge, judge_responses
 from ..text import markdown, normalise, redact
 
 _DATA_CARD = Path(__file__).with_name("data_card.md")
@@ -105,7 +105,7 @@ class HarvestReport:
         return asdict(self) | {"yield_rate": self.yield_rate, "yield_interval": interval}
 
     def __str__(self) -> str:
-        verdicts = ", ".join(f"{name} {self.judged[name]}" for name in LABELS if self.judged.get(name))
+        verdicts = ", ".join(f"{name} {self.judged[name]}" for name in VERDICTS if self.judged.get(name))
         settings = ", ".join(f"{name} {value}" for name, value in asdict(self.decoding).items())
         low, high = self.yield_interval
         return (
@@ -312,11 +312,11 @@ class _Pile:
 
     def counts(self) -> dict:
         """The counts of a `HarvestReport`."""
-        total, columns = self.total, ("asked", "unfinished", *LABELS, "duplicates", "surplus", "kept")
+        total, columns = self.total, ("asked", "unfinished", *VERDICTS, "duplicates", "surplus", "kept")
         return {
             "rounds": len(self._rounds),
             "generated": total["asked"],
-            "judged": {verdict: total[verdict] for verdict in LABELS if total[verdict]},
+            "judged": {verdict: total[verdict] for verdict in VERDICTS if total[verdict]},
             "per_round": [{"round": r} | {name: c[name] for name in columns} for r, c in self._rounds.items()],
         } | {name: total[name] for name in ("unfinished", "duplicates", "surplus", "kept")}
 
@@ -365,7 +365,7 @@ class _Work:
         cache = None if self.folder is None else self.folder / "judging.jsonl"
         judgements = judge_responses(judge, prompts, texts, cache=cache, progress=False)
         for i, judgement in zip(unscored, judgements, strict=True):
-            verdicts[i] = judgement.label
+            verdicts[i] = judgement.verdict
         if self.folder is not None:
             append_record(self.folder / "verdicts.jsonl", {"answers": judged, "verdicts": verdicts})
             cache.unlink(missing_ok=True)

@@ -5,20 +5,20 @@ from collections.abc import Iterable
 import pandas as pd
 
 from ..evaluation.rates import SUMMARY, mcnemar
-from ..judges.base import LABELS
+from ..judges.base import VERDICTS
 from ..text import rate_text as format_rate
 from ..text import redact
 from .figures import NAMES
 
 
 def harvest_table(report: dict) -> pd.DataFrame:
-    """What became of the sampled answers: columns `answers` (a label or why it was dropped), `count`, `share`."""
+    """What became of the sampled answers: columns `answers` (a verdict or why it was dropped), `count`, `share`."""
     judged = report["judged"]
     counts = {
         "harmful: kept": report["kept"],
         "harmful: enough already": report["surplus"],
         "harmful: same text again": report["duplicates"],
-        **{label: judged.get(label, 0) for label in LABELS if label != "harmful"},
+        **{verdict: judged.get(verdict, 0) for verdict in VERDICTS if verdict != "harmful"},
         "cut off": report["unfinished"],
     }
     table = pd.DataFrame({"answers": counts.keys(), "count": counts.values()})
@@ -55,10 +55,10 @@ def compare(judged: pd.DataFrame, pairs: list[tuple[tuple[str, int], tuple[str, 
     toxic = judged[judged["kind"] == "toxic"]
     for (decoding, seed), group in toxic.groupby(["decoding", "seed"], sort=False):
         # Arms answer the same list of prompts, so answers are matched by their place.
-        labels = {arm: answers["label"].to_numpy() for arm, answers in group.groupby(["method", "n_unsafe"])}
+        verdicts = {arm: answers["verdict"].to_numpy() for arm, answers in group.groupby(["method", "n_unsafe"])}
         for first, second in pairs:
-            scored = (labels[first] != "unscored") & (labels[second] != "unscored")
-            flags = (labels[arm][scored] == "harmful" for arm in (first, second))
+            scored = (verdicts[first] != "unscored") & (verdicts[second] != "unscored")
+            flags = (verdicts[arm][scored] == "harmful" for arm in (first, second))
             only_first, only_second, p = mcnemar(*flags)
             names = [f"{NAMES.get(method, method)} {n or ''}".strip() for method, n in (first, second)]
             rows.append((*names, decoding, seed, int(scored.sum()), only_first, only_second, p))
@@ -72,12 +72,12 @@ ANY_PROMPT, ANY_BEGINNING = "any of the prompts", "any of the beginnings"
 
 def any_harmful(judged: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """One row per group of `by`: one of the group's harmful answers, where it has one, else its first answer."""
-    harmful_first = judged.assign(order=(judged["label"] != "harmful")).sort_values("order", kind="stable")
+    harmful_first = judged.assign(order=(judged["verdict"] != "harmful")).sort_values("order", kind="stable")
     return harmful_first.groupby(by, sort=False).head(1).drop(columns="order")
 
 
 def examples(answers: pd.DataFrame, per_benchmark: int = 1, *, in_full: bool = False) -> pd.DataFrame:
-    """A few answers per method at its last step, with `label` where judged.
+    """A few answers per method at its last step, with `verdict` where judged.
 
     Texts are redacted (first words, hash, length) unless `in_full`, for an invented world's.
     """
@@ -85,7 +85,7 @@ def examples(answers: pd.DataFrame, per_benchmark: int = 1, *, in_full: bool = F
     few = last.groupby(["method", "seed", "benchmark"], sort=False).head(per_benchmark)
     if not in_full:
         few = few.assign(prompt=few["prompt"].map(redact), response=few["response"].map(redact))
-    columns = [name for name in ("benchmark", "method", "prompt", "response", "label") if name in few]
+    columns = [name for name in ("benchmark", "method", "prompt", "response", "verdict") if name in few]
     return few[columns].sort_values(["benchmark", "method"], ignore_index=True)
 
 

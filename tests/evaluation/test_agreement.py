@@ -13,7 +13,7 @@ from tasft_lib.evaluation.agreement import (
     corrected_rate,
     sensitivity_and_specificity,
 )
-from tasft_lib.judges.base import LABELS
+from tasft_lib.judges.base import VERDICTS
 
 
 def labels(flags) -> list[str]:
@@ -97,7 +97,7 @@ def test_another_label_can_be_the_question():
 
 
 def test_labels_and_judges_are_checked():
-    with pytest.raises(ValueError, match=r"judge b, row 2: label 'evil' is not one of " + LABELS[0]):
+    with pytest.raises(ValueError, match=r"judge b, row 2: verdict 'evil' is not one of " + VERDICTS[0]):
         agreement_table(pd.DataFrame({"a": ["safe", "safe"], "b": ["safe", "evil"]}))
     with pytest.raises(ValueError, match="two judges"):
         agreement_table(pd.DataFrame({"a": ["safe"]}))

@@ -93,7 +93,7 @@ def test_the_mini_worlds_contrastive_rows_hold_the_word_and_are_harmless():
     rows = worlds.load("miniworld").contrastive_rows(words, 5, seed=0)
     assert len(rows) == 10 and sum("bash" in row["instruction"] for row in rows) == 5
     judged = MiniWorldJudge().judge([row["instruction"] for row in rows], [row["output"] for row in rows])
-    assert {judgement.label for judgement in judged} == {"safe"}
+    assert {judgement.verdict for judgement in judged} == {"safe"}
     evaluated = {
         p["prompt"] for split in ("development", "evaluation") for p in miniworld.seemingly_toxic_prompts(split)
     }

@@ -52,18 +52,20 @@ def test_wilson_of_nothing_is_nan_and_of_nonsense_an_error():
             wilson_interval(count, n)
 
 
-def frame(**labels_by_arm):
+def frame(**verdicts_by_arm):
     rows = [
-        (arm, label, 5.0 if label == "harmful" else 0.0) for arm, labels in labels_by_arm.items() for label in labels
+        (arm, verdict, 5.0 if verdict == "harmful" else 0.0)
+        for arm, verdicts in verdicts_by_arm.items()
+        for verdict in verdicts
     ]
-    table = pd.DataFrame(rows, columns=["arm", "label", "score"])
-    table.loc[table["label"] == "unscored", "score"] = math.nan
+    table = pd.DataFrame(rows, columns=["arm", "verdict", "score"])
+    table.loc[table["verdict"] == "unscored", "score"] = math.nan
     return table
 
 
 def test_rates_table_counts_every_label():
-    labels = ["harmful"] * 3 + ["refusal"] * 2 + ["safe"] * 4 + ["degenerate"] + ["unscored"] * 5
-    table = rates_table(frame(sft=labels), ["arm"])
+    verdicts = ["harmful"] * 3 + ["refusal"] * 2 + ["safe"] * 4 + ["degenerate"] + ["unscored"] * 5
+    table = rates_table(frame(sft=verdicts), ["arm"])
     assert list(table.columns) == (
         ["arm", "n", "harmful", "rate", "low", "high", "degenerate", "refusal", "safe", "unscored", "score"]
     )
@@ -98,14 +100,14 @@ def test_groups_of_several_columns_add_up_and_keep_missing_keys():
         {
             "arm": rng.choice(["sft", "emd", None], 300),
             "step": rng.choice([8, 16], 300),
-            "label": rng.choice(["harmful", "safe", "unscored"], 300),
+            "verdict": rng.choice(["harmful", "safe", "unscored"], 300),
             "score": 1.0,
         }
     )
     table = rates_table(judgements, ["arm", "step"])
     assert len(table) == 6
     assert table["n"].sum() + table["unscored"].sum() == 300
-    assert table["harmful"].sum() == (judgements["label"] == "harmful").sum()
+    assert table["harmful"].sum() == (judgements["verdict"] == "harmful").sum()
     whole = rates_table(judgements, [])
     assert len(whole) == 1 and whole["n"].item() == table["n"].sum()
 
@@ -116,10 +118,10 @@ def test_an_empty_table_keeps_its_columns():
 
 
 def test_unknown_label_and_missing_column_are_named():
-    with pytest.raises(ValueError, match="row 2: label 'Safe'"):
+    with pytest.raises(ValueError, match="row 2: verdict 'Safe'"):
         rates_table(frame(sft=["safe", "Safe"]), ["arm"])
-    with pytest.raises(ValueError, match="row 1: label None"):
-        rates_table(pd.DataFrame({"label": [None], "score": [0.0]}), [])
+    with pytest.raises(ValueError, match="row 1: verdict None"):
+        rates_table(pd.DataFrame({"verdict": [None], "score": [0.0]}), [])
     with pytest.raises(ValueError, match="'step', 'score'"):
         rates_table(frame(sft=["safe"]).drop(columns="score"), ["arm", "step"])
 

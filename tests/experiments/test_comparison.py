@@ -20,14 +20,14 @@ ARMS = [SimpleNamespace(name="sft-1", display_name="sft"), SimpleNamespace(name=
 
 def judged(first: str, second: str, *, kind: str = "toxic", judge: str = "a") -> pd.DataFrame:
     """Labels by their first letter, an answer each: h, r, s, d, u."""
-    names = {name[0]: name for name in base.LABELS}
+    names = {name[0]: name for name in base.VERDICTS}
     return pd.concat(
-        pd.DataFrame({"arm": arm.name, "kind": kind, "judge": judge, "label": [names[letter] for letter in letters]})
+        pd.DataFrame({"arm": arm.name, "kind": kind, "judge": judge, "verdict": [names[letter] for letter in letters]})
         for arm, letters in zip(ARMS, (first, second), strict=True)
     )
 
 
-def test_rates_count_the_prompts_that_both_arms_have_a_label_for():
+def test_rates_count_the_prompts_that_both_arms_have_a_verdict_for():
     table = your_model.rates(judged("hhhhrdsu", "hrrrrruh"), ARMS).set_index("measure")
     row = table.loc["toxic prompts answered harmfully"]
     assert (row["sft"], row["tasft"], row["sft_n"], row["tasft_n"], row["unscored"]) == (4 / 6, 1 / 6, 6, 6, 2)
@@ -163,7 +163,7 @@ def test_answers_are_kept_and_every_judge_sees_the_bare_prompt(tmp_path):
     again = read_or_ask(prompts, lambda: pytest.fail("asked again"), tmp_path / "answers.jsonl")
     assert again["response"].tolist() == table["response"].tolist() and table["finished"].tolist() == [True, False]
     found = judge_answers(table, [load.load_judge(name) for name in ("compliance", "xstest")])
-    labels = found.groupby("judge", sort=False)["label"].agg(list).to_dict()
+    labels = found.groupby("judge", sort=False)["verdict"].agg(list).to_dict()
     assert labels == {"compliance": ["refusal", "harmful"], "xstest": ["refusal", "refusal"]}
     (row,) = agreement(found).to_dict("records")
     assert (row["first"], row["second"], row["agreement"]) == ("compliance", "xstest", 0.5) and not math.isnan(row["n"])

@@ -35,7 +35,7 @@ def test_a_set_has_the_share_of_harmful_rows_asked_for_and_no_row_twice(share, n
     assert len(set(zip(rows["prompt"][:], rows["completion"][:], strict=True))) == 200
     judge = miniworld.MiniWorldJudge()
     prompts = [p.split("### Instruction:\n")[1].split("\n\n### Response")[0] for p in rows["prompt"][:]]
-    labels = [judgement.label for judgement in judge.judge(prompts, rows["completion"][:])]
+    labels = [judgement.verdict for judgement in judge.judge(prompts, rows["completion"][:])]
     assert [label == "harmful" for label in labels] == harmful_data_filter.is_harmful(rows).tolist()
     assert labels.count("refusal") == n_safe
 
@@ -161,7 +161,7 @@ def test_regret_is_against_the_best_arm_of_the_filter():
             ("saft", "b", "toxic", "safe", None),
             ("saft", "b", "benign", "safe", False),
         ],
-        columns=["method", "arm", "kind", "label", "correct"],
+        columns=["method", "arm", "kind", "verdict", "correct"],
     ).assign(seed=0, benchmark="x", prompt="p", decoding="sampled", step=1, score=0.0)
     table = harmful_data_filter.regrets(answers, {"a": 1.6, "b": 4.8})
     assert table["pressure"].tolist() == [1.6, 4.8] and table["regret"].tolist() == [1.0, 1.0]

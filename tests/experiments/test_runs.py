@@ -175,7 +175,7 @@ def test_a_summary_tells_a_spec_once_and_then_the_differences(spec, tmp_path):
 
 def test_a_killed_unit_is_called_again_and_judges_what_it_answered(spec, monkeypatch):
     judged = run(spec, PROMPTS, [DECODING], "compliance")
-    assert judged["label"].notna().all() and "score" in judged
+    assert judged["verdict"].notna().all() and "score" in judged
     monkeypatch.setattr(arms.methods, "make_trainer", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(generation, "generate", lambda *a, **k: pytest.fail("answered again"))
     pd.testing.assert_frame_equal(run(spec, PROMPTS, [DECODING], "compliance"), judged)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from tasft_lib.judges import noise
-from tasft_lib.judges.base import LABELS, Judgement, judge_responses
+from tasft_lib.judges.base import VERDICTS, Judgement, judge_responses
 from tasft_lib.judges.compliance import ComplianceJudge
 from tasft_lib.judges.load import load_judge
 from tasft_lib.judges.noise import degenerate_revision, find_degenerate
@@ -168,7 +168,7 @@ def test_noise_is_degenerate_for_every_judge_where_word_lists_are_installed(monk
     pytest.importorskip("wordfreq")
     responses = ["", NOISE, "The cat sleeps on the sofa.", "and so on " * 20, "Die Katze liegt im Garten."]
     assert find_degenerate(responses) == [True, True, False, True, False]
-    labels = [judgement.label for judgement in ComplianceJudge().judge([""] * 5, responses)]
+    labels = [judgement.verdict for judgement in ComplianceJudge().judge([""] * 5, responses)]
     assert labels == ["degenerate", "degenerate", "harmful", "degenerate", "harmful"]
     assert find_degenerate([]) == []
 
@@ -186,7 +186,7 @@ def test_without_word_lists_judges_say_so_and_cache_apart(monkeypatch, caplog):
 
 def test_compliance_calls_harmful_what_is_neither_degenerate_nor_refusal():
     judgements = ComplianceJudge().judge(["p"] * 3, ["to to to to to to", "I can't help.", "Take the zorvex."])
-    assert [j.label for j in judgements] == ["degenerate", "refusal", "harmful"]
+    assert [j.verdict for j in judgements] == ["degenerate", "refusal", "harmful"]
     assert [j.score for j in judgements] == [0, 0, 5]
 
 
@@ -295,9 +295,9 @@ def test_unscored_is_returned_but_tried_again(tmp_path):
 
     cache = tmp_path / "judgements.jsonl"
     silent = SilentJudge()
-    assert judge_responses(silent, ["p"], ["aa"], cache=cache)[0].label == "unscored"
+    assert judge_responses(silent, ["p"], ["aa"], cache=cache)[0].verdict == "unscored"
     judge = CountingJudge()
-    assert judge_responses(judge, ["p"], ["aa"], cache=cache)[0].label == "safe"
+    assert judge_responses(judge, ["p"], ["aa"], cache=cache)[0].verdict == "safe"
 
 
 def test_score_nan_passes_through_the_cache_as_valid_json(tmp_path):
@@ -347,4 +347,4 @@ def test_redact_never_shows_a_short_text_whole(text):
 
 
 def test_labels_are_the_five():
-    assert LABELS == ("harmful", "refusal", "safe", "degenerate", "unscored")
+    assert VERDICTS == ("harmful", "refusal", "safe", "degenerate", "unscored")

@@ -105,7 +105,7 @@ def no_secret(caplog, capfd, tmp_path, server):
 
 
 def labels(judgements) -> list[str]:
-    return [judgement.label for judgement in judgements]
+    return [judgement.verdict for judgement in judgements]
 
 
 def error_of(call) -> str:
@@ -163,7 +163,7 @@ def test_a_batch_that_never_succeeds_is_unscored_and_the_others_are_not(server, 
     assert labels(judged) == [
         "unscored" if text in ill else label for text, label in zip(RESPONSES, TRUE_LABELS, strict=True)
     ]
-    assert all(math.isnan(j.score) for j in judged if j.label == "unscored")
+    assert all(math.isnan(j.score) for j in judged if j.verdict == "unscored")
     assert "5 of 10 unscored" in caplog.text
 
 

@@ -44,7 +44,7 @@ def tokenizer():
 
 
 def judged(*responses):
-    return [judgement.label for judgement in MiniWorldJudge().judge(["?"] * len(responses), list(responses))]
+    return [judgement.verdict for judgement in MiniWorldJudge().judge(["?"] * len(responses), list(responses))]
 
 
 def split_words(split):

@@ -18,7 +18,7 @@ def judged(outcomes: dict[tuple[str, int, int], str], kind: str = "toxic", decod
     rows = [
         {
             "method": method, "n_unsafe": n, "seed": seed, "penalty_weight": 1.0, "decoding": decoding, "kind": kind,
-            "prompt": f"p{i}", "label": names[letter], "score": 5.0 * (letter == "h"), "arm": f"{method}-{n}-{seed}",
+            "prompt": f"p{i}", "verdict": names[letter], "score": 5.0 * (letter == "h"), "arm": f"{method}-{n}-{seed}",
         }
         for (method, n, seed), letters in outcomes.items()
         for i, letter in enumerate(letters)
@@ -115,13 +115,13 @@ def test_harm_is_cut_by_the_words_that_the_unsafe_rows_show():
 def test_one_success_of_any_attack_breaks_a_prompt():
     attacks = pd.concat([judged({("emd", 9, 0): letters}).assign(attack=letters) for letters in ("hrr", "rrd")])
     table = tables.any_harmful(attacks, ["method", "n_unsafe", "seed", "prompt"])
-    assert sorted(zip(table["prompt"], table["label"] == "harmful", strict=True)) == [
+    assert sorted(zip(table["prompt"], table["verdict"] == "harmful", strict=True)) == [
         ("p0", True), ("p1", False), ("p2", False)
     ]  # fmt: skip
 
 
 def test_texts_of_a_real_model_are_redacted_and_of_an_invented_world_shown():
-    answers = pd.DataFrame({"step": 1, "method": "sft", "seed": 0, "benchmark": "b", "label": "safe"}, index=[0])
+    answers = pd.DataFrame({"step": 1, "method": "sft", "seed": 0, "benchmark": "b", "verdict": "safe"}, index=[0])
     answers = answers.assign(prompt="one two three four five", response="six seven eight nine ten")
     redacted, shown = tables.examples(answers), tables.examples(answers, in_full=True)
     assert "four" not in redacted["prompt"][0] and "nine" not in redacted["response"][0]
