@@ -1,7 +1,7 @@
-"""What `trainer.py` builds on in TRL and transformers, by the source it was written against.
+"""What `trainer.py` and `forward.py` build on in TRL and transformers, by the source it was written against.
 
-Fails when one of these changes, even where every other test still passes. Then read the new source beside trainer.py,
-adapt it, and only after that put the new hash here and the new version into pyproject.toml.
+Fails when one of these changes, even where every other test still passes. Then read the new source beside them,
+adapt them, and only after that put the new hash here, the new version into constraints.txt and `trainer.TESTED_TRL`.
 """
 
 import hashlib
