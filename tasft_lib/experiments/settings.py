@@ -98,6 +98,11 @@ def resolve(notebook: str, namespace: dict[str, Any]) -> Any:
             declared, assigned = ({n: v for n, v in part.items() if n in known} for part in (declared, assigned))
         own |= declared
         given |= assigned
+    if "profile" not in own:  # nbval keeps no history: what differs from the notebook's file was set
+        own = declared_in(notebooks()[notebook])
+        defaults = {name: default for name, (_, default) in own.items()}
+        known = [name for name in {**SHARED, **own} if name in namespace]
+        given = {name: namespace[name] for name in known if name not in own or namespace[name] != defaults[name]}
     values, sources = _layered(notebook, own, given)
     for name, value in values.items():
         print(f"{name:<28} {value!r:<40} {sources[name]}".rstrip())

@@ -69,7 +69,6 @@ def test_later_layers_win_and_each_value_says_where_it_is_from(project, capsys):
         ("sizes = {'a': 1}", r"sizes=\{'a': 1\} is not of type list\[int\]"),
         ("profile = 'smoek'", "no profile 'smoek'; there are paper, smoke"),
         ("profile = 'paper'", "profile paper has no notebook 'toy'"),
-        ("n_unsafe: int = 2 * 3\nprofile: str = 'smoke'", "write `name: type = constant`|run the parameters cell"),
         ("n: int = 2\nm: int = len('a')", "write `name: type = constant`"),
     ],
 )
@@ -107,6 +106,11 @@ def test_cells_may_be_run_again_later_in_jupyterlab(project):
     assert (config.sizes, config.n_unsafe) == ([20, 10], 7)
     names["In"].append(CELL.replace("False", "True"))
     assert resolve("toy", names).flag
+
+
+def test_a_kernel_without_history_is_read_by_its_names(project):
+    names = {"In": [""], "n_unsafe": 3, "sizes": [3, 2], "flag": True, "profile": "smoke", "lora_r": 4}
+    assert vars(resolve("toy", names)) == vars(load("toy", given={"flag": True, "lora_r": 4}))
 
 
 def test_lists_may_be_words_as_on_a_command_line():
