@@ -124,9 +124,9 @@ def test_an_unknown_task_is_named_before_anything_runs(model, tokenizer, monkeyp
 
 def test_missing_packages_are_one_line(model, tokenizer, tmp_path, monkeypatch):
     install(monkeypatch, {"lm_eval": None, "alpaca_eval": None})
-    with pytest.raises(ValueError, match=r"pip install 'tasft\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'tasft\[harness\]'"):
         harness_scores(model, tokenizer)
-    with pytest.raises(ValueError, match=r"pip install 'tasft\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'tasft\[alpaca_eval\]'"):
         alpaca_eval_score(OUTPUTS, REFERENCES, annotators_config="x", name="m", folder=tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

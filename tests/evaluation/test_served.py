@@ -351,7 +351,7 @@ def test_what_cannot_be_asked_is_refused_before_a_call(options, message, tmp_pat
 
 def test_without_the_package_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ValueError, match=r"pip install 'tasft\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'tasft\[serve\]'"):
         generate_served(["a"], base_url="http://localhost/v1", model="m", answers=tmp_path / "a")
 
 

@@ -135,7 +135,7 @@ def test_the_papers_arms_train_and_answer_on_every_base(base, load_in_4bit, tmp_
         assert arm.penalty_weight == tuned[NAMES[base], method, 1000] and arm.lora["r"] == 8
         assert arm.training["penalty_reduction"] == "micro_batch"
         answers = study.answers([arm], [study.greedy])
-        assert len(answers) == 16 and set(answers["label"]) <= {"harmful", "refusal", "safe", "degenerate"}
+        assert len(answers) == 16 and set(answers["verdict"]) <= {"harmful", "refusal", "safe", "degenerate"}
         manifest = arms.read_manifest(arm)
         assert manifest["steps"] == 5 and manifest["spec"]["load_in_4bit"] is load_in_4bit
         assert all("unsafe_rows" in log or "train_loss" in log for log in manifest["log_history"])

@@ -10,7 +10,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
-from trl import ModelConfig
+from trl import ModelConfig, ScriptArguments
 
 from tasft_lib import TASFTConfig, cli, files
 from tasft_lib.commands import train
@@ -85,7 +85,8 @@ def options(verb: str) -> set[str]:
     import io
 
     if verb == "train":
-        known = {f.name for cls in (TASFTConfig, ModelConfig, train.DataArguments) for f in fields(cls)}
+        classes = (TASFTConfig, ModelConfig, ScriptArguments, train.DataArguments)
+        known = {f.name for cls in classes for f in fields(cls)}
         return {f"--{name}" for name in known} | {"--config", "--help", "--help_all"}
     texts = []
     for kind in (["head"], ["step"], ["saft"]) if verb == "bench" else ([],):
