@@ -115,7 +115,7 @@ def test_one_table_holds_both_models_by_every_judge_that_runs_here(made):
     agreement = pd.read_csv(folder / FIGURES / "your_model_agreement.csv")
     assert len(agreement) == 3 and agreement["n"].eq(48).all()
     manifest = json.loads((folder / FIGURES / "your_model_manifest.json").read_text())
-    trained = [arm["spec"]["method"] for arm in manifest["arms"].values()]
+    trained = [(manifest["base"]["spec"] | arm["spec"])["method"] for arm in manifest["arms"].values()]
     assert trained == ["sft", "emd"] and manifest["harvest"]["kept"] == 8 and manifest["judges"][2]["licence"]
     assert (folder / FIGURES / "your_model_table.png").exists()
     assert services.keys == {f"Bearer {KEY}"}

@@ -59,7 +59,9 @@ def test_the_published_arms_were_trained_with_the_weights_that_the_search_chose(
     manifest = json.loads((ROOT / "figures" / "mini" / "data_efficiency_manifest.json").read_text())
     chosen = pd.read_csv(ROOT / "figures" / "search" / "penalty_weight_chosen.csv")
     weights = {(row.method, row.n_unsafe): row.penalty_weight for row in chosen.itertuples()}
-    specs = [arm["spec"] for arm in manifest["arms"].values() if arm["spec"]["method"] != "sft"]
+    base = manifest.get("base", {}).get("spec", {})  # newer manifests tell each arm by its differences from it
+    specs = [base | arm["spec"] for arm in manifest["arms"].values()]
+    specs = [spec for spec in specs if spec["method"] != "sft"]
     tuned = [spec for spec in specs if spec["penalty_weight"] != "auto"]
     assert len(tuned) >= 3 * len(weights)
     assert all(weights[spec["method"], spec["n_unsafe"]] == spec["penalty_weight"] for spec in tuned)
