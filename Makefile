@@ -39,9 +39,10 @@ unit: .venv/installed
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # nbval cannot inject parameters, so papermill writes a parameterised copy first; its cells are then run and checked.
+# Notebooks run side by side, so each trains its arms in its own process: another would first load its libraries.
 notebooks: .venv/installed
 	$(BIN)/tasft reproduce --profile smoke --prepare-only $(if $(NB),--notebooks $(NB))
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-cell-timeout 300 $(NAMES:%=runs/smoke/%.ipynb)
+	TASFT_WORKERS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-cell-timeout 300 $(NAMES:%=runs/smoke/%.ipynb)
 
 # Copies, so that exploring changes nothing that git sees; results of a notebook run by hand go to runs/figures.
 # Where a notebook is newer than its copy, the old copy stays as before_<name>.

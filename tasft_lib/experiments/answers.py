@@ -42,14 +42,17 @@ def run_all(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> pd.DataFrame:
-    """`run` for many arms; without a GPU in `workers` processes of one thread (default: one per core).
+    """`run` for many arms; without a GPU in `workers` processes of one thread (default: `$TASFT_WORKERS`, else one
+    per core).
 
     An arm that fails does not stop the others; they are finished and kept, then the first failure is raised.
     """
     for spec in specs:
         with_files(spec)  # what many arms need is made here, where its bar is seen and no worker waits for it
     missing = sum(not _is_answered(spec, prompts, decodings, steps) for spec in specs)
-    workers = min(workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1), max(missing, 1))
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else int(os.environ.get("TASFT_WORKERS") or os.cpu_count() or 1)
+    workers = min(workers, max(missing, 1))
     done: dict[int, pd.DataFrame] = {}
     failures: list[tuple[ArmSpec, BaseException]] = []
     options = {"steps": steps, "batch_size": batch_size}
