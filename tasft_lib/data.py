@@ -274,9 +274,9 @@ def check(
         if labels[i] != labels[j]:
             raise ValueError(f"{_list(places, [j, i])}: same text, labels contradict; remove the wrong one")
         if j != i:
-            raise ValueError(f"{_list(places, [j, i])}: same text; remove one of them, as data.clean does")
+            raise ValueError(f"{_list(places, [j, i])}: same text; remove one of them")
     if leaks := _leaks(rows, evaluation_prompts):
-        what = "the prompt is an evaluation prompt; remove the row, as data.clean does"
+        what = "the prompt is an evaluation prompt; remove the row"
         raise ValueError(f"{_list(places, leaks)}: {what}")
     if tokenizer is not None and max_length is not None and (full := _full(rows["prompt"][:], tokenizer, max_length)):
         what = f"the prompt alone fills max_length={max_length}, the completion is cut away"

@@ -205,7 +205,7 @@ def _repeats(rows: _Rows, progress: bool | None) -> list[Finding]:
         note = f"{similarity:.0%} of row {rows.numbers[j]}: {_redacted(rows.answers[i])}"
         (near if rows.labels[i] == rows.labels[j] else across)[i] = note
     wrong_label = "remove the wrong one of each two"
-    copies = "remove the rows, as data.clean does"
+    copies = "remove the rows"
     groups = "keep one of each group: training counts all of them"
     other_prompt = "keep one, unless it is right twice"
     return [
@@ -238,7 +238,7 @@ def _leaks(rows: _Rows, evaluation_prompts: dict[str, list[str]], progress: bool
         for k, (place, similarity) in near.items()
     }
     return [
-        Finding("evaluation prompt asked", True, "remove the rows, as data.clean does", rows.numbered(exact)),
+        Finding("evaluation prompt asked", True, "remove the rows", rows.numbered(exact)),
         *rows.by_label("evaluation prompt nearly asked", "remove what is the same request in other words", notes),
     ]
 

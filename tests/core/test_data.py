@@ -429,7 +429,7 @@ def test_leaks_are_found_inside_templates(prompt):
     rows = mixture(prompt=[other, prompt], completion=completion)
     evaluation = ["Where is the zib?", "How to blorp a grue?", "?"]
     message = refusal(data.check, rows, source="f", evaluation_prompts=evaluation)
-    assert "f: row 2: " in message and "data.clean" in message and "grue" not in message
+    assert "f: row 2: " in message and "remove the row" in message and "grue" not in message
     kept, dropped = data.drop_leaks(rows, evaluation)
     assert kept.to_list() == rows.to_list()[:1] and dropped == 1
     data.check(kept, source="f", evaluation_prompts=evaluation, require_unsafe=False)

@@ -612,9 +612,7 @@ def test_a_quantised_head_is_refused(model, tokenizer, tmp_path):
         TASFTTrainer(model, config(tmp_path), train_dataset=make_rows(8), processing_class=tokenizer)
 
 
-@plain_sft
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_mixture_of_experts_keeps_trls_load_balancing_loss(padding_free, tokenizer, tmp_path):
+def mixture_of_experts(tokenizer):
     settings = dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5,
@@ -622,7 +620,13 @@ def test_mixture_of_experts_keeps_trls_load_balancing_loss(padding_free, tokeniz
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **settings)).float()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **settings)).float()
+
+
+@plain_sft
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_mixture_of_experts_keeps_trls_load_balancing_loss(padding_free, tokenizer, tmp_path):
+    model = mixture_of_experts(tokenizer)
     rows, options = make_rows(8, unsafe_every=None), dict(padding_free=padding_free, max_length=None)
     ours, our_gradient = gradient_step(model, config(tmp_path, **options), rows, tokenizer)
     theirs, their_gradient = gradient_step(
@@ -754,14 +758,7 @@ def test_an_untested_trl_that_changes_the_loss_is_refused_in_one_line(
 
 
 def test_an_untested_trl_keeps_the_load_balancing_loss(untested_trl, tokenizer, tmp_path):
-    settings = dict(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5,
-        initializer_range=0.3, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **settings)).float()
+    model = mixture_of_experts(tokenizer)
     args = config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     log, _ = gradient_step(model, args, make_rows(8), tokenizer)
     assert log["aux_loss"] > 0
