@@ -7,23 +7,19 @@ A row goes one way: `read_rows` -> `to_training_rows` (template, label, nothing 
 TA-SFT and KTO alike. Row numbers in messages count data rows from 1.
 """
 
-import csv
-import gzip
 import hashlib
 import json
 import logging
-import lzma
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, List, Value, concatenate_datasets
 
-from .text import normalise, shown, shown_name
+from .sources import Source, column_names, file_format, read_file, read_rows
+from .text import normalise, shown
 
 logger = logging.getLogger(__name__)
 # Stanford's train.py ends its prompts at "### Response:"; Alpaca-LoRA's form, which STL and so the paper use, adds the
@@ -36,7 +32,6 @@ SHORT_TEMPLATE = "### Instruction:\n{instruction}\n\n### Response:\n"
 SHORT_TEMPLATE_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 ALPACA_TEMPLATE = f"{_TASK}{_WRITE}{SHORT_TEMPLATE}"
 ALPACA_TEMPLATE_WITH_INPUT = f"{_TASK}{_PAIRED}{_WRITE}{SHORT_TEMPLATE_WITH_INPUT}"
-Source = str | Path
 Template = Literal["alpaca", "short", "none"]
 _TEMPLATES = {  # without and with input
     "alpaca": (ALPACA_TEMPLATE, ALPACA_TEMPLATE_WITH_INPUT),
@@ -46,7 +41,6 @@ _TEMPLATES = {  # without and with input
 _TEMPLATED = re.compile(r"### Instruction:\n(.*?)(?:\n\n### Input:\n(.*?))?\n\n### Response:\s*\Z", re.DOTALL)
 _PROMPT_COLUMNS = ("prompt", "instruction", "Goal", "goal")
 _CSV_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-_COMPRESSED = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def format_prompt(instruction: str, input: str = "", template: Template = "alpaca") -> str:
@@ -54,31 +48,6 @@ def format_prompt(instruction: str, input: str = "", template: Template = "alpac
     if template not in _TEMPLATES:
         raise ValueError(f"template: {template!r} is not known; use one of {', '.join(_TEMPLATES)}")
     return _TEMPLATES[template][bool(input)].format(instruction=instruction, input=input)
-
-
-def read_rows(source: Source, *, split: str = "train", revision: str | None = None, name: str | None = None) -> Dataset:
-    """Rows of a .json (list of objects), .jsonl, .csv or .parquet file, a `save_to_disk` folder or a hub data set.
-
-    A .json, .jsonl or .csv file may be compressed (.gz, .xz). Every CSV cell is text. `split` chooses within a hub data
-    set or a saved DatasetDict, `name` is a hub data set's configuration, and a hub id needs `revision`, the commit to
-    read.
-
-    Raises:
-        ValueError: missing, empty or malformed source, a row that is not an object, an unpinned hub id.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        rows = _read_folder(path, split)
-    elif _format(path) in (".json", ".jsonl", ".csv", ".parquet"):
-        rows = _table(_read_file(path), path)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists():
-        rows = _read_hub(str(source), split, revision, name)
-    else:
-        kinds = "a .json, .jsonl, .csv or .parquet file, nor a save_to_disk folder, nor a hub id (owner/name)"
-        raise ValueError(f"{source}: neither {kinds}; check the path")
-    if len(rows) == 0:
-        raise ValueError(f"{source}: has no rows; give at least one")
-    return rows
 
 
 def to_training_rows(
@@ -109,7 +78,7 @@ def to_training_rows(
         raise ValueError(f"{source}: {question} and {answer} mix text and messages; use text, or prompt and completion")
 
     places = [f"{source}: row {i + 1}" for i in range(len(rows))]
-    labels = _labels(rows, label, source, as_text=_format(Path(source)) == ".csv")
+    labels = _labels(rows, label, source, as_text=file_format(Path(source)) == ".csv")
     _check_filled(rows, question, source)
     dropped = set(empty(rows, answer))
     if dropped and drop_empty:
@@ -151,7 +120,7 @@ def read_prompts(
     instruction after an empty line, as in AlpacaEval.
     """
     path = Path(source).expanduser()
-    content = _read_file(path) if _format(path) == ".json" else None
+    content = read_file(path) if file_format(path) == ".json" else None
     if isinstance(content, dict) and content.get("instructions"):
         prompts = content["instructions"]
     elif isinstance(content, list) and any(isinstance(entry, str) for entry in content):
@@ -317,100 +286,6 @@ def fingerprint(rows: Dataset) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
-
-
-def column_names(rows: Dataset) -> str:
-    """The names of all columns, for a message."""
-    return ", ".join(map(shown_name, rows.column_names))
-
-
-def _read_file(path: Path) -> Any:
-    """What a .json file holds, or the list of rows of a .jsonl, .csv or .parquet file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; check the path")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty; give at least one row")
-    suffix, line, rows = _format(path), 0, []
-    try:
-        if suffix == ".parquet":
-            return pq.read_table(path).to_pylist()
-        opened = _COMPRESSED.get(path.suffix.lower(), open)
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            # hh-rlhf's red_team_attempts.jsonl.gz is one JSON list, whatever its name says.
-            if suffix == ".json" or (suffix == ".jsonl" and _begins_a_list(file)):
-                return json.load(file)
-            if suffix == ".csv":
-                for row in csv.DictReader(file, strict=True):
-                    rows.append(row)
-                return rows
-            for line, text in enumerate(file, start=1):  # noqa: B007, the message below names it
-                if text.strip():
-                    rows.append(json.loads(text))
-            return rows
-    except json.JSONDecodeError as error:
-        remedy = "name it .jsonl if each line is a row" if error.msg == "Extra data" and not line else "correct it"
-        raise ValueError(f"{path}: line {line or error.lineno}: malformed JSON ({error.msg}); {remedy}") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}: row {len(rows) + 1}: malformed CSV ({error}); correct its quotes") from error
-    except (UnicodeDecodeError, pa.ArrowException, gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable {suffix} file ({str(error)!r:.120}); save it again") from error
-
-
-def _format(path: Path) -> str:
-    """The suffix that tells the format, below the one of a compression."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in _COMPRESSED else suffix
-
-
-def _begins_a_list(file: TextIO) -> bool:
-    start = file.read(64).lstrip()
-    file.seek(0)
-    return start.startswith("[")
-
-
-def _table(records: Any, source: Path) -> Dataset:
-    """`Dataset.from_list` that keeps columns the first row lacks and says which row breaks a column's type."""
-    if not isinstance(records, list):
-        raise ValueError(f"{source}: holds one {type(records).__name__}; write a list of rows [{{column: value}}, ...]")
-    for row, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise ValueError(f"{source}: row {row} is {shown(record)}; write an object {{column: value}}")
-        if None in record:  # where csv puts the cells it has no header for
-            raise ValueError(f"{source}: row {row} has more cells than the header; quote cells that hold commas")
-    names = dict.fromkeys(name for record in records for name in record)
-    columns = {name: [record.get(name) for record in records] for name in names}
-    for name, values in columns.items():
-        first = next((type(value) for value in values if value is not None), None)
-        for row, value in enumerate(values, start=1):
-            if value is not None and type(value) is not first and {type(value), first} != {int, float}:
-                what = f"{shown_name(name)} is {shown(value)}, rows above have {first.__name__}"
-                raise ValueError(f"{source}: row {row}: {what}; use one type in a column")
-    try:
-        return Dataset.from_dict(columns)
-    except (pa.ArrowException, TypeError) as error:
-        raise ValueError(f"{source}: rows differ in the inner structure of their columns; align them") from error
-
-
-def _read_folder(path: Path, split: str) -> Dataset:
-    try:
-        rows = load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: a folder save_to_disk did not write; give a file in it instead") from error
-    if isinstance(rows, DatasetDict) and split not in rows:
-        raise ValueError(f"{path}: has no split {split!r}; choose one of {', '.join(rows)}")
-    return rows[split] if isinstance(rows, DatasetDict) else rows
-
-
-def _read_hub(source: str, split: str, revision: str | None, name: str | None) -> Dataset:
-    if revision in (None, "main"):
-        raise ValueError(f"{source}: no such file, and a hub id needs a revision; give the commit to read")
-    try:
-        return load_dataset(source, name, split=split, revision=revision)
-    except (OSError, ValueError) as error:
-        remedy = "check id, split, revision and network, or give a downloaded file"
-        if "gated" in str(error):
-            remedy = f"accept its terms at https://huggingface.co/datasets/{source} and log in (hf auth login)"
-        raise ValueError(f"{source}: the hub gave no rows ({str(error)!r:.120}); {remedy}") from error
 
 
 def _need(rows: Dataset, columns: Iterable[str], source: Source) -> None:

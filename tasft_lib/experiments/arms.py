@@ -54,7 +54,7 @@ from ..prepare.contrastive import contrastive_rows
 from . import methods
 
 # The modules that determine what is trained: those that `methods` imports, and itself.
-TRAINED_BY = ("losses", "fused_head", "forward", "config", "trainer", "experiments/methods", "data", "text")
+TRAINED_BY = ("losses", "fused_head", "forward", "config", "trainer", "experiments/methods", "data", "sources", "text")
 TRAINING = (
     "learning_rate",
     "lr_scheduler_type",

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tasft_lib import data
+from tasft_lib import data, sources
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets of ../shared/data are not here")
@@ -177,7 +177,7 @@ def test_a_silent_hub_is_one_line(monkeypatch):
     def fail(*args, **options):
         raise ConnectionError("no route\nto the hub")
 
-    monkeypatch.setattr(data, "load_dataset", fail)
+    monkeypatch.setattr(sources, "load_dataset", fail)
     assert "owner/rows" in refusal(data.read_rows, "owner/rows", revision="0a1b2c")
 
 
@@ -185,7 +185,7 @@ def test_a_gated_set_of_the_hub_says_what_to_do(monkeypatch):
     def fail(*args, **options):
         raise FileNotFoundError("Dataset 'owner/rows' is a gated dataset on the Hub. You must be authenticated.")
 
-    monkeypatch.setattr(data, "load_dataset", fail)
+    monkeypatch.setattr(sources, "load_dataset", fail)
     message = refusal(data.read_rows, "owner/rows", revision="0a1b2c")
     assert "accept its terms at https://huggingface.co/datasets/owner/rows" in message and "log in" in message
 
