@@ -165,7 +165,7 @@ def test_missing_and_foreign_sources_are_refused(tmp_path):
 def test_hub_ids_must_be_pinned_and_are_passed_on(monkeypatch):
     asked = {}
     monkeypatch.setattr(
-        data, "load_dataset", lambda *args, **options: asked.update(args=args, **options) or Dataset.from_list(ROWS)
+        sources, "load_dataset", lambda *args, **options: asked.update(args=args, **options) or Dataset.from_list(ROWS)
     )
     assert "revision" in refusal(data.read_rows, "owner/rows") and not asked
     assert "revision" in refusal(data.read_rows, "owner/rows", revision="main") and not asked
