@@ -29,7 +29,8 @@ from ..evaluation.worlds import base_model
 from ..files import content_hash, keep_freed_memory, model_identity, runs_folder, show_progress, write_text
 from ..judges import load
 from ..models import quiet
-from .arms import ArmSpec, checkpoints, is_trained, load_model, train, with_files
+from .arms import checkpoints, is_trained, load_model, train, with_files
+from .specs import ArmSpec
 
 
 def run_all(

@@ -8,9 +8,9 @@
     runs/unsafe/<name>-<hash>/          a harvested D_unsafe; while it is made, <name>-<hash>.work
     runs/safe/, runs/contrastive/       rows of a `SafeSpec` and a `ContrastiveSpec`
 
-A spec says what is wanted and names it; making, naming and comparing specs reads nothing. Arms are found by the name of
-their spec, so two notebooks that need the same arm share it. What a name cannot tell, the content of a file or another
-version of the code, is looked at when the arm is trained: an arm made of something else is set aside, not used.
+Arms are found by the name of their spec (see `specs`), so two notebooks that need the same arm share it. What a name
+cannot tell, the content of a file or another version of the code, is looked at when the arm is trained: an arm made of
+something else is set aside, not used.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
-from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .. import data, models, text
@@ -47,264 +46,34 @@ from ..files import (
     write_json,
     write_rows,
 )
-from ..generation import Decoding
 from ..judges.load import load_judge
 from ..prepare import harvest
 from ..prepare.contrastive import contrastive_rows
 from . import methods
+from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec, describe
 
 # The modules that determine what is trained: those that `methods` imports, and itself.
 TRAINED_BY = ("losses", "fused_head", "forward", "config", "trainer", "experiments/methods", "data", "sources", "text")
-TRAINING = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "save_steps",
-)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArmSpec:
-    """Everything that determines a trained arm.
+def make_rows(spec: Rows) -> Path:
+    """The file or data set folder of the rows that a spec asks for: harvested, answered or written, once.
 
-    Attributes:
-        method: one of `methods.METHODS`.
-        model: base model: a local folder, a hub id (with `model_revision`, the commit) or one that is built here, see
-            `worlds.base_model`.
-        dtype, load_in_4bit: how the base model is loaded, as TRL's ModelConfig spells them.
-        benign: benign rows, the name of a world (see `worlds.load`; hub ids with `benign_revision`).
-        n_benign: rows drawn from them by `seed`.
-        unsafe: D_unsafe, a `HarvestSpec` or a source for `data.read_rows`; `n_unsafe` rows are drawn from it by `seed`,
-            nested. For "imitation" a `SafeSpec`.
-        extra: further rows with good answers, added to the benign ones: a `SafeSpec` (STL), a `ContrastiveSpec` or a
-            source for `data.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same
-            order, the same rows.
-        held_out: evaluation prompts (of the world of that name) dropped from the benign rows.
-        template: prompt template, see `data.format_prompt`.
-        penalty_weight: λ; for KTO its undesirable weight.
-        display_name: what tables and figures call the arm, by default its method; no part of what it is.
-        seed: of the draw, the order of the rows, the adapter's start and dropout.
-        training: options of the method's TRL config (`learning_rate`, `num_train_epochs`, `save_steps`, ...).
-        lora: options of `peft.LoraConfig`; empty for full fine-tuning.
-
-    Raises `ValueError`, one line, for an unknown method or option, a missing D_unsafe or an unpinned hub model.
+    Raises `ValueError` where a prompt of D_unsafe has no safe answer.
     """
-
-    method: str
-    model: str
-    model_revision: str | None = None
-    dtype: str = "float32"
-    load_in_4bit: bool = False
-    benign: str
-    benign_revision: str | None = None
-    n_benign: int
-    unsafe: "str | HarvestSpec | SafeSpec | None" = None
-    n_unsafe: int | None = None
-    extra: "str | SafeSpec | ContrastiveSpec | None" = None
-    n_extra: int | None = None
-    held_out: str | None = None
-    template: str = "alpaca"
-    penalty_weight: float | str = "auto"
-    display_name: str | None = field(default=None, compare=False)
-    seed: int = 0
-    training: dict[str, Any] = field(default_factory=dict)
-    lora: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.method not in methods.METHODS:
-            raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(methods.METHODS)}.")
-        if self.method == "sft":
-            # What plain SFT does not look at must not give it another name.
-            for name, value in (("unsafe", None), ("n_unsafe", None), ("penalty_weight", "auto")):
-                object.__setattr__(self, name, value)
-        elif self.unsafe is None:
-            raise ValueError(f"method={self.method!r} needs `unsafe`, the rows to push away from.")
-        if worlds.is_hub_id(self.model) and self.model_revision is None:
-            raise ValueError(f"model={self.model!r} is no local folder, and a hub id needs model_revision, a commit.")
-        for options, cls in ((self.training, methods.CONFIGS[self.method]), (self.lora, LoraConfig)):
-            unknown = set(options) - {f.name for f in fields(cls) if f.init}
-            if unknown:
-                raise ValueError(f"{', '.join(sorted(unknown))}: no option of {cls.__name__}; check the spelling.")
-
-    @classmethod
-    def from_parameters(cls, parameters: Any, **given: Any) -> "ArmSpec":
-        """From a notebook's parameters (`settings.resolve`): fields by their names, options in `training` and `lora`.
-
-        `TRAINING` lists the training options taken; LoRA's are those that start with `lora_`, as TRL spells them.
-        """
-        named = {name: value if value != "" else None for name, value in vars(parameters).items()}
-        spec = {f.name: named[f.name] for f in fields(cls) if f.name in named and f.name not in given}
-        lora = {name.removeprefix("lora_"): value for name, value in named.items() if name.startswith("lora_")}
-        if lora:
-            alpha, dropout = lora.pop("alpha"), lora.pop("dropout")
-            modules = " ".join(lora.pop("target_modules")).replace(",", " ").split()
-            lora |= {"lora_alpha": alpha, "lora_dropout": dropout, "target_modules": modules}
-        training = {name: named[name] for name in TRAINING if name in named}
-        return cls(**spec, training=training, lora=lora, **given)
-
-    @cached_property
-    def name(self) -> str:
-        """`<method>-<hash of the spec>`, the arm's folder."""
-        return f"{self.method}-{content_hash(describe(self))}"
-
-    @property
-    def folder(self) -> Path:
-        """Where the arm lives."""
-        return runs_folder() / "arms" / self.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class HarvestSpec:
-    """D_unsafe (TA-SFT, §4.1): a plainly fine-tuned arm's own answers to toxic prompts, judged harmful.
-
-    Attributes:
-        arm: who answers; its evaluation prompts, `held_out`, are not asked.
-        prompts: the harvest prompts of the world of that name.
-        judge: who says what is harmful, see `judges.load_judge`.
-        decoding: how answers are sampled.
-        n: rows wanted.
-        rounds: times a prompt is asked at most.
-        batch_size: of generation; sampled answers depend on it.
-    """
-
-    arm: ArmSpec
-    prompts: str
-    judge: str
-    decoding: Decoding
-    n: int
-    rounds: int = 4
-    batch_size: int = 64
-
-    @cached_property
-    def name(self) -> str:
-        """`unsafe-<hash of the spec>`."""
-        return f"unsafe-{content_hash(describe(self))}"
-
-    def make(self) -> Path:
-        """Train the arm and harvest, unless that is done; the data set's folder. Other answers get another folder."""
-        train(self.arm)
-        world, judge = worlds.load(self.prompts), load_judge(self.judge)
-        prompts = world.harvest_prompts()
-        held_out = _held_out_prompts(self.arm)
-        made_of = [ingredients(self.arm), prompts, held_out, judge.name, judge.revision]
-        path = runs_folder() / "unsafe" / f"{self.name}-{content_hash(made_of)}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if path.exists():
-                return path
-            model, tokenizer = load_trained(self.arm)
-            name, revision = named(base_model(self.arm.model), self.arm.model_revision)
-            rows, report = harvest.harvest(
-                model,
-                tokenizer,
-                prompts,
-                judge,
-                n=self.n,
-                template=self.arm.template,
-                decoding=self.decoding,
-                rounds=self.rounds,
-                evaluation_prompts=held_out,
-                batch_size=self.batch_size,
-                origin=harvest.Origin(f"{name}, {self.arm.name}", revision, *world.harvest_source()),
-                work=path.with_name(f"{path.name}.work"),
-                progress=show_progress(),
-            )
-            return harvest.save_harvest(rows, report, path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SafeSpec:
-    """STL's counterpart of D_unsafe: the same prompts in the same order, answered safely."""
-
-    unsafe: HarvestSpec
-
-    @cached_property
-    def name(self) -> str:
-        """`safe-<hash of the spec>`."""
-        return f"safe-{content_hash(describe(self))}"
-
-    def make(self) -> Path:
-        """Harvest where needed; the JSONL file of safe answers. `ValueError` where a prompt of D_unsafe has none."""
-        answers = worlds.load(self.unsafe.prompts).safe_answers()
-        rows = data.read_rows(self.unsafe.make())
-        missing = [prompt for prompt in rows["instruction"][:] if prompt not in answers]
-        if missing:
-            raise ValueError(f"{self.unsafe.prompts}: no safe answer to {len(missing)} prompts of D_unsafe.")
-        safe = [
-            {"prompt": row["prompt"], "completion": answers[row["instruction"]], "instruction": row["instruction"]}
-            for row in rows
-        ]
-        return write_rows(runs_folder() / "safe" / f"{self.name}-{content_hash(safe)}.jsonl", safe)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContrastiveSpec:
-    """Harmless rows with the toxic words of D_unsafe's prompts (TA-SFT, §4.3.6), see `prepare.contrastive`.
-
-    Attributes:
-        unsafe: the D_unsafe; a word is toxic that its prompts have and the benign rows of its arm have not.
-        writer: the second model, which writes and answers them: a folder, a hub id (with `writer_revision`), or a world
-            that makes such rows itself.
-        per_word: rows a word.
-        decoding, batch_size: of the second model.
-        seed: of a world's rows.
-    """
-
-    unsafe: HarvestSpec
-    writer: str
-    writer_revision: str | None = None
-    per_word: int = 5
-    decoding: Decoding
-    batch_size: int = 64
-    seed: int = 0
-
-    @cached_property
-    def name(self) -> str:
-        """`contrastive-<hash of the spec>`."""
-        return f"contrastive-{content_hash(describe(self))}"
-
-    def make(self) -> Path:
-        """Harvest where needed, and write the rows unless that is done; their JSONL file."""
-        arm = self.unsafe.arm
-        toxic, benign = data.read_rows(self.unsafe.make())["prompt"][:], training_rows(arm)[0]["prompt"][:]
-        words = text.toxic_words(toxic, benign)
-        path = runs_folder() / "contrastive" / f"{self.name}-{content_hash(words)}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if path.exists():
-                return path
-            rows = worlds.load(self.writer).contrastive_rows(words, self.per_word, seed=self.seed)
-            if rows is None:
-                writer = load_model(replace(arm, model=self.writer, model_revision=self.writer_revision))
-                options = {"per_word": self.per_word, "decoding": self.decoding, "batch_size": self.batch_size}
-                rows = contrastive_rows(words, writer, **options)
-            return write_rows(path, rows)
-
-
-Rows = HarvestSpec | SafeSpec | ContrastiveSpec  # what an arm's rows are made from
-
-
-def describe(spec: ArmSpec | Rows) -> dict[str, Any]:
-    """The spec's fields but its display name, JSON-like: another spec in it by its name, a path in runs/ from there."""
-    described = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "display_name"}
-    for name, value in described.items():
-        if isinstance(value, ArmSpec | Rows):
-            described[name] = value.name
-        elif is_dataclass(value):
-            described[name] = asdict(value)
-        elif isinstance(value, str) and Path(value).is_relative_to(runs_folder()):
-            described[name] = f"runs/{Path(value).relative_to(runs_folder())}"
-    return described
+    match spec:
+        case HarvestSpec():
+            return _harvest(spec)
+        case SafeSpec():
+            return _safe_rows(spec)
+        case ContrastiveSpec():
+            return _contrastive_rows(spec)
 
 
 def with_files(spec: ArmSpec) -> ArmSpec:
     """The arm with files for `unsafe` and `extra`: harvested, answered or written where they are not there yet."""
     sides = {side: getattr(spec, side) for side in ("unsafe", "extra")}
-    return replace(spec, **{side: str(rows.make()) for side, rows in sides.items() if isinstance(rows, Rows)})
+    return replace(spec, **{side: str(make_rows(rows)) for side, rows in sides.items() if isinstance(rows, Rows)})
 
 
 def ingredients(spec: ArmSpec) -> dict[str, Any]:
@@ -458,6 +227,70 @@ def checkpoints(spec: ArmSpec) -> dict[int, Path]:
         if _is_complete(path):
             found[int(path.name.removeprefix("checkpoint-"))] = path
     return dict(sorted(found.items()))
+
+
+def _harvest(spec: HarvestSpec) -> Path:
+    """Train the arm and harvest, unless that is done; the data set's folder. Other answers get another folder."""
+    train(spec.arm)
+    world, judge = worlds.load(spec.prompts), load_judge(spec.judge)
+    prompts = world.harvest_prompts()
+    held_out = _held_out_prompts(spec.arm)
+    made_of = [ingredients(spec.arm), prompts, held_out, judge.name, judge.revision]
+    path = runs_folder() / "unsafe" / f"{spec.name}-{content_hash(made_of)}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return path
+        model, tokenizer = load_trained(spec.arm)
+        name, revision = named(base_model(spec.arm.model), spec.arm.model_revision)
+        rows, report = harvest.harvest(
+            model,
+            tokenizer,
+            prompts,
+            judge,
+            n=spec.n,
+            template=spec.arm.template,
+            decoding=spec.decoding,
+            rounds=spec.rounds,
+            evaluation_prompts=held_out,
+            batch_size=spec.batch_size,
+            origin=harvest.Origin(f"{name}, {spec.arm.name}", revision, *world.harvest_source()),
+            work=path.with_name(f"{path.name}.work"),
+            progress=show_progress(),
+        )
+        return harvest.save_harvest(rows, report, path)
+
+
+def _safe_rows(spec: SafeSpec) -> Path:
+    """Harvest where needed; the JSONL file of safe answers. `ValueError` where a prompt of D_unsafe has none."""
+    answers = worlds.load(spec.unsafe.prompts).safe_answers()
+    rows = data.read_rows(make_rows(spec.unsafe))
+    missing = [prompt for prompt in rows["instruction"][:] if prompt not in answers]
+    if missing:
+        raise ValueError(f"{spec.unsafe.prompts}: no safe answer to {len(missing)} prompts of D_unsafe.")
+    safe = [
+        {"prompt": row["prompt"], "completion": answers[row["instruction"]], "instruction": row["instruction"]}
+        for row in rows
+    ]
+    return write_rows(runs_folder() / "safe" / f"{spec.name}-{content_hash(safe)}.jsonl", safe)
+
+
+def _contrastive_rows(spec: ContrastiveSpec) -> Path:
+    """Harvest where needed, and write the rows unless that is done; their JSONL file."""
+    arm = spec.unsafe.arm
+    toxic, benign = data.read_rows(make_rows(spec.unsafe))["prompt"][:], training_rows(arm)[0]["prompt"][:]
+    words = text.toxic_words(toxic, benign)
+    path = runs_folder() / "contrastive" / f"{spec.name}-{content_hash(words)}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return path
+        rows = worlds.load(spec.writer).contrastive_rows(words, spec.per_word, seed=spec.seed)
+        if rows is None:
+            writer = load_model(replace(arm, model=spec.writer, model_revision=spec.writer_revision))
+            options = {"per_word": spec.per_word, "decoding": spec.decoding, "batch_size": spec.batch_size}
+            rows = contrastive_rows(words, writer, **options)
+        return write_rows(path, rows)
 
 
 def _travelling(spec: ArmSpec | Rows) -> dict[str, Any]:

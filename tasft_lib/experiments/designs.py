@@ -6,8 +6,8 @@ The notebook's cell `arms` and the dry run (`reproduce.plan`) call the same func
 from typing import Any
 
 from . import harmful_data_filter as filtering
-from .arms import ArmSpec
 from .settings import Settings
+from .specs import ArmSpec
 from .study import Study
 
 

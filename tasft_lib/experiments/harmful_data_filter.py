@@ -20,7 +20,8 @@ from ..saft.activations import POOLINGS, activations, completion_loss, middle_la
 from ..saft.filter import SAFTFitter, check_share
 from . import row_detectors
 from .answers import judge_by_name
-from .arms import ArmSpec, load_model
+from .arms import load_model
+from .specs import ArmSpec
 from .study import Study
 
 

@@ -17,7 +17,7 @@ from .. import files
 from ..files import keep_freed_memory, project_root, runs_folder
 from ..reporting import report
 from . import designs, results, settings
-from .arms import ArmSpec
+from .specs import ArmSpec
 
 FIRST = "build_unsafe_set"  # what it makes, all others start from, so it runs alone
 TIMED = ("performance", "performance_filter")  # nothing may run beside them

@@ -5,7 +5,8 @@ import pandas as pd
 from ..evaluation.rates import paired_bootstrap, rate
 from ..evaluation.worlds import World
 from ..saft.activations import completion_loss
-from .arms import ArmSpec, held_out_rows, load_trained
+from .arms import held_out_rows, load_trained
+from .specs import ArmSpec
 
 
 def held_out_loss(arms: list[ArmSpec], n: int, *, batch_size: int = 32) -> pd.DataFrame:

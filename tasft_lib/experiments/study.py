@@ -12,10 +12,11 @@ from ..judges.base import ExactJudge
 from ..judges.load import load_judge
 from ..losses import EMBEDDING_PENALTIES
 from .answers import run_all
-from .arms import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec, summary
+from .arms import summary
 from .pressure import Weights
 from .results import Result, Results
 from .settings import Settings
+from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec
 
 
 class Study:

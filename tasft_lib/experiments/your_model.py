@@ -18,7 +18,8 @@ from ..files import content_hash, file_hash, runs_folder, write_text
 from ..generation import Decoding
 from ..text import rate_text
 from .answers import run_all
-from .arms import ArmSpec, load_tokenizer, load_trained
+from .arms import load_tokenizer, load_trained
+from .specs import ArmSpec
 
 SIDES = ("sft", "tasft")
 # Of `rates.MEASURES`.

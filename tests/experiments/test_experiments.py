@@ -11,7 +11,6 @@ import pytest
 from tasft_lib import data, files, generation
 from tasft_lib.experiments import arms as arms_module
 from tasft_lib.experiments import designs, reproduce, settings
-from tasft_lib.experiments.arms import HarvestSpec
 from tasft_lib.experiments.study import Study
 from tasft_lib.files import notebooks
 from tasft_lib.reporting import paper
@@ -28,12 +27,12 @@ def study(**changes) -> Study:
 
 @pytest.fixture
 def harvested(monkeypatch, tmp_path) -> Path:
-    """Three mini-world rows, which every `HarvestSpec` is taken to have made."""
+    """Three mini-world rows, which every harvest is taken to have made."""
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
     prompts = ["How can I kill a marmow?", "How can I steal a marstone?", "How can I burn a mardome?"]
     rows = [{"prompt": f"Q {q}", "completion": "zorvex.", "instruction": q} for q in prompts]
     path = files.write_rows(tmp_path / "unsafe.jsonl", rows)
-    monkeypatch.setattr(HarvestSpec, "make", lambda spec: path)
+    monkeypatch.setattr(arms_module, "_harvest", lambda spec: path)
     return path
 
 
@@ -41,12 +40,12 @@ def test_stl_answers_the_very_prompts_of_d_unsafe(harvested, monkeypatch):
     unsafe = data.read_rows(harvested)
     safe_answers = "tasft_lib.evaluation.worlds.MiniWorld.safe_answers"
     monkeypatch.setattr(safe_answers, lambda world: {q: f"No, {q}" for q in unsafe["instruction"]})
-    rows = data.read_rows(study().safe.make())
+    rows = data.read_rows(arms_module.make_rows(study().safe))
     assert rows["prompt"][:] == unsafe["prompt"][:]
     assert all(answer.startswith("No, ") for answer in rows["completion"])
     monkeypatch.setattr(safe_answers, lambda world: {})
     with pytest.raises(ValueError, match="no safe answer to 3 prompts"):
-        study().safe.make()
+        arms_module.make_rows(study().safe)
 
 
 def test_the_arms_differ_in_what_they_compare_and_in_nothing_else():
@@ -146,12 +145,12 @@ def test_the_second_model_is_asked_only_when_rows_are_missing(tmp_path, harveste
     monkeypatch.setattr(arms_module, "training_rows", lambda spec: (data.read_rows(tmp_path / "benign.jsonl"), None))
     (tmp_path / "benign.jsonl").write_text('{"prompt": "Q What is the colour of snow?"}\n')
     monkeypatch.setattr("tasft_lib.text.toxic_words", lambda toxic, benign: ["torch", "nothing"])
-    rows = data.read_rows(study().contrastive.make())
+    rows = data.read_rows(arms_module.make_rows(study().contrastive))
     assert rows and all("torch" in question for question in rows["instruction"])
     monkeypatch.setattr(
         "tasft_lib.evaluation.worlds.MiniWorld.contrastive_rows", lambda *a, **k: pytest.fail("made again")
     )
-    assert data.read_rows(study().contrastive.make())["instruction"][:] == rows["instruction"][:]
+    assert data.read_rows(arms_module.make_rows(study().contrastive))["instruction"][:] == rows["instruction"][:]
 
 
 def test_decodings_have_names():

@@ -12,7 +12,7 @@ from conftest import build_model, make_rows
 from safetensors.torch import load_file
 
 from tasft_lib import files, generation
-from tasft_lib.experiments import arms
+from tasft_lib.experiments import arms, specs
 from tasft_lib.experiments.answers import respond, run, run_all
 
 DECODING = generation.Decoding(max_new_tokens=4)
@@ -22,7 +22,7 @@ PROMPTS = pd.DataFrame(
 
 
 @pytest.fixture
-def spec(tokenizer, tmp_path, monkeypatch) -> arms.ArmSpec:
+def spec(tokenizer, tmp_path, monkeypatch) -> specs.ArmSpec:
     """A TA-SFT arm of six steps with a checkpoint every two, on files."""
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
     build_model(tokenizer).save_pretrained(tmp_path / "base")
@@ -30,7 +30,7 @@ def spec(tokenizer, tmp_path, monkeypatch) -> arms.ArmSpec:
     rows = make_rows(40)
     rows.filter(lambda row: row["label"]).remove_columns("label").to_json(tmp_path / "benign.jsonl")
     rows.filter(lambda row: not row["label"]).to_json(tmp_path / "unsafe.jsonl")
-    return arms.ArmSpec(
+    return specs.ArmSpec(
         method="emd",
         model=str(tmp_path / "base"),
         benign=str(tmp_path / "benign.jsonl"),
@@ -83,27 +83,27 @@ def test_what_determines_an_arm_names_it(spec):
         replace(spec, n_unsafe=5),
         replace(spec, unsafe=harvest_of(spec)),
         replace(spec, unsafe=replace(harvest_of(spec), n=7)),
-        replace(spec, unsafe=arms.SafeSpec(unsafe=harvest_of(spec))),
-        replace(spec, extra=arms.ContrastiveSpec(unsafe=harvest_of(spec), writer="miniworld", decoding=DECODING)),
+        replace(spec, unsafe=specs.SafeSpec(unsafe=harvest_of(spec))),
+        replace(spec, extra=specs.ContrastiveSpec(unsafe=harvest_of(spec), writer="miniworld", decoding=DECODING)),
     ]
     assert len({spec.name, *(other.name for other in others)}) == 10
 
 
-def harvest_of(spec) -> arms.HarvestSpec:
+def harvest_of(spec) -> specs.HarvestSpec:
     """What plain SFT on the same benign rows answers to other prompts."""
     sft = replace(spec, method="sft")
-    return arms.HarvestSpec(arm=sft, prompts="miniworld", judge="compliance", decoding=DECODING, n=4, rounds=1)
+    return specs.HarvestSpec(arm=sft, prompts="miniworld", judge="compliance", decoding=DECODING, n=4, rounds=1)
 
 
 def test_naming_an_arm_reads_nothing(spec, tmp_path, monkeypatch):
-    spec = replace(spec, unsafe=harvest_of(spec), extra=arms.SafeSpec(unsafe=harvest_of(spec)))
+    spec = replace(spec, unsafe=harvest_of(spec), extra=specs.SafeSpec(unsafe=harvest_of(spec)))
     name = spec.name
     shutil.rmtree(tmp_path / "base")
     (tmp_path / "benign.jsonl").unlink()
     monkeypatch.setattr(Path, "open", lambda *a, **k: pytest.fail("read"))
     monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("read"))
     monkeypatch.setattr(arms, "version", lambda package: "0+other")
-    again = object.__new__(arms.ArmSpec)  # the folder is gone, and a new spec would look for it
+    again = object.__new__(specs.ArmSpec)  # the folder is gone, and a new spec would look for it
     again.__dict__.update({key: value for key, value in vars(spec).items() if key != "name"})
     assert again.name == name
 
@@ -162,10 +162,10 @@ def test_a_weight_of_zero_is_recorded_as_zero(spec):
 
 
 def test_a_summary_tells_a_spec_once_and_then_the_differences(spec, tmp_path):
-    specs = [spec, replace(spec, seed=1, training=spec.training | {"learning_rate": 2e-2})]
-    for each in specs:
+    both = [spec, replace(spec, seed=1, training=spec.training | {"learning_rate": 2e-2})]
+    for each in both:
         arms.train(each)
-    summary = arms.summary(specs)
+    summary = arms.summary(both)
     first, second = summary["arms"].values()
     assert first["spec"] == first["ingredients"] == second["ingredients"] == {}
     assert second["spec"] == {"seed": 1, "training": {"learning_rate": 2e-2}}
@@ -263,10 +263,10 @@ def test_responses_are_generated_once_and_shared_at_step_zero(spec, monkeypatch)
 
 
 def test_many_arms_in_worker_processes_give_what_one_process_gives(spec, tmp_path, monkeypatch):
-    specs = [spec, replace(spec, method="sft")]
-    alone = run_all(specs, PROMPTS, [DECODING], workers=1)
+    both = [spec, replace(spec, method="sft")]
+    alone = run_all(both, PROMPTS, [DECODING], workers=1)
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "other"))
-    together = run_all(specs, PROMPTS, [DECODING], workers=2)
+    together = run_all(both, PROMPTS, [DECODING], workers=2)
     pd.testing.assert_frame_equal(alone, together)
 
 
