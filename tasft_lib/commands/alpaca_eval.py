@@ -39,12 +39,12 @@ def main(argv: list[str]) -> None:
     files.check_model(args.model, args.model_revision)
     check_data(args.references)
 
-    from .. import data
+    from .. import sources
     from ..evaluation import alpaca
     from ..generation import Decoding
 
     annotator = alpaca.read_annotator(args.annotator)
-    rows = data.read_rows(args.references)
+    rows = sources.read_rows(args.references)
     if missing := {"instruction", "output"} - set(rows.column_names):
         raise ValueError(f"{args.references}: no column {missing.pop()}; it takes rows of instruction and output")
     references = rows.select_columns(["instruction", "output"]).to_list()[: args.limit]

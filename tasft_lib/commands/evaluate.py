@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
 
 def _attacked(prompts, args):
     """The prompts under the attacks of `--attacks`; answers to begin with come from `--prefill_answers`."""
-    from .. import data
+    from .. import sources
     from ..evaluation import attacks, worlds
     from ..models import load_tokenizer
 
@@ -99,7 +99,7 @@ def _attacked(prompts, args):
             raise ValueError(
                 "--attacks prefill needs --prefill_answers, the responses-*.jsonl of a model that answers."
             )
-        rows = data.read_rows(args.prefill_answers)
+        rows = sources.read_rows(args.prefill_answers)
         if missing := {"prompt", "response"} - set(rows.column_names):
             raise ValueError(f"{args.prefill_answers}: lacks {', '.join(sorted(missing))}; give a responses-*.jsonl.")
         answers = {p: r for p, r in zip(rows["prompt"][:], rows["response"][:], strict=True) if r.strip()}

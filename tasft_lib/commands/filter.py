@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         check_data(args.validation)
     files.check_model(args.model, args.model_revision)
 
-    from .. import data
+    from .. import data, sources
     from ..models import load_model
     from ..reporting import figures
     from ..saft.find import Search
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         name: getattr(args, name)
         for name in ("contamination", "threshold", "layer", "pooling", "n_directions", "steer")
     }
-    rows = data.read_rows(args.data, split=args.split, revision=args.dataset_revision)
+    rows = sources.read_rows(args.data, split=args.split, revision=args.dataset_revision)
     has_label = "label" in rows.column_names
     template = args.prompt_template
     texts = data.to_training_rows(rows, label=None if has_label else True, template=template, source=args.data)

@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
 
     from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-    from .. import data
+    from .. import data, sources
     from ..config import TASFTConfig
     from ..evaluation.samples import SampleCallback
     from ..generation import Decoding
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     if by_saft and data_args.unsafe_dataset_name is not None:
         raise ValueError("SAFT finds the unsafe rows; leave out unsafe_dataset_name, or saft_contamination.")
 
-    rows = data.read_rows(
+    rows = sources.read_rows(
         script_args.dataset_name, split=script_args.dataset_train_split, revision=data_args.dataset_revision
     )
     has_label = "label" in rows.column_names or (data_args.unsafe_dataset_name is None and not by_saft)

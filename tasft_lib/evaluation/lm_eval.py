@@ -12,8 +12,8 @@ import pandas as pd
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import read_rows
 from ..files import write_text
+from ..sources import read_rows
 
 # Task -> commit of the hub data set that the harness reads for it (aps/super_glue, baber/piqa, allenai/openbookqa).
 TASKS = {

@@ -20,9 +20,9 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..data import column_names, read_rows
 from ..files import append_record, content_hash, progress_bar, read_records, write_json, write_text
 from ..generation import Decoding
+from ..sources import column_names, read_rows
 from .served import Endpoint, generate_served, missing_calls
 
 SUCCESS = 10

@@ -11,8 +11,9 @@ import pandas as pd
 from datasets import Dataset
 
 from .. import miniworld
-from ..data import read_prompts, read_rows
+from ..data import read_prompts
 from ..files import named
+from ..sources import read_rows
 from . import attacks, prompts
 
 # Base models that are made here, in minutes, by name.

@@ -32,7 +32,7 @@ from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from .. import data, models, text
+from .. import data, models, sources, text
 from ..evaluation import worlds
 from ..evaluation.worlds import base_model
 from ..files import (
@@ -264,7 +264,7 @@ def _harvest(spec: HarvestSpec) -> Path:
 def _safe_rows(spec: SafeSpec) -> Path:
     """Harvest where needed; the JSONL file of safe answers. `ValueError` where a prompt of D_unsafe has none."""
     answers = worlds.load(spec.unsafe.prompts).safe_answers()
-    rows = data.read_rows(make_rows(spec.unsafe))
+    rows = sources.read_rows(make_rows(spec.unsafe))
     missing = [prompt for prompt in rows["instruction"][:] if prompt not in answers]
     if missing:
         raise ValueError(f"{spec.unsafe.prompts}: no safe answer to {len(missing)} prompts of D_unsafe.")
@@ -278,7 +278,7 @@ def _safe_rows(spec: SafeSpec) -> Path:
 def _contrastive_rows(spec: ContrastiveSpec) -> Path:
     """Harvest where needed, and write the rows unless that is done; their JSONL file."""
     arm = spec.unsafe.arm
-    toxic, benign = data.read_rows(make_rows(spec.unsafe))["prompt"][:], training_rows(arm)[0]["prompt"][:]
+    toxic, benign = sources.read_rows(make_rows(spec.unsafe))["prompt"][:], training_rows(arm)[0]["prompt"][:]
     words = text.toxic_words(toxic, benign)
     path = runs_folder() / "contrastive" / f"{spec.name}-{content_hash(words)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,7 +313,7 @@ def _content(source: str | Path | None) -> str | None:
     if source is None or not Path(source).exists():
         return None
     if Path(source).is_dir():
-        return data.fingerprint(data.read_rows(source))
+        return data.fingerprint(sources.read_rows(source))
     with Path(source).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import data, losses
+from .. import losses, sources
 from ..evaluation.rates import rate, wilson_interval
 from ..judges import noise
 from ..judges.noise import find_degenerate
@@ -36,7 +36,7 @@ def real_answers(source: str, seed: int) -> list[str]:
     if source == "docstrings":
         answers = _docstrings()
     else:
-        answers = [text for text in data.read_rows(source)["output"] if text.strip()]
+        answers = [text for text in sources.read_rows(source)["output"] if text.strip()]
     random.Random(seed).shuffle(answers)
     return answers
 

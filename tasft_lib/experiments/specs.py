@@ -38,10 +38,10 @@ class ArmSpec:
         dtype, load_in_4bit: how the base model is loaded, as TRL's ModelConfig spells them.
         benign: benign rows, the name of a world (see `worlds.load`; hub ids with `benign_revision`).
         n_benign: rows drawn from them by `seed`.
-        unsafe: D_unsafe, a `HarvestSpec` or a source for `data.read_rows`; `n_unsafe` rows are drawn from it by `seed`,
-            nested. For "imitation" a `SafeSpec`.
+        unsafe: D_unsafe, a `HarvestSpec` or a source for `sources.read_rows`; `n_unsafe` rows are drawn from it by
+            `seed`, nested. For "imitation" a `SafeSpec`.
         extra: further rows with good answers, added to the benign ones: a `SafeSpec` (STL), a `ContrastiveSpec` or a
-            source for `data.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same
+            source for `sources.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same
             order, the same rows.
         held_out: evaluation prompts (of the world of that name) dropped from the benign rows.
         template: prompt template, see `data.format_prompt`.

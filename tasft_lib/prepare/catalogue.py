@@ -1,7 +1,7 @@
 """Every published data set that the experiments can use (catalogue.yaml): where it lies, its rows, its licence.
 
 Only `fetch` downloads, one file of a fixed commit, so that a set has one form wherever it lies. Two sets whose form
-`data.read_rows` does not understand have their reader here: BeaverTails and the red-team transcripts of hh-rlhf.
+`sources.read_rows` does not understand have their reader here: BeaverTails and the red-team transcripts of hh-rlhf.
 """
 
 import json
@@ -20,7 +20,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from huggingface_hub.errors import GatedRepoError, HTTPError
 from tqdm.auto import tqdm
 
-from ..data import Source, column_names, read_rows
+from ..data import Source
 from ..evaluation.prompts import (
     BENIGN_FILES,
     DEVELOPMENT_FILES,
@@ -30,6 +30,7 @@ from ..evaluation.prompts import (
     downloaded_file,
     locate,
 )
+from ..sources import column_names, read_rows
 from ..text import shown
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def find(published: Published, folder: Path | None = None) -> Path | None:
 def fetch(name: str, folder: Path | None = None) -> Path:
     """The file of the set called `name`: what `find` finds, else downloaded at its commit and kept where that looks.
 
-    It is read like a local copy: `data.read_rows`, `data.read_prompts`, `beavertails_rows`, `red_team_prompts`.
+    It is read like a local copy: `sources.read_rows`, `data.read_prompts`, `beavertails_rows`, `red_team_prompts`.
 
     Raises `ValueError` for an unknown name and where the download fails, a gated set included, with the remedy.
     """

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 
-from .. import data
+from .. import data, sources
 from ..files import progress_bar
 from ..judges.strings import is_degenerate, is_refusal
 from ..text import markdown, normalise, redact, toxic_words, words_of
@@ -95,7 +95,7 @@ def examine(
     """
     if (tokenizer is None) != (max_length is None):
         raise ValueError("truncation needs both a tokenizer and max_length; give both or none")
-    raw = data.read_rows(source, revision=revision)
+    raw = sources.read_rows(source, revision=revision)
     label = None if "label" in raw.column_names else False
     rows = data.to_training_rows(raw, label=label, template=template, source=source, drop_empty=True)
     empty = set(data.empty(raw, data.form(raw)[1]))

@@ -22,7 +22,7 @@ import yaml
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import data
+from .. import data, sources
 from ..evaluation.rates import wilson_interval
 from ..files import append_record, content_hash, progress_bar, read_records, whole, write_json
 from ..generation import Decoding, Response, check_prompts, generate
@@ -242,7 +242,7 @@ def read_harvest(path: Path, *, in_full: bool = False) -> tuple[dict, pd.DataFra
 
     Texts are redacted unless `in_full`, for an invented world's.
     """
-    rows = data.read_rows(path).to_pandas()[["instruction", "completion"]]
+    rows = sources.read_rows(path).to_pandas()[["instruction", "completion"]]
     return json.loads((path / "report.json").read_text()), rows if in_full else rows.map(redact)
 
 

@@ -91,7 +91,7 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
         Dataset.from_list(ROWS).to_parquet(str(path))
     else:
         Dataset.from_list(ROWS).save_to_disk(path)
-    assert data.read_rows(path).to_list() == ROWS
+    assert sources.read_rows(path).to_list() == ROWS
 
 
 @pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress)])
@@ -105,7 +105,7 @@ def test_compressed_files_give_the_same_rows(tmp_path, suffix, compress):
     for name, text in texts.items():
         path = tmp_path / f"{name}{suffix}"
         path.write_bytes(compress(text.encode()))
-        rows = data.read_rows(path)
+        rows = sources.read_rows(path)
         if name == "rows.csv":
             assert data.to_training_rows(rows, label=None, source=path)["label"][:] == [True, False]
         else:
@@ -113,19 +113,22 @@ def test_compressed_files_give_the_same_rows(tmp_path, suffix, compress):
     assert data.read_prompts(tmp_path / f"rows.json{suffix}") == ['say "hi", twice', "blorp\u2028it\n\na, b"]
     for name, content in {"cut.jsonl": path.read_bytes()[:-9], "plain.jsonl": b'{"a": "b"}'}.items():
         (tmp_path / f"{name}{suffix}").write_bytes(content)
-        message = refusal(data.read_rows, tmp_path / f"{name}{suffix}")
+        message = refusal(sources.read_rows, tmp_path / f"{name}{suffix}")
         assert f"{name}{suffix}" in message and "not a readable .jsonl file" in message
 
 
 def test_a_saved_dict_is_read_by_split(tmp_path):
     DatasetDict(train=Dataset.from_list(ROWS), held=Dataset.from_list(ROWS[:1])).save_to_disk(tmp_path / "saved")
-    assert len(data.read_rows(tmp_path / "saved")) == 2 and len(data.read_rows(tmp_path / "saved", split="held")) == 1
-    assert "train, held" in refusal(data.read_rows, tmp_path / "saved", split="test")
+    assert (
+        len(sources.read_rows(tmp_path / "saved")) == 2
+        and len(sources.read_rows(tmp_path / "saved", split="held")) == 1
+    )
+    assert "train, held" in refusal(sources.read_rows, tmp_path / "saved", split="test")
 
 
 def test_rows_may_differ_in_columns_and_numbers(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"output": "b", "n": 1}, ROWS[1] | {"n": 1.5}])
-    assert data.read_rows(path)["input"][:] == [None, "a, b"] and data.read_rows(path)["n"][:] == [1, 1.5]
+    assert sources.read_rows(path)["input"][:] == [None, "a, b"] and sources.read_rows(path)["n"][:] == [1, 1.5]
 
 
 @pytest.mark.parametrize(
@@ -151,15 +154,15 @@ def test_rows_may_differ_in_columns_and_numbers(tmp_path):
 )
 def test_malformed_files_are_refused_by_name_and_place(tmp_path, name, text, expected):
     path = write(tmp_path / name, text)
-    message = refusal(data.read_rows, path)
+    message = refusal(sources.read_rows, path)
     assert str(path) in message and expected in message
 
 
 def test_missing_and_foreign_sources_are_refused(tmp_path):
-    assert "no such file" in refusal(data.read_rows, tmp_path / "absent.json")
-    assert "save_to_disk" in refusal(data.read_rows, tmp_path)
+    assert "no such file" in refusal(sources.read_rows, tmp_path / "absent.json")
+    assert "save_to_disk" in refusal(sources.read_rows, tmp_path)
     (tmp_path / "latin.csv").write_bytes("prompt\nné\n".encode("latin-1"))
-    assert "utf-8" in refusal(data.read_rows, tmp_path / "latin.csv")
+    assert "utf-8" in refusal(sources.read_rows, tmp_path / "latin.csv")
 
 
 def test_hub_ids_must_be_pinned_and_are_passed_on(monkeypatch):
@@ -167,9 +170,9 @@ def test_hub_ids_must_be_pinned_and_are_passed_on(monkeypatch):
     monkeypatch.setattr(
         sources, "load_dataset", lambda *args, **options: asked.update(args=args, **options) or Dataset.from_list(ROWS)
     )
-    assert "revision" in refusal(data.read_rows, "owner/rows") and not asked
-    assert "revision" in refusal(data.read_rows, "owner/rows", revision="main") and not asked
-    assert len(data.read_rows("owner/rows", split="held", revision="0a1b2c", name="small")) == 2
+    assert "revision" in refusal(sources.read_rows, "owner/rows") and not asked
+    assert "revision" in refusal(sources.read_rows, "owner/rows", revision="main") and not asked
+    assert len(sources.read_rows("owner/rows", split="held", revision="0a1b2c", name="small")) == 2
     assert asked == {"args": ("owner/rows", "small"), "split": "held", "revision": "0a1b2c"}
 
 
@@ -178,7 +181,7 @@ def test_a_silent_hub_is_one_line(monkeypatch):
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(sources, "load_dataset", fail)
-    assert "owner/rows" in refusal(data.read_rows, "owner/rows", revision="0a1b2c")
+    assert "owner/rows" in refusal(sources.read_rows, "owner/rows", revision="0a1b2c")
 
 
 def test_a_gated_set_of_the_hub_says_what_to_do(monkeypatch):
@@ -186,7 +189,7 @@ def test_a_gated_set_of_the_hub_says_what_to_do(monkeypatch):
         raise FileNotFoundError("Dataset 'owner/rows' is a gated dataset on the Hub. You must be authenticated.")
 
     monkeypatch.setattr(sources, "load_dataset", fail)
-    message = refusal(data.read_rows, "owner/rows", revision="0a1b2c")
+    message = refusal(sources.read_rows, "owner/rows", revision="0a1b2c")
     assert "accept its terms at https://huggingface.co/datasets/owner/rows" in message and "log in" in message
 
 
@@ -212,7 +215,7 @@ def test_conversations_pass_untouched(tmp_path):
     prompt = chat("be", "system") + chat("blorp?")
     row = {"prompt": prompt, "completion": chat("yes", "assistant"), "label": False}
     path = write_jsonl(tmp_path / "chat.jsonl", [row, row | {"label": True}])
-    rows = data.to_training_rows(data.read_rows(path), label=None, source=path)
+    rows = data.to_training_rows(sources.read_rows(path), label=None, source=path)
     assert rows.to_list() == [row, row | {"label": True}]
     silent = row | {"completion": chat(" ", "assistant")}
     assert "row 1" in refusal(data.to_training_rows, Dataset.from_list([silent]), label=None, source=path)
@@ -224,13 +227,13 @@ def test_conversations_pass_untouched(tmp_path):
 def test_csv_labels(tmp_path, text, expected):
     lines = [f"p{i},c{i},{label}\n" for i, label in enumerate(text.split(","))]
     path = write(tmp_path / "rows.csv", "prompt,completion,label\n" + "".join(lines))
-    assert data.to_training_rows(data.read_rows(path), label=None, source=path)["label"][:] == expected
+    assert data.to_training_rows(sources.read_rows(path), label=None, source=path)["label"][:] == expected
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "1.0", "", "safe"])
 def test_other_csv_labels_are_refused(tmp_path, value):
     path = write(tmp_path / "rows.csv", f"prompt,completion,label\np,c,true\nq,d,{value}\n")
-    message = refusal(data.to_training_rows, data.read_rows(path), label=None, source=path)
+    message = refusal(data.to_training_rows, sources.read_rows(path), label=None, source=path)
     assert f"{path}: row 2: label is {value!r}" in message
 
 
@@ -238,14 +241,14 @@ def test_other_csv_labels_are_refused(tmp_path, value):
 def test_labels_that_are_no_booleans_are_refused(tmp_path, value):
     rows = [{"prompt": "p", "completion": "c", "label": value}] * 2
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    message = refusal(data.to_training_rows, data.read_rows(path), label=None, source=path)
+    message = refusal(data.to_training_rows, sources.read_rows(path), label=None, source=path)
     assert f"{path}: row 1: label is {value!r}" in message
     assert "row 1: label" in refusal(data.to_training_rows, Dataset.from_list(rows), label=False, source="rows.jsonl")
 
 
 def test_a_missing_label_is_refused_in_its_row(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "c", "label": True}, {"prompt": "p"}])
-    message = refusal(data.to_training_rows, data.read_rows(path), label=None, source=path)
+    message = refusal(data.to_training_rows, sources.read_rows(path), label=None, source=path)
     assert f"{path}: row 2: label is None" in message
 
 
@@ -477,7 +480,7 @@ def test_fingerprint_is_of_the_contents_alone(tmp_path):
     rows.to_parquet(str(tmp_path / "rows.parquet"))
     reordered = rows.select_columns(["label", "completion", "prompt"])
     picked = Dataset.from_list([*rows.to_list(), *rows.to_list()]).select([2, 1])
-    same = [data.read_rows(tmp_path / "saved"), data.read_rows(tmp_path / "rows.parquet"), reordered, picked]
+    same = [sources.read_rows(tmp_path / "saved"), sources.read_rows(tmp_path / "rows.parquet"), reordered, picked]
     assert {data.fingerprint(other) for other in same} == {data.fingerprint(rows)}
     assert re.fullmatch("[0-9a-f]{64}", data.fingerprint(rows))
     changed = [mixture(label=[False, False]), mixture(completion=["say a", "say b "]), rows.select([1, 0])]
@@ -487,13 +490,13 @@ def test_fingerprint_is_of_the_contents_alone(tmp_path):
 @pytest.fixture(scope="module")
 def alpaca() -> Dataset:
     path = SHARED / "alpaca" / "alpaca_data.json"
-    return data.to_training_rows(data.read_rows(path), label=True, source=path, drop_empty=True)
+    return data.to_training_rows(sources.read_rows(path), label=True, source=path, drop_empty=True)
 
 
 @needs_shared
 def test_the_official_alpaca_file(alpaca):
     path = SHARED / "alpaca" / "alpaca_data.json"
-    raw = data.read_rows(path)
+    raw = sources.read_rows(path)
     assert len(raw) == 52_002 and len(alpaca) == 52_002 - 28
     message = refusal(data.to_training_rows, raw, label=True, source=path)
     assert "and 23 more: output is empty" in message
@@ -521,7 +524,7 @@ def test_the_real_prompt_files(name, count, distinct):
     prompts = data.read_prompts(SHARED / name)
     assert (len(prompts), len(set(prompts))) == (count, distinct)
     if "xstest" in name:
-        labels = data.read_rows(SHARED / name)["label"][:]
+        labels = sources.read_rows(SHARED / name)["label"][:]
         assert (labels.count("safe"), labels.count("unsafe")) == (250, 200)
 
 
@@ -541,5 +544,5 @@ def test_evaluation_prompts_in_the_real_training_files(alpaca):
     alpaca_eval = data.read_prompts(SHARED / "alpaca_eval" / "text_davinci_003_model_outputs.json")
     assert data.drop_leaks(alpaca, alpaca_eval)[1] == 1
     path = stl / "training" / "safety_only_data_Instructions.json"
-    answers = data.to_training_rows(data.read_rows(path), label=True, source=path)
+    answers = data.to_training_rows(sources.read_rows(path), label=True, source=path)
     assert len(answers) == 2_483 and data.drop_leaks(answers, toxic)[1] == 0

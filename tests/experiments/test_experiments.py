@@ -8,7 +8,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from tasft_lib import data, files, generation
+from tasft_lib import files, generation, sources
 from tasft_lib.experiments import arms as arms_module
 from tasft_lib.experiments import designs, reproduce, settings
 from tasft_lib.experiments.study import Study
@@ -37,10 +37,10 @@ def harvested(monkeypatch, tmp_path) -> Path:
 
 
 def test_stl_answers_the_very_prompts_of_d_unsafe(harvested, monkeypatch):
-    unsafe = data.read_rows(harvested)
+    unsafe = sources.read_rows(harvested)
     safe_answers = "tasft_lib.evaluation.worlds.MiniWorld.safe_answers"
     monkeypatch.setattr(safe_answers, lambda world: {q: f"No, {q}" for q in unsafe["instruction"]})
-    rows = data.read_rows(arms_module.make_rows(study().safe))
+    rows = sources.read_rows(arms_module.make_rows(study().safe))
     assert rows["prompt"][:] == unsafe["prompt"][:]
     assert all(answer.startswith("No, ") for answer in rows["completion"])
     monkeypatch.setattr(safe_answers, lambda world: {})
@@ -142,15 +142,15 @@ def test_a_notebook_trains_the_arms_that_the_plan_lists(name):
 
 
 def test_the_second_model_is_asked_only_when_rows_are_missing(tmp_path, harvested, monkeypatch):
-    monkeypatch.setattr(arms_module, "training_rows", lambda spec: (data.read_rows(tmp_path / "benign.jsonl"), None))
+    monkeypatch.setattr(arms_module, "training_rows", lambda spec: (sources.read_rows(tmp_path / "benign.jsonl"), None))
     (tmp_path / "benign.jsonl").write_text('{"prompt": "Q What is the colour of snow?"}\n')
     monkeypatch.setattr("tasft_lib.text.toxic_words", lambda toxic, benign: ["torch", "nothing"])
-    rows = data.read_rows(arms_module.make_rows(study().contrastive))
+    rows = sources.read_rows(arms_module.make_rows(study().contrastive))
     assert rows and all("torch" in question for question in rows["instruction"])
     monkeypatch.setattr(
         "tasft_lib.evaluation.worlds.MiniWorld.contrastive_rows", lambda *a, **k: pytest.fail("made again")
     )
-    assert data.read_rows(arms_module.make_rows(study().contrastive))["instruction"][:] == rows["instruction"][:]
+    assert sources.read_rows(arms_module.make_rows(study().contrastive))["instruction"][:] == rows["instruction"][:]
 
 
 def test_decodings_have_names():

@@ -15,7 +15,7 @@ import yaml
 from httpx import Request, Response
 from huggingface_hub.errors import GatedRepoError
 
-from tasft_lib import cli, data
+from tasft_lib import cli, data, sources
 from tasft_lib.evaluation import prompts as prompts_module
 from tasft_lib.evaluation.prompts import downloaded_file
 from tasft_lib.prepare import catalogue
@@ -79,10 +79,10 @@ def test_offline_files_load_in_the_projects_form(shared):
     prompts |= {"STL safe answers": 2_483, "PAIR's AdvBench 50": 50, "JailbreakBench": 100, "XSTest": 450}
     for name, count in prompts.items():
         assert len(data.read_prompts(files[name])) == count
-    xstest = data.read_rows(files["XSTest"])["label"][:]
+    xstest = sources.read_rows(files["XSTest"])["label"][:]
     assert (xstest.count("safe"), xstest.count("unsafe")) == (250, 200)
     alpaca = data.to_training_rows(
-        data.read_rows(files["Alpaca 52k"]), label=True, source="alpaca_data.json", drop_empty=True
+        sources.read_rows(files["Alpaca 52k"]), label=True, source="alpaca_data.json", drop_empty=True
     )
     assert len(alpaca) == 52_002 - 28 and all(alpaca["label"])
 

@@ -11,7 +11,7 @@ from conftest import build_model, make_rows
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 
-from tasft_lib import cli, data
+from tasft_lib import cli, data, sources
 from tasft_lib.reporting import figures
 from tasft_lib.saft import find
 from tasft_lib.saft.filter import SCORE, SAFTFilter, SAFTFitter
@@ -338,14 +338,14 @@ TRICKY = ['w1, "w2"\nw3', "w4\r\nw5", "ŵ6 — 漢字 \\n", " w7 "]
 def test_rows_come_back_as_they_were_written(suffix, tmp_path):
     rows = Dataset.from_dict({"prompt": TRICKY, "completion": ["a"] * 4, SCORE: [0.1 + 0.2, 1e-300, 7.0, 1 / 3]})
     path = save_rows(rows, tmp_path / f"rows{suffix}")
-    again = data.read_rows(path)
+    again = sources.read_rows(path)
     assert again["prompt"][:] == TRICKY and again.column_names == rows.column_names
     assert [float(x) for x in again[SCORE][:]] == rows[SCORE][:]
     save_rows(rows.select([1]), path)
-    assert len(data.read_rows(path)) == 1 and len(list(tmp_path.iterdir())) == 1
+    assert len(sources.read_rows(path)) == 1 and len(list(tmp_path.iterdir())) == 1
     save_rows(rows.select([]), path)
     with pytest.raises(ValueError, match=r"no rows|is empty"):
-        data.read_rows(path)
+        sources.read_rows(path)
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ def test_filter_a_file_and_train_on_both_parts(folder, capsys, monkeypatch):
     before = (folder / "data.jsonl").read_bytes()
     assert cli.main(command(folder)) == 0
     out = folder / "out"
-    kept, dropped = (data.read_rows(out / f"{name}.jsonl") for name in ("kept", "dropped"))
+    kept, dropped = (sources.read_rows(out / f"{name}.jsonl") for name in ("kept", "dropped"))
     assert dropped["id"][:] == list(HARMFUL) and kept["id"][:] == [i for i in range(40) if i not in HARMFUL]
     assert kept.column_names == ["id", "instruction", "input", "output", SCORE]
     assert max(kept[SCORE][:]) < min(dropped[SCORE][:])
@@ -412,7 +412,7 @@ def test_every_format_comes_out_as_it_came_in(source, folder, capsys):
         save_rows(rows, folder / source.lower()).rename(folder / source)
     assert cli.main(command(folder, source=source)) == 0
     suffix = {"rows": "", "rows.jsonl.gz": ".jsonl", "ROWS.JSONL": ".jsonl"}.get(source, source[4:])
-    kept, dropped = (data.read_rows(folder / "out" / f"{name}{suffix}") for name in ("kept", "dropped"))
+    kept, dropped = (sources.read_rows(folder / "out" / f"{name}{suffix}") for name in ("kept", "dropped"))
     assert len(kept) == 30 and dropped["note"][:] == [f'note {i}, "x"' for i in HARMFUL]
     assert [str(x) for x in dropped["original_label"][:]] == ["False"] * 10 and "label" not in dropped.column_names
     report = capsys.readouterr().out
@@ -434,7 +434,7 @@ def test_chat_rows(folder, tokenizer):
     ]  # fmt: skip
     save_rows(Dataset.from_list(rows), folder / "chat.jsonl")
     assert cli.main(command(folder, source="chat.jsonl")) == 0
-    dropped = data.read_rows(folder / "out" / "dropped.jsonl")
+    dropped = sources.read_rows(folder / "out" / "dropped.jsonl")
     assert [row["prompt"] for row in dropped] == [rows[i]["prompt"] for i in HARMFUL]
 
 
@@ -445,7 +445,7 @@ def test_validation_and_threshold_on_the_command_line(folder, capsys):
     assert "from best F1 on 40 labelled rows" in report and (folder / "labels" / "activations").is_dir()
     assert cli.main(command(folder, "--threshold", "1e9", "--activations", folder / "kept_here", out="none")) == 0
     assert "no row is dropped" in capsys.readouterr().out
-    assert len(data.read_rows(folder / "none" / "kept.jsonl")) == 40
+    assert len(sources.read_rows(folder / "none" / "kept.jsonl")) == 40
     assert (folder / "none" / "dropped.jsonl").read_text() == "" and list((folder / "kept_here").glob("*.f32"))
     assert cli.main(command(folder, "--threshold", "-1", "--dtype", "bfloat16", out="all")) == 0
     assert "every row is dropped" in capsys.readouterr().out
