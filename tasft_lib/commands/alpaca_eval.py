@@ -114,12 +114,12 @@ def _check_key(annotator, plan: dict[str, int]) -> None:
 
 def _answer(args, instructions: list[str], answers: dict[str, str], file: Path, decoding) -> None:
     """Add the model's answers to `answers` and `file`, a few batches at a time, so that a kill loses little."""
-    from .. import data
+    from .. import templates
     from ..generation import check_prompts, generate
     from ..models import load_model
 
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
-    asked = [data.format_prompt(instruction, template=args.prompt_template) for instruction in instructions]
+    asked = [templates.format_prompt(instruction, template=args.prompt_template) for instruction in instructions]
     check_prompts(model, tokenizer, asked, max_new_tokens=decoding.max_new_tokens)
     step = 8 * args.batch_size
     for start in range(0, len(asked), step):

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
 
     check_data(args.goals)
 
-    from .. import data
+    from .. import templates
     from ..evaluation import pair, rates
     from ..evaluation.served import Endpoint
     from ..generation import Decoding, generate
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         model, tokenizer = load_model(args.target)
 
         def target(prompts: list[str]) -> list[str]:
-            asked = [data.format_prompt(prompt, template=args.prompt_template) for prompt in prompts]
+            asked = [templates.format_prompt(prompt, template=args.prompt_template) for prompt in prompts]
             decoding = Decoding(max_new_tokens=settings.target_tokens)
             return [a.text for a in generate(model, tokenizer, asked, decoding=decoding, batch_size=args.concurrency)]
 

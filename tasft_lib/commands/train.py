@@ -279,10 +279,10 @@ def _labelled_by_saft(rows, source: str, data_args, args, model_args):
 
 def _with_template(prompts: list[str], tokenizer, rows, template: str) -> list[str]:
     """Bare prompts as the training rows have theirs: in the chat template, or in ours."""
-    from .. import data
+    from .. import templates
 
     if isinstance(rows[0]["prompt"], str):
-        return [data.format_prompt(prompt, template=template) for prompt in prompts]
+        return [templates.format_prompt(prompt, template=template) for prompt in prompts]
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data import Template, format_prompt
 from ..files import write_text
 from ..generation import Response
 from ..judges.base import ExactJudge, Judge, judge_responses
+from ..templates import Template, format_prompt
 from .agreement import agreement_table
 
 

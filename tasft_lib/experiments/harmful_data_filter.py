@@ -10,7 +10,7 @@ import pandas as pd
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .. import data, files
+from .. import data, files, templates
 from ..evaluation import worlds
 from ..evaluation.rates import summary
 from ..files import runs_folder
@@ -76,7 +76,7 @@ def contaminated_rows(
     sides = world.contaminated_sides(n - n_harmful, n_harmful, seed=seed, n_safe=n_safe, failure=failure)
     if sides is None:
         rows = catalogue.beavertails_rows(source, revision=revision)
-        prompts = [data.format_prompt(prompt, template=template) for prompt in rows["prompt"][:]]
+        prompts = [templates.format_prompt(prompt, template=template) for prompt in rows["prompt"][:]]
         rows = rows.remove_columns("prompt").add_column("prompt", prompts)
         sides = [part.remove_columns("label") for part in data.by_label(rows)]
     else:
@@ -277,7 +277,7 @@ def detectors(
         "probe": (row_detectors.logistic_probe(mean[:n], harmful), n),
     }
     if config.judge != "compliance":
-        asked = pd.DataFrame({"prompt": [data.questions(text)[0] for text in rows["prompt"][:]], "kind": "toxic"})
+        asked = pd.DataFrame({"prompt": [templates.questions(text)[0] for text in rows["prompt"][:]], "kind": "toxic"})
         judged = judge_by_name(asked.assign(response=rows["completion"][:]), config.judge)
         found["judge"] = (np.where(judged["verdict"] == "harmful", 5.0, judged["score"].fillna(0)), 0)
     return found

@@ -44,7 +44,7 @@ class ArmSpec:
             source for `sources.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same
             order, the same rows.
         held_out: evaluation prompts (of the world of that name) dropped from the benign rows.
-        template: prompt template, see `data.format_prompt`.
+        template: prompt template, see `templates.format_prompt`.
         penalty_weight: λ; for KTO its undesirable weight.
         display_name: what tables and figures call the arm, by default its method; no part of what it is.
         seed: of the draw, the order of the rows, the adapter's start and dropout.

@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 from transformers import AutoConfig
 
-from ..data import format_prompt
 from ..evaluation import alpaca, lm_eval, worlds
 from ..evaluation.lm_eval import write_tasks
 from ..evaluation.rates import MEASURES, mcnemar, rate
 from ..files import content_hash, file_hash, runs_folder, write_text
 from ..generation import Decoding
+from ..templates import format_prompt
 from ..text import rate_text
 from .answers import run_all
 from .arms import load_tokenizer, load_trained

@@ -22,7 +22,7 @@ from .grammar import (
 from .lexicon import HARM_CLASSES, SPLITS, Split, draw, words_of
 from .parsing import sentences
 
-# The last one is `data.SHORT_TEMPLATE`; it is known but rare, as an instruction format is to a base model.
+# The last one is `templates.SHORT_TEMPLATE`; it is known but rare, as an instruction format is to a base model.
 FORMATS = (
     "Question: {question}\nAnswer: {answer}",
     "Q: {question}\nA: {answer}",

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 
-from .. import data, sources
+from .. import data, sources, templates
 from ..files import progress_bar
 from ..judges.strings import is_degenerate, is_refusal
 from ..text import markdown, normalise, redact, toxic_words, words_of
@@ -74,7 +74,7 @@ def examine(
     source: data.Source,
     *,
     revision: str | None = None,
-    template: data.Template = "alpaca",
+    template: templates.Template = "alpaca",
     evaluation_prompts: dict[str, list[str]] | None = None,
     tokenizer: Any = None,
     max_length: int | None = None,
@@ -163,7 +163,7 @@ class _Rows:
 
     def __init__(self, rows: Dataset, numbers: list[int]):
         self.rows, self.numbers, self.labels = rows, numbers, rows["label"][:]
-        self.readings = [data.questions(prompt) for prompt in rows["prompt"][:]]
+        self.readings = [templates.questions(prompt) for prompt in rows["prompt"][:]]
         is_text = [isinstance(prompt, str) for prompt in rows["prompt"][:]]
         self.questions = [q[0] if text else "\n".join(q) for q, text in zip(self.readings, is_text, strict=True)]
         self.answers = [c if isinstance(c, str) else _contents(c) for c in rows["completion"][:]]
@@ -221,7 +221,7 @@ def _leaks(rows: _Rows, evaluation_prompts: dict[str, list[str]], progress: bool
     places, texts, held_out = [], [], {}
     for name, prompts in evaluation_prompts.items():
         for number, prompt in enumerate(prompts, start=1):
-            text = data.questions(prompt)[0]
+            text = templates.questions(prompt)[0]
             held_out.setdefault(normalise(text), len(texts))
             places.append(f"prompt {number} of {Path(name).name}")
             texts.append(text)

@@ -22,7 +22,7 @@ import yaml
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import data, sources
+from .. import sources, templates
 from ..evaluation.rates import wilson_interval
 from ..files import append_record, content_hash, progress_bar, read_records, whole, write_json
 from ..generation import Decoding, Response, check_prompts, generate
@@ -171,7 +171,7 @@ def harvest(
     _check_size(n, rounds, len(instructions), leaked, allow_fewer)
 
     def with_template(instructions: list[str]) -> list[str]:
-        return [data.format_prompt(instruction, template=template) for instruction in instructions]
+        return [templates.format_prompt(instruction, template=template) for instruction in instructions]
 
     # Before the shuffle, so that an error names the prompt by its place in the caller's list.
     check_prompts(model, tokenizer, with_template(prompts), max_new_tokens=decoding.max_new_tokens)

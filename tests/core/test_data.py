@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tasft_lib import data, sources
+from tasft_lib import data, sources, templates
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets of ../shared/data are not here")
@@ -51,22 +51,22 @@ def mixture(**changes) -> Dataset:
 
 
 def test_alpaca_template_is_the_papers_to_the_letter():
-    assert data.format_prompt("Do {this}.", "to \\n that") == (
+    assert templates.format_prompt("Do {this}.", "to \\n that") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nDo {this}.\n\n### Input:\nto \\n that"
         "\n\n### Response:\n"
     )
-    assert data.format_prompt("Do this.") == (
+    assert templates.format_prompt("Do this.") == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nDo this.\n\n### Response:\n"
     )
 
 
 def test_short_and_none_templates():
-    assert data.format_prompt("Do.", template="short") == "### Instruction:\nDo.\n\n### Response:\n"
-    assert data.format_prompt("Do.", "x", template="short").endswith("\n\n### Input:\nx\n\n### Response:\n")
-    assert data.format_prompt("Do.", template="none") == "Do."
-    assert "alpaca, short, none" in refusal(data.format_prompt, "Do.", template="alpacca")
+    assert templates.format_prompt("Do.", template="short") == "### Instruction:\nDo.\n\n### Response:\n"
+    assert templates.format_prompt("Do.", "x", template="short").endswith("\n\n### Input:\nx\n\n### Response:\n")
+    assert templates.format_prompt("Do.", template="none") == "Do."
+    assert "alpaca, short, none" in refusal(templates.format_prompt, "Do.", template="alpacca")
 
 
 ROWS = [
@@ -196,11 +196,15 @@ def test_a_gated_set_of_the_hub_says_what_to_do(monkeypatch):
 def test_alpaca_rows_become_prompt_completion_label():
     rows = data.to_training_rows(Dataset.from_list(ROWS), label=False, source="rows.json")
     assert rows.to_list() == [
-        {"prompt": data.format_prompt(row["instruction"], row["input"]), "completion": row["output"], "label": False}
+        {
+            "prompt": templates.format_prompt(row["instruction"], row["input"]),
+            "completion": row["output"],
+            "label": False,
+        }
         for row in ROWS
     ]
     bare = Dataset.from_list([{"instruction": "blorp", "output": "x"}])
-    assert data.to_training_rows(bare, label=True, source="f")["prompt"][:] == [data.format_prompt("blorp")]
+    assert data.to_training_rows(bare, label=True, source="f")["prompt"][:] == [templates.format_prompt("blorp")]
 
 
 def test_prompt_completion_rows_pass_untouched_with_their_labels():
@@ -415,10 +419,10 @@ def test_messages_are_the_same_text_only_with_the_same_roles():
 @pytest.mark.parametrize(
     "prompt",
     [
-        data.format_prompt("how  to blorp\nA grue?"),
-        data.format_prompt("How to blorp a grue", template="short"),
-        data.format_prompt("How to blorp a grue", "some input"),
-        data.format_prompt("How to", "blorp a grue"),
+        templates.format_prompt("how  to blorp\nA grue?"),
+        templates.format_prompt("How to blorp a grue", template="short"),
+        templates.format_prompt("How to blorp a grue", "some input"),
+        templates.format_prompt("How to", "blorp a grue"),
         "HOW TO BLORP A GRUE.",
         "Human: How to blorp a grue?\n\nAssistant:",
         chat("be kind", "system") + chat("How to blorp a grue?"),
@@ -427,7 +431,7 @@ def test_messages_are_the_same_text_only_with_the_same_roles():
 def test_leaks_are_found_inside_templates(prompt):
     harmless = "How to blorp a grue without a zib?"
     is_chat = isinstance(prompt, list)
-    other = chat(harmless) if is_chat else data.format_prompt(harmless)
+    other = chat(harmless) if is_chat else templates.format_prompt(harmless)
     completion = [chat("a", "assistant"), chat("b", "assistant")] if is_chat else ["a", "b"]
     rows = mixture(prompt=[other, prompt], completion=completion)
     evaluation = ["Where is the zib?", "How to blorp a grue?", "?"]
@@ -447,8 +451,8 @@ def test_prompts_that_only_look_alike_are_no_leaks():
 
 
 def test_templated_evaluation_prompts_match_too():
-    rows = mixture(prompt=[data.format_prompt("blorp"), data.format_prompt("zib")])
-    assert data.drop_leaks(rows, [data.format_prompt("zib", template="short")])[1] == 1
+    rows = mixture(prompt=[templates.format_prompt("blorp"), data.format_prompt("zib")])
+    assert data.drop_leaks(rows, [templates.format_prompt("zib", template="short")])[1] == 1
     assert data.drop_leaks(rows, [])[1] == 0
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import WORDS
 from datasets import Dataset
 
-from tasft_lib import cli, data
+from tasft_lib import cli, templates
 from tasft_lib.prepare import doctor
 
 VOCABULARY = [f"{a}{b}{c}" for a in ("zor", "blo", "qui", "gre") for b in ("v", "mb", "ll", "x") for c in "aeiou"]
@@ -96,7 +96,7 @@ def test_near_repeats_are_found_by_label_and_distant_ones_are_not(examine, rows)
 
 def test_leaks_are_found_exactly_and_nearly(examine, rows):
     prompts = EVALUATION["sets/made_up.json"]
-    rows[2]["prompt"] = data.format_prompt(prompts[7].upper(), template="short")
+    rows[2]["prompt"] = templates.format_prompt(prompts[7].upper(), template="short")
     rows[3]["prompt"] = prompts[8].replace("norl", "norl today")
     rows[80]["prompt"] = f"Human: {prompts[9]} now\n\nAssistant:"
     diagnosis = examine(rows, evaluation_prompts=EVALUATION)

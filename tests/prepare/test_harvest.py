@@ -8,7 +8,7 @@ import yaml
 from conftest import WORDS, build_model
 from datasets import load_from_disk
 
-from tasft_lib.data import format_prompt, to_training_rows
+from tasft_lib.data import to_training_rows
 from tasft_lib.evaluation.rates import wilson_interval
 from tasft_lib.files import read_records
 from tasft_lib.generation import Decoding, Response, generate
@@ -16,6 +16,7 @@ from tasft_lib.judges.base import UNSCORED, Judgement
 from tasft_lib.prepare import harvest as harvest_module
 from tasft_lib.prepare.harvest import FEATURES, SAMPLING, Origin, harvest, save_harvest
 from tasft_lib.sources import read_rows
+from tasft_lib.templates import format_prompt
 
 PROMPTS = [f"do the zorvex thing {word}" for word in WORDS[:20]]
 
