@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -19,6 +20,7 @@ from typing import Any
 
 import platformdirs
 import psutil
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 # The files of a folder that are a model. A list of what counts: whatever else lies there, be it new, is no part of it.
@@ -91,6 +93,42 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """One process at a time works in `folder`, which need not exist: another waits, and says so on stderr.
+
+    Nothing is left in or beside the folder, and a killed process holds no lock. Of a launch of several processes the
+    first takes it for all. Not to be taken twice by one process.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    name = f"{content_hash(os.path.realpath(folder))}.lock"
+    try:
+        file = cache_folder() / "locks" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError:  # a home that is read-only or full
+        file = Path(tempfile.gettempdir()) / f"tasft-{name}"
+    with locked(file, folder):
+        yield
+
+
+@contextmanager
+def locked(file: Path, what: Any) -> Iterator[None]:
+    """Holds the lock `file`, of those who work on `what`; a line on stderr where another process does."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"{what}: another process works on it; waiting until it has ended (Ctrl-C to stop).", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _remove(path: Path) -> None:
