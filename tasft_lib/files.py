@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -280,6 +281,16 @@ def keep_freed_memory() -> None:
     """
     for name, value in KEEP_FREED_MEMORY.items():
         os.environ.setdefault(name, value)
+
+
+def end_with_parent() -> None:
+    """For a worker of a pool: it ends when the process that began it has ended, be it killed.
+
+    A killed parent can't stop its workers, and each holds the others' end of the queue open: they would wait for ever.
+    With the last of them the fork server and the resource tracker end.
+    """
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def show_progress() -> bool:

@@ -26,7 +26,15 @@ from tqdm import tqdm
 from .. import generation
 from ..evaluation.answers import asked_and_begun, judge_answers, questions
 from ..evaluation.worlds import base_model
-from ..files import content_hash, keep_freed_memory, model_identity, runs_folder, show_progress, write_text
+from ..files import (
+    content_hash,
+    end_with_parent,
+    keep_freed_memory,
+    model_identity,
+    runs_folder,
+    show_progress,
+    write_text,
+)
 from ..judges import load
 from ..models import quiet
 from .arms import checkpoints, is_trained, load_model, train, with_files
@@ -183,6 +191,7 @@ def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generatio
 
 
 def _start_worker() -> None:
+    end_with_parent()
     quiet()
 
 
