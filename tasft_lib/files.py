@@ -44,6 +44,8 @@ MODEL_FILES = (
     "spiece.model",
     "chat_template.jinja",
 )
+# What `tasft train` and `tasft export` leave beside the weights.
+RECORD = "tasft.json"
 PACKAGES = ("tasft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 

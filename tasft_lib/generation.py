@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .files import progress_bar
+from .files import append_records, content_hash, progress_bar, read_records
+from .templates import OPENING, Turn, assistant_turn, opens_thinking, read_turn, turn_ends
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Response:
     """One decoded response.
 
     Attributes:
-        text: without special tokens, stripped.
+        text: without special tokens, stripped; a thinking in <think> and </think> (see `templates.split_thinking`).
         n_tokens: tokens generated before EOS.
-        finished: ended with EOS; False when `max_new_tokens` cut it off.
+        finished: ended with EOS, or as the chat template ends a turn; False when `max_new_tokens` cut it off.
     """
 
     text: str
@@ -61,29 +63,40 @@ def generate(
     *,
     decoding: Decoding = GREEDY,
     batch_size: int = 32,
+    special_tokens: bool = True,
+    answers: Path | None = None,
     progress: bool | None = None,
 ) -> list[Response]:
     """Answer every prompt; responses come in the order of the prompts.
 
     Prompts are complete strings, template included; BOS is added unless the string begins with it. The sampling and
     length defaults of the checkpoint (`model.generation_config`) play no part, except its EOS tokens, which end a
-    response like the tokenizer's own. Model, tokenizer and the global random state are left as they were found, so
-    this may be called in the middle of training; PEFT models answer with their active adapter.
+    response like the tokenizer's own, and like the tokens by which its chat template ends a turn. Model, tokenizer and
+    the global random state are left as they were found, so this may be called in the middle of training; PEFT models
+    answer with their active adapter.
 
     Greedy responses do not depend on `batch_size`, up to floating-point near-ties. Sampled ones are determined by
     `decoding.seed` together with prompts and `batch_size`.
 
     Args:
+        special_tokens: False for prompts in a chat template, which has put BOS and the like where they belong.
+        answers: JSONL file to which each batch is appended when it is done, in full text; what it holds is not asked
+            again, so the same call after a kill goes on. Not for sampling.
         progress: True or False forces the bar on or off; None shows it on a terminal.
 
     Raises:
         ValueError: a prompt has no token or does not fit the model's context together with `max_new_tokens`, or the
             tokenizer has neither EOS nor pad token.
     """
-    config = _generation_config(model, tokenizer, decoding)
+    if answers is not None and decoding.do_sample:
+        raise ValueError("answers: a draw depends on those before it, so sampled answers are not kept batch by batch")
+    turn = assistant_turn(tokenizer)
+    config = _generation_config(model, tokenizer, decoding, turn)
     eos_ids, pad_id = config.eos_token_id or [], config.pad_token_id
-    check_prompts(model, tokenizer, prompts, max_new_tokens=decoding.max_new_tokens)
-    encoded = _encode(tokenizer, prompts)
+    limits = {"max_new_tokens": decoding.max_new_tokens, "special_tokens": special_tokens}
+    check_prompts(model, tokenizer, prompts, **limits)
+    encoded = _encode(tokenizer, prompts, special_tokens)
+    kept = {} if answers is None else _read_answers(answers, prompts)
 
     # Longest first: what does not fit in memory fails at once, and the progress bar errs on the safe side.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)
@@ -97,6 +110,11 @@ def generate(
     ):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
+            # By whole batches, so that an answer is in the company it would be in without a kill.
+            if all(i in kept for i in batch):
+                responses |= {i: kept[i] for i in batch}
+                bar.update(len(batch))
+                continue
             input_ids, attention_mask = _left_pad([encoded[i] for i in batch], pad_id)
             output = model.generate(
                 input_ids=input_ids.to(model.device),
@@ -104,17 +122,25 @@ def generate(
                 generation_config=config,
             )
             for i, new_ids in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                responses[i] = _response(tokenizer, new_ids, eos_ids)
+                responses[i] = _response(tokenizer, new_ids, eos_ids, turn, opens_thinking(prompts[i]))
+            if answers is not None:
+                asked = [{"number": i, "prompt": content_hash(prompts[i])} for i in batch]
+                append_records(answers, [a | asdict(responses[i]) for a, i in zip(asked, batch, strict=True)])
             bar.update(len(batch))
     return [responses[i] for i in range(len(prompts))]
 
 
 def check_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], *, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    special_tokens: bool = True,
 ) -> None:
     """Raise ValueError naming the first prompt that is empty or, with its answer, longer than the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for number, ids in enumerate(_encode(tokenizer, prompts), start=1):
+    for number, ids in enumerate(_encode(tokenizer, prompts, special_tokens), start=1):
         if not ids:
             raise ValueError(f"prompt {number} is empty: a model needs at least one token to start from")
         if context is not None and len(ids) + max_new_tokens > context:
@@ -124,18 +150,29 @@ def check_prompts(
             )
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's EOS, which training appends, first; then those a chat checkpoint names besides."""
+def _read_answers(file: Path, prompts: list[str]) -> dict[int, Response]:
+    """Those on record, by their place in `prompts`."""
+    hashes, kept = [content_hash(prompt) for prompt in prompts], {}
+    for record in read_records(file):
+        match record:
+            case {"number": int(i), "prompt": str(asked), "text": str(text), "n_tokens": int(n), "finished": bool(end)}:
+                if i < len(prompts) and asked == hashes[i]:
+                    kept[i] = Response(text=text, n_tokens=n, finished=end)
+    return kept
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: Turn | None) -> list[int]:
+    """The tokenizer's EOS, which training appends, first; then those a chat checkpoint or template names besides."""
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys([*own, *named]))
+    return list(dict.fromkeys([*own, *named, *turn_ends(tokenizer, turn)]))
 
 
 def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, turn: Turn | None
 ) -> GenerationConfig:
-    eos_ids = _eos_ids(model, tokenizer)
+    eos_ids = _eos_ids(model, tokenizer, turn)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos_ids), None)
     if pad_id is None:
         raise ValueError("the tokenizer has neither a pad nor an EOS token: set tokenizer.pad_token")
@@ -150,12 +187,13 @@ def _generation_config(
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
-    # A chat template writes BOS into the string; a second one would be a start no model has seen.
+def _encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str], special_tokens: bool) -> list[list[int]]:
+    # A second BOS would be a start no model has seen.
     bos = tokenizer.bos_token
+    added = [special_tokens and not (bos and prompt.startswith(bos)) for prompt in prompts]
     return [
-        tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)), verbose=False)["input_ids"]
-        for prompt in prompts
+        tokenizer(prompt, add_special_tokens=add, verbose=False)["input_ids"]
+        for prompt, add in zip(prompts, added, strict=True)
     ]
 
 
@@ -167,9 +205,13 @@ def _left_pad(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, to
     return input_ids, attention_mask
 
 
-def _response(tokenizer: PreTrainedTokenizerBase, new_ids: list[int], eos_ids: list[int]) -> Response:
+def _response(
+    tokenizer: PreTrainedTokenizerBase, new_ids: list[int], eos_ids: list[int], turn: Turn | None, is_thinking: bool
+) -> Response:
+    """`is_thinking`: whether the prompt has begun a thinking."""
     end = next((position for position, token in enumerate(new_ids) if token in eos_ids), None)
-    text = tokenizer.decode(new_ids[:end], skip_special_tokens=True).strip()
+    text = read_turn(tokenizer, new_ids[:end], turn)
+    text = f"{OPENING}\n{text}" if is_thinking and not text.startswith(OPENING) else text
     return Response(text=text, n_tokens=len(new_ids) if end is None else end, finished=end is not None)
 
 

@@ -92,7 +92,8 @@ def rates_table(judgements: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
     Returns:
         Columns: *by; n (scored responses); harmful (count); rate = harmful / n with its Wilson 95 % interval low, high;
-        degenerate, refusal, safe (rates in [0, 1] over n); unscored (count); score (mean over the scored).
+        degenerate, refusal, safe (rates in [0, 1] over n); unscored (count); score (mean over the scored); where
+        judgements have it, unfinished_thinking (rate over all responses; those are among the degenerate).
 
     Raises:
         ValueError: a column is missing or a verdict is unknown.
@@ -126,7 +127,7 @@ def _rates(group: pd.DataFrame) -> dict[str, float]:
         "safe": shares["safe"].rate,
         "unscored": len(group) - len(scored),
         "score": float(scored["score"].mean()) if len(scored) else math.nan,
-    }
+    } | ({"unfinished_thinking": rate(group["unfinished_thinking"]).rate} if "unfinished_thinking" in group else {})
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:

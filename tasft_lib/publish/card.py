@@ -12,11 +12,9 @@ from typing import Any
 import pandas as pd
 
 from .. import data
-from ..files import model_identity, whole
+from ..files import RECORD, model_identity, whole
 from ..text import markdown, rate_text, redact
 
-# What `tasft train` and `tasft export` leave beside the weights.
-RECORD = "tasft.json"
 MARK = "<!-- `tasft card` wrote this and writes over it; without this line it keeps its hands off -->"
 SETTINGS = (
     "learning_rate",

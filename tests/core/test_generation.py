@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import WORDS, build_model
 from peft import LoraConfig, get_peft_model
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tasft_lib.generation import (
@@ -284,3 +284,61 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(model, tokenizer):
     assert bos("w1")["input_ids"] == bos("w0 w1", add_special_tokens=False)["input_ids"]
     with_and_without = generate(model, bos, ["w0 w1 w2", "w1 w2"], decoding=GREEDY_24)
     assert with_and_without[0] == with_and_without[1]
+
+
+def test_a_prompt_in_a_chat_template_is_encoded_as_it_is(model, tokenizer):
+    """Without BOS where the template writes none, as TRL trains it."""
+    bos = copy.deepcopy(tokenizer)
+    bos.bos_token = "w0"
+    bos._tokenizer.post_processor = processors.TemplateProcessing(
+        single="w0 $A", special_tokens=[("w0", bos.bos_token_id)]
+    )
+    bare = generate(model, bos, ["w1 w2"], decoding=GREEDY_24, special_tokens=False)
+    assert bare == generate(model, tokenizer, ["w1 w2"], decoding=GREEDY_24)
+    assert bare != generate(model, bos, ["w1 w2"], decoding=GREEDY_24)
+
+
+def test_the_end_of_a_turn_in_the_chat_template_ends_an_answer(model, tokenizer, prompts):
+    said = with_eos(model, tokenizer, prompts).eos_token
+    chat = copy.deepcopy(tokenizer)
+    chat.add_special_tokens({"additional_special_tokens": [AddedToken(said, single_word=True, special=True)]})
+    chat.chat_template = "{% for m in messages %}{{ m.content }} " + said + " \n{% endfor %}"
+    plain = generate(model, tokenizer, prompts, decoding=GREEDY_24)
+    for response, longer in zip(generate(model, chat, prompts, decoding=GREEDY_24), plain, strict=True):
+        words = longer.text.split()
+        assert response.text.split() == words[: words.index(said)] if said in words else response == longer
+        assert response.finished == (said in words or longer.finished)
+
+
+def test_thinking_that_the_prompt_has_begun_stands_in_the_answer(model, tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.add_tokens(["<think>"])
+    model.resize_token_embeddings(len(thinking))
+    plain, opened = generate(model, thinking, ["w1", "w1 <think> "], decoding=GREEDY_24)
+    assert opened.text.startswith("<think>\n") and not plain.text.startswith("<think>")
+
+
+def test_a_killed_run_goes_on_batch_by_batch_and_ends_the_same(model, tokenizer, prompts, tmp_path, monkeypatch):
+    file, options = tmp_path / "answers.jsonl", {"decoding": Decoding(max_new_tokens=8), "batch_size": 2}
+    whole = generate(model, tokenizer, prompts, **options)
+    calls, original = [], model.generate
+
+    def killed(**given):
+        calls.append(len(given["input_ids"]))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(**given)
+
+    monkeypatch.setattr(model, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, tokenizer, prompts, answers=file, **options)
+    file.write_bytes(file.read_bytes()[:-9])  # a torn record: its batch is asked again, whole
+    calls.clear()
+    monkeypatch.setattr(model, "generate", lambda **given: calls.append(0) or original(**given))
+    assert generate(model, tokenizer, prompts, answers=file, **options) == whole and len(calls) == 4
+    calls.clear()
+    assert generate(model, tokenizer, prompts, answers=file, **options) == whole and not calls
+    others = [f"{prompt} w1" for prompt in prompts]
+    assert generate(model, tokenizer, others, answers=file, **options) != whole and calls
+    with pytest.raises(ValueError, match="not kept batch by batch"):
+        generate(model, tokenizer, prompts, decoding=SAMPLED, answers=file)
