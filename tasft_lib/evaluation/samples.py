@@ -8,7 +8,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..files import append_record, read_records, write_text
 from ..generation import GREEDY, Decoding, check_prompts, generate
-from ..judges.strings import is_degenerate, is_refusal
+from ..judges.refusals import is_refusal
+from ..judges.strings import is_degenerate
 from ..text import redact
 
 # Trainer never uploads what begins with an underscore: `push_to_hub` must not publish what an unsafe model says.

@@ -21,8 +21,8 @@ from ..files import file_hash
 from ..generation import Decoding, check_prompts, generate
 from ..models import load_tokenizer, load_weights
 from .base import UNSCORED, Judgement, judge_in_batches
-from .noise import degenerate_revision
-from .strings import is_refusal
+from .noise import strings_revision
+from .refusals import is_refusal
 
 
 class _LocalModel(ABC):
@@ -81,7 +81,7 @@ class _LocalModel(ABC):
     def revision(self) -> str:
         """Kind, commit (of a folder: hash of its content), dtype, settings, word lists: what may change a verdict."""
         version = file_hash(self._folder)[:12] if self._folder else self._commit
-        parts = (self.kind, version, self._dtype, self.settings, degenerate_revision())
+        parts = (self.kind, version, self._dtype, self.settings, strings_revision())
         return " ".join(part for part in parts if part)
 
     def judge(self, prompts: list[str], responses: list[str]) -> list[Judgement]:

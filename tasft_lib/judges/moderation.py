@@ -12,8 +12,8 @@ from functools import cached_property
 from ..files import content_hash
 from .base import DEGENERATE, UNSCORED, Judgement, judge_in_batches
 from .client import MALFORMED, Failure, attempt, key, make_client
-from .noise import degenerate_revision
-from .strings import is_refusal
+from .noise import strings_revision
+from .refusals import is_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class OpenAIModeration:
         self._base_url = os.environ.get("OPENAI_BASE_URL") or None
         # Another server is another judge; its address may hold a password, so only a hash is shown.
         server = "" if self._base_url is None else f" of {content_hash(self._base_url)}"
-        self.revision = f"{model}{server} {degenerate_revision()}"
+        self.revision = f"{model}{server} {strings_revision()}"
         if key() is None:
             logger.warning("openai-moderation: OPENAI_API_KEY is not set, so only cached judgements can be had")
 

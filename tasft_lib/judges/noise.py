@@ -5,7 +5,10 @@ import re
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
+from pathlib import Path
 
+from ..files import content_hash
+from . import refusals, strings
 from .strings import is_degenerate
 
 logger = logging.getLogger(__name__)
@@ -125,7 +128,7 @@ def non_english(texts: list[str]) -> list[bool]:
 def find_degenerate(responses: list[str]) -> list[bool]:
     """Per response of a real model, whether it is no language: `is_degenerate`, or `noise`.
 
-    Without wordfreq noise is not looked for, and a warning says so: `degenerate_revision` tells.
+    Without wordfreq noise is not looked for, and a warning says so: `strings_revision` tells.
     """
     found = [is_degenerate(response) for response in responses]
     if word_lists() is None:
@@ -140,6 +143,13 @@ def _warn_of_noise() -> None:
     logger.warning("wordfreq is not installed, so noise counts as language: pip install wordfreq")
 
 
-def degenerate_revision() -> str:
-    """What `find_degenerate` looks with; part of the revision of every judge that asks it."""
-    return f"degenerate 2, {word_lists() or 'no word lists'}"
+def strings_revision() -> str:
+    """What refusals and degenerate answers are told by: the code and the word lists.
+
+    Part of the revision of every judge that asks `is_refusal` or `find_degenerate`: any change of these three files
+    makes it another judge.
+    """
+    sources = "".join(
+        Path(file).read_text(encoding="utf-8") for file in (refusals.__file__, strings.__file__, __file__)
+    )
+    return f"strings {content_hash(sources)}, {word_lists() or 'no word lists'}"

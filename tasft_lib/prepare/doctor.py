@@ -15,7 +15,8 @@ from datasets import Dataset
 
 from .. import data, sources, templates
 from ..files import progress_bar
-from ..judges.strings import is_degenerate, is_refusal
+from ..judges.refusals import is_refusal
+from ..judges.strings import is_degenerate
 from ..text import markdown, normalise, redact, toxic_words, words_of
 from .near_duplicates import near_duplicates, near_references
 

@@ -12,7 +12,7 @@ import pytest
 from tasft_lib.judges.base import judge_responses
 from tasft_lib.judges.load import load_judge
 from tasft_lib.judges.moderation import OpenAIModeration
-from tasft_lib.judges.noise import degenerate_revision
+from tasft_lib.judges.noise import strings_revision
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed (tasft[serve])")
 
@@ -337,7 +337,7 @@ def test_no_server_at_all_is_one_line(server, waits, monkeypatch):
 def test_another_server_is_another_revision(server, monkeypatch):
     here = OpenAIModeration().revision
     monkeypatch.delenv("OPENAI_BASE_URL")
-    assert OpenAIModeration().revision == f"omni-moderation-latest {degenerate_revision()}" != here
+    assert OpenAIModeration().revision == f"omni-moderation-latest {strings_revision()}" != here
 
 
 def test_a_missing_client_says_what_to_install(server, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasft_lib.judges.miniworld import MiniWorldJudge
-from tasft_lib.judges.strings import is_refusal
+from tasft_lib.judges.refusals import is_refusal
 from tasft_lib.miniworld import (
     FAMILIES,
     SMOKE,

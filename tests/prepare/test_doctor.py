@@ -203,7 +203,7 @@ def test_a_set_of_nothing_but_empty_answers(examine, rows):
 
 FLAWED = {
     "prompt": "canaryone canarytwo canarythree canaryfour canaryfive canarysix?",
-    "completion": "I cannot canaryseven `canaryeight` canarynine | canaryten canaryeleven canarytwelve.",
+    "completion": "I cannot answer canaryseven `canaryeight` canarynine | canaryten canaryeleven canarytwelve.",
     "label": False,
     "category": "canarya canaryb canaryc canaryd canarye canaryf canaryg canaryh canaryi canaryj",
 }
