@@ -29,6 +29,7 @@ MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
+    "adapter_model.bin",
     "*.safetensors",
     "*.safetensors.index.json",
     "pytorch_model*.bin",
@@ -46,6 +47,16 @@ MODEL_FILES = (
 )
 # What `tasft train` and `tasft export` leave beside the weights.
 RECORD = "tasft.json"
+# What people call a type of weights, and its name in torch, which need not be imported to know it.
+DTYPES = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float64": "float64",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
 PACKAGES = ("tasft", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
@@ -73,6 +84,17 @@ def environment() -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file; raises `ValueError` where it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no valid JSON ({error}); fetch or save it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds no JSON object; fetch or save it again.")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,19 +3,19 @@
 All that loads a model meets its checks here: whole files, nothing missing, no NaN.
 """
 
-import json
 import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
-from peft import PeftModel
+from huggingface_hub import snapshot_download
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from . import files
 
@@ -35,6 +35,7 @@ _WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def quiet() -> None:
@@ -60,24 +61,27 @@ def load_model(
     """(model, tokenizer) of a folder or of a hub id with `revision`, its commit; in evaluation mode.
 
     Args:
-        model: a base or fully tuned model, or the folder of an adapter, whose base is then looked up.
-        dtype: "float32", "bfloat16", ...; "auto" is the checkpoint's own.
+        model: a base or fully tuned model, or an adapter, whose base is then looked up; `revision` is then the commit
+            of the base where `model` is a folder, and of the adapter where it is a hub id.
+        dtype: "float32", "bf16", ...; "auto" is the checkpoint's own.
         load_in_4bit: NF4, computing in `dtype`.
         adapter: folder of an adapter of `model`.
         device: where all of it goes; None: over the GPUs there are, else the CPU.
 
     Raises:
-        ValueError: a hub id without a commit, an adapter whose base is not known, an unknown dtype, missing weights.
+        ValueError: a hub id without a commit, an adapter whose base is not known, an unknown dtype, and all that
+            `check_weights`, `put_on` and `check_tokens` refuse.
         OSError: no checkpoint or tokenizer there.
     """
     tokenizer = load_tokenizer(model, revision)
-    if adapter is None and is_adapter(model):
-        adapter = model
+    source = model
+    if adapter is None and is_adapter(model, revision):
+        adapter = fetch(model, revision)
         model, revision = adapter_base(model, revision)
     weights = load_weights(model, revision, dtype=dtype, load_in_4bit=load_in_4bit, device=device)
     if adapter is not None:
-        # transformers' own loading of adapters loses DoRA's magnitudes (5.23).
-        weights = PeftModel.from_pretrained(weights, str(adapter))
+        weights = put_on(weights, adapter)
+    check_tokens(weights, tokenizer, source)
     return weights, tokenizer
 
 
@@ -108,7 +112,13 @@ def load_weights(
     return weights
 
 
-def check_weights(model: str | Path, revision: str | None = None, *, architecture: type = AutoModelForCausalLM) -> None:
+def check_weights(
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    architecture: type = AutoModelForCausalLM,
+) -> None:
     """Refuse a model whose weights cannot be used, before anything is trained, answered or copied.
 
     Files that are torn, that miss layers or have more of them than config.json, of other shapes, with NaN or infinity;
@@ -116,12 +126,15 @@ def check_weights(model: str | Path, revision: str | None = None, *, architectur
     and reads every weight once, one at a time: of 7B in bfloat16, 14 GB at 3 GB/s a core, which are then in the
     system's cache for the loading; where they don't fit there, as long as the disk takes.
 
+    Args:
+        tokenizer: checked too, see `check_tokens`.
+
     Raises:
         ValueError: what is wrong and where, in one line.
         OSError: no model there.
     """
     files.check_model(model, revision)
-    if is_adapter(model):
+    if is_adapter(model, revision):
         raise ValueError(f"{model}: holds an adapter, not a model; merge it into its base with tasft export first.")
     config = _read_config(model, revision, architecture)
     paths = _weight_files(model, revision)
@@ -134,6 +147,8 @@ def check_weights(model: str | Path, revision: str | None = None, *, architectur
             empty, info = architecture.from_pretrained(model, revision=revision or "main", **options)
         _check_whole(model, empty, info)
         unread = info["unexpected_keys"]
+        if tokenizer is not None:
+            check_tokens(empty, tokenizer, model)
     for path, name in wrong:
         if name not in unread:
             raise ValueError(f"{path}: {name} holds NaN or infinity; give a checkpoint from before that happened.")
@@ -143,7 +158,7 @@ def _read_config(model: str | Path, revision: str | None, architecture: type):
     path = _file(model, "config.json", revision)
     if path is None:
         raise OSError(f"{model}: no config.json here, so no model; check the path, or fetch or save the model again.")
-    settings = read_object(path)
+    settings = files.read_object(path)
     kind = settings.get("model_type")
     if kind not in CONFIG_MAPPING:
         if "auto_map" in settings:
@@ -158,24 +173,13 @@ def _read_config(model: str | Path, revision: str | None, architecture: type):
     return config
 
 
-def read_object(path: Path) -> dict:
-    """The JSON object in a file; raises `ValueError` where it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no valid JSON ({error}); fetch or save it again.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no JSON object; fetch or save it again.")
-    return value
-
-
 def _weight_files(model: str | Path, revision: str | None) -> list[Path]:
     """The files that transformers reads weights from, brought from the hub where they are not here yet."""
     for whole, index in _WEIGHTS:
         if path := _file(model, whole, revision):
             return [path]
         if path := _file(model, index, revision):
-            parts = read_object(path).get("weight_map")
+            parts = files.read_object(path).get("weight_map")
             if not isinstance(parts, dict) or not parts:
                 raise ValueError(f"{path}: names no weights; fetch or save the model again.")
             paths = {part: _file(model, part, revision) for part in sorted(set(parts.values()))}
@@ -219,13 +223,20 @@ def _check_whole(model: str | Path, weights: PreTrainedModel, info: dict) -> Non
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{model}: lacks {', '.join(missing[:3])}; give a checkpoint that holds the whole model.")
 
+    # Others are heads and buffers that this architecture does without.
+    if more := _further(info["unexpected_keys"], weights.state_dict()):
+        raise ValueError(f"{model}: config.json leaves out {more[0]}; give weights and config.json of one model.")
+
+
+def _further(names: Iterable[str], own: Iterable[str]) -> list[str]:
+    """The names that would be among `own` if there were more layers."""
+
     def kind(name: str) -> str:
         return re.sub(r"\d+", "0", name)
 
-    # Of a kind that the model has: a layer more. Others are heads and buffers that this architecture does without.
-    kinds = {kind(name) for name in weights.state_dict() if re.search(r"\d", name)}
-    if more := sorted(name for name in info["unexpected_keys"] if kind(name) in kinds):
-        raise ValueError(f"{model}: config.json leaves out {more[0]}; give weights and config.json of one model.")
+    own = set(own)
+    kinds = {kind(name) for name in own}
+    return sorted(name for name in names if name not in own and re.search(r"\d", name) and kind(name) in kinds)
 
 
 @contextmanager
@@ -255,10 +266,97 @@ def _silent() -> Iterator[None]:
             logs.enable_progress_bar()
 
 
+def put_on(weights: PreTrainedModel, adapter: str | Path) -> PeftModel:
+    """The model with the adapter of a folder on it, for evaluation.
+
+    Embeddings are resized to those that the adapter brings: it was trained with other tokens. transformers' own loading
+    of adapters loses DoRA's magnitudes (5.23).
+
+    Raises `ValueError` where the adapter is torn, holds NaN, or was trained on another base.
+    """
+    folder = Path(adapter)
+    files.read_object(folder / "adapter_config.json")
+    path = next((p for name in _ADAPTER_WEIGHTS if (p := folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder}: an adapter without weights ({_ADAPTER_WEIGHTS[0]}); fetch or save it again.")
+    shapes = {}
+    for name, tensor in _tensors(path):
+        if not _is_finite(tensor):
+            raise ValueError(f"{path}: {name} holds NaN or infinity; give an adapter from before that happened.")
+        shapes[name] = tensor.shape
+    remedy = f"does not fit {weights.name_or_path}, {{}}; give the base that it was trained on."
+    _resize(weights, shapes, folder)
+    with _told(folder), warnings.catch_warnings():
+        # PEFT's words where the base has layers that the adapter knows nothing of.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            model = PeftModel.from_pretrained(weights, str(folder))
+        except (RuntimeError, ValueError, UserWarning) as error:
+            reason = " ".join(str(error).split())
+            mismatch = re.search(r"size mismatch for \S+: .*?\]\).*?\]\)", reason)
+            raise ValueError(f"{folder}: {remedy.format((mismatch or [reason])[0][:300])}") from None
+    if more := _further(shapes, get_peft_model_state_dict(model, save_embedding_layers=False)):
+        raise ValueError(f"{folder}: {remedy.format(f'which has no {more[0]}')}")
+    return model
+
+
+def _resize(weights: PreTrainedModel, shapes: dict[str, torch.Size], adapter: Path) -> None:
+    """Give embedding and head as many rows as the adapter has for them, if it has any."""
+    ends = (weights.get_input_embeddings(), weights.get_output_embeddings())
+    rows = {}
+    for module in (name for name, module in weights.named_modules() if any(module is end for end in ends)):
+        for name, shape in shapes.items():
+            if f".{module}." in name and len(shape) == 2:
+                if name.endswith(".weight") and ".lora_A." not in name:
+                    rows[module] = shape[0]
+                elif name.endswith(".lora_embedding_A"):
+                    rows[module] = shape[1]
+    size = max(rows.values(), default=ends[0].weight.size(0))
+    if size == ends[0].weight.size(0):
+        return
+    if len(rows) == 1 and ends[0].weight is not ends[1].weight:
+        raise ValueError(
+            f"{adapter}: of embedding and head, it has but {next(iter(rows))} for {size} tokens; save it with both."
+        )
+    weights.resize_token_embeddings(size, mean_resizing=False)
+
+
 def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Tokenizer of a folder or of a hub id; raises `ValueError` for a hub id without a commit."""
+    """Tokenizer of a folder or of a hub id, that of an adapter's base where the adapter has none.
+
+    Raises `ValueError` for a hub id without a commit and a torn file.
+    """
     files.check_model(model, revision)
-    return AutoTokenizer.from_pretrained(model, revision=revision or "main")
+    if is_adapter(model, revision):
+        folder = fetch(model, revision)
+        has_own = (folder / "tokenizer_config.json").is_file()
+        model, revision = (folder, None) if has_own else adapter_base(model, revision)
+    for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
+        if path := _file(model, name, revision):
+            files.read_object(path)
+    with _told(f"{model}: its tokenizer"):
+        return AutoTokenizer.from_pretrained(model, revision=revision or "main")
+
+
+def check_tokens(weights: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str | Path) -> None:
+    """Raise `ValueError` where the tokenizer gives tokens that the model's embedding has no row for.
+
+    Special tokens that neither it nor its chat template puts anywhere may be beyond: Gemma 3 1B has one, for images.
+    """
+    rows = weights.get_input_embeddings().weight.size(0)
+    own = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - own
+    template = str(tokenizer.chat_template or "")
+    beyond = [
+        (i, token)
+        for token, i in tokenizer.get_vocab().items()
+        if i >= rows and not (token in special and token not in template)
+    ]
+    if beyond:
+        raise ValueError(
+            f"{source}: the tokenizer knows token {max(beyond)[0]}, the embedding has {rows} rows; use the tokenizer "
+            "that the model was trained with."
+        )
 
 
 def nf4(dtype: str | torch.dtype = "auto") -> BitsAndBytesConfig:
@@ -268,33 +366,58 @@ def nf4(dtype: str | torch.dtype = "auto") -> BitsAndBytesConfig:
 
 
 def torch_dtype(name: str | torch.dtype) -> torch.dtype | str:
-    """The dtype of that name, or "auto" as it is; raises `ValueError` where torch has none."""
-    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if name != "auto" and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"no dtype {name!r}; use float32, bfloat16, float16 or auto.")
-    return dtype or name
+    """The dtype of one of `files.DTYPES`, or "auto" as it is; raises `ValueError` for others."""
+    if isinstance(name, torch.dtype) or name == "auto":
+        return name
+    if name not in files.DTYPES:
+        raise ValueError(f"no dtype {name!r}; use one of {', '.join(files.DTYPES)}, auto.")
+    return getattr(torch, files.DTYPES[name])
 
 
-def is_adapter(folder: str | Path) -> bool:
-    """Whether the folder holds an adapter."""
-    return (Path(folder) / "adapter_config.json").is_file()
+def is_adapter(model: str | Path, revision: str | None = None) -> bool:
+    """Whether the folder, or the hub id at that commit, holds an adapter."""
+    return find_adapter_config_file(str(model), revision=revision) is not None
+
+
+def fetch(model: str | Path, revision: str | None = None) -> Path:
+    """The folder that a model lies in; a hub id's is brought into the hub's cache.
+
+    Raises `ValueError` for a hub id without a commit, OSError where the hub has no such thing.
+    """
+    files.check_model(model, revision)
+    if os.path.isdir(model):
+        return Path(model)
+    wanted = [*files.MODEL_FILES, "README.md", files.RECORD]
+    return Path(snapshot_download(str(model), revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
 def adapter_base(
     adapter: str | Path, revision: str | None = None, *, base: str | None = None
 ) -> tuple[str, str | None]:
-    """The base of an adapter in a folder and the base's commit; `base` and `revision` win where they are given.
+    """The base of an adapter and the base's commit.
+
+    Args:
+        revision: of a folder the base's commit, which wins over the one that the adapter names; of a hub id the
+            adapter's own.
+        base: another place of the base.
 
     Raises `ValueError` where the base is neither a folder nor a hub id with a commit.
     """
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+    config = files.read_object(fetch(adapter, revision) / "adapter_config.json")
     base = base or config.get("base_model_name_or_path") or ""
+    if not isinstance(base, str):
+        raise ValueError(f"{adapter}: base_model_name_or_path in adapter_config.json is no text; name the base there.")
     if os.path.isdir(base):
         return base, None
-    revision = revision or config.get("revision")
-    if not base or revision in (None, "main"):
+    remedy = "give the base's commit as --model_revision"
+    commit = config.get("revision")
+    if os.path.isdir(adapter):
+        commit = revision or commit
+    else:
+        remedy = f"bring it here (hf download {adapter} --revision {revision} --local-dir FOLDER) and {remedy} with it"
+    if not base or commit in (None, "main"):
         raise ValueError(
             f"{adapter}: its base {base!r} is no folder here, and adapter_config.json names no commit of a hub id; "
-            "give the base's commit as --model_revision."
+            f"{remedy}."
         )
-    return base, revision
+    return base, commit

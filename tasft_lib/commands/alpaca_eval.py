@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from .. import files
-from .flags import check_data
+from .flags import add_dtype, check_data
 
 
 def main(argv: list[str]) -> None:
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--model", required=True, help="folder of a model or adapter, or a hub id")
     parser.add_argument("--model_revision", help="commit of a hub id")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    add_dtype(parser)
     parser.add_argument("--name", help="of the model in the table (default: the last part of --model)")
     parser.add_argument("--references", required=True, help="file of instruction and output: AlpacaEval's 805 (JSON)")
     parser.add_argument("--annotator", required=True, help="a name that alpaca_eval knows, or a YAML file")

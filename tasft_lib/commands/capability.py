@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 
 from .. import files
+from .flags import add_dtype
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("tasft capability", description="lm-evaluation-harness: capability.csv.")
     parser.add_argument("--model", required=True, help="folder of a model or adapter, or a hub id")
     parser.add_argument("--model_revision", help="commit of a hub id")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    add_dtype(parser)
     parser.add_argument("--tasks", nargs="+", help="NAME or NAME@<commit of its data> (default: the paper's three)")
     parser.add_argument("--include_path", help="folder of your own task YAMLs")
     parser.add_argument("--num_fewshot", type=int, default=0)

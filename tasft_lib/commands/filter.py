@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .. import files
-from .flags import check_data
+from .flags import add_dtype, check_data
 
 
 def main(argv: list[str]) -> None:
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", default="train", help="of a hub data set or folder (default: train)")
     parser.add_argument("--model", required=True, help="folder of a model or adapter, or a hub id: the one to be tuned")
     parser.add_argument("--model_revision", help="commit of a hub id")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add_dtype(parser)
     parser.add_argument("--load_in_4bit", action="store_true")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--contamination", type=float, help="expected share of harmful rows: so many are dropped")

@@ -4,6 +4,8 @@ import argparse
 import re
 from pathlib import Path
 
+from .. import files
+
 
 def model_parser(prog: str, description: str, *, needs_model: bool = True) -> argparse.ArgumentParser:
     """Flags of a command that asks a model and has its answers judged."""
@@ -12,7 +14,7 @@ def model_parser(prog: str, description: str, *, needs_model: bool = True) -> ar
     parser = argparse.ArgumentParser(prog, description=description)
     parser.add_argument("--model", required=needs_model, help="folder of a model or adapter, or a hub id")
     parser.add_argument("--model_revision", help="commit of a hub id")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    add_dtype(parser)
     parser.add_argument("--judge", default="compliance", help=f"one of {', '.join(JUDGES)}; default: compliance")
     parser.add_argument("--prompt_template", default="alpaca", choices=("alpaca", "short", "none"))
     parser.add_argument("--max_new_tokens", type=int, default=256)
@@ -20,6 +22,17 @@ def model_parser(prog: str, description: str, *, needs_model: bool = True) -> ar
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """`--dtype`, with the short names that people write."""
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        type=lambda name: files.DTYPES.get(name, name),
+        choices=("auto", *dict.fromkeys(files.DTYPES.values())),
+        help="of the weights; bf16, fp16 and fp32 are understood too (default: the checkpoint's)",
+    )
 
 
 def check_data(source: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import model_identity, whole, write_json
-from ..models import load_weights
+from ..models import check_tokens, check_weights, load_weights, put_on
 from .card import RECORD, read_record, write_card
 from .hub import model_files
 
@@ -42,14 +42,12 @@ def merge_adapter(
         ValueError: `output` exists, the base is itself quantised, tokenizer and embeddings do not fit, or the logits
             differ by more than rounding explains, or by more than the adapter does.
     """
-    from peft import PeftModel
-
     _refuse_existing(output)
     weights = load_weights(base, revision, dtype=dtype, device="cpu")
     if getattr(weights.config, "quantization_config", None) is not None:
         raise ValueError(f"{base}: this base is quantised, and merging would round twice; give the unquantised one")
-    check_sizes(weights, tokenizer, adapter)
-    model = PeftModel.from_pretrained(weights, adapter).eval()
+    model = put_on(weights, adapter)
+    check_tokens(weights, tokenizer, adapter)
     tokens = _tokens(weights.config.get_text_config().vocab_size)
     with torch.inference_mode():
         side_by_side = model(input_ids=tokens).logits.float()
@@ -96,6 +94,7 @@ def copy_model(
     Checkpoints, samples, logs and optimizer states stay behind. Raises ValueError as `merge_adapter` does.
     """
     _refuse_existing(output)
+    check_weights(source, tokenizer=tokenizer)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     stored = config.get("dtype") or config.get("torch_dtype")
     with whole(output) as folder:
@@ -105,7 +104,6 @@ def copy_model(
                 shutil.copy2(file, folder / file.name)
         else:
             model = load_weights(source, dtype=dtype, device="cpu")
-            check_sizes(model, tokenizer, source)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             for name in (RECORD, "README.md"):
@@ -113,17 +111,6 @@ def copy_model(
                     shutil.copy2(source / name, folder / name)
         if not (folder / "README.md").exists():
             write_card(folder, name=output.name)
-
-
-def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Path) -> None:
-    """Raise ValueError where the tokenizer has tokens that the model's embedding has no row for."""
-    rows = model.get_input_embeddings().weight.size(0)
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
-        raise ValueError(
-            f"{source}: the tokenizer knows token {highest}, the embedding has {rows} rows; use the tokenizer that the "
-            "model was trained with"
-        )
 
 
 def _let_be_saved(model: PreTrainedModel) -> None:

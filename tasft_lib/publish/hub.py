@@ -4,7 +4,7 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..files import MODEL_FILES
+from ..files import MODEL_FILES, read_object
 
 # Card and record go along. No .bin weights: those are pickles.
 PUBLISHED = ("README.md", "tasft.json", *(name for name in MODEL_FILES if ".bin" not in name))
@@ -13,12 +13,15 @@ PUBLISHED = ("README.md", "tasft.json", *(name for name in MODEL_FILES if ".bin"
 def model_files(folder: Path) -> list[Path]:
     """The files at the top of the folder that are weights, configuration, tokenizer or card.
 
-    Raises ValueError where there are no safetensors weights with a configuration.
+    Raises ValueError where there are no safetensors weights with a configuration, or it is torn.
     """
     found = sorted(p for p in folder.glob("*") if p.is_file() and any(fnmatch(p.name, name) for name in PUBLISHED))
     names = {path.name for path in found}
     if not {"config.json", "adapter_config.json"} & names or not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder}: no model here (config.json or adapter_config.json, and *.safetensors); check it")
+    for path in found:
+        if path.name in ("config.json", "adapter_config.json"):
+            read_object(path)
     return found
 
 

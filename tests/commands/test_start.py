@@ -62,7 +62,7 @@ def test_a_wrong_path_is_told_before_anything_slow_is_imported(tmp_path):
         "filter: /nowhere: no such folder": ["filter", str(rows), *model, *out, "--contamination", "0.1"],
         "gone.parquet: no such file": ["filter", "gone.parquet", *model, *out, "--contamination", "0.1"],
         "doctor: gone/rows.json: no such file": ["doctor", "gone/rows.json"],
-        "export: /nowhere: no model here": ["export", *model, *out],
+        "export: /nowhere: no such folder": ["export", *model, *out],
     }
     codes, packages, errors = run(*commands.values())
     assert codes == [1] * len(commands)
