@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -102,6 +104,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises `ValueError` that names the file where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no JSON, so it is damaged ({error!s:.80}).") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all: a killed process leaves the old one or none."""
     with whole(path) as temporary:
@@ -110,8 +120,15 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder, beside `path`: it becomes `path` at the end, or is removed after an error."""
+    """Where to write a file or folder, beside `path`: it becomes `path` at the end, or is removed after an error.
+
+    What a process that was killed here left of `path` goes too.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    begun = re.compile(rf"\.{re.escape(path.name)}\.(\d+)")
+    for other in path.parent.iterdir():
+        if (match := begun.fullmatch(other.name)) and not psutil.pid_exists(int(match[1])):
+            _remove(other)
     _remove(temporary)
     try:
         yield temporary
@@ -163,6 +180,70 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+SUMS = "SHA256SUMS"
+
+
+def seal(path: Path, *, without: str | None = None) -> None:
+    """Record the SHA-256 of a file in `<path>.sha256`, of a folder's files in its `SHA256SUMS`, for `damage`.
+
+    `sha256sum -c` reads both. Files in the subfolder `without` may change or go.
+    """
+    folder = path if path.is_dir() else path.parent
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    names = [file.relative_to(folder) for file in files]
+    lines = [f"{_sha256(folder / n)}  {n.as_posix()}\n" for n in names if n.parts[0] not in (SUMS, without)]
+    write_text(_sums_of(path), "".join(lines))
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether `seal` has seen the file or folder."""
+    return _sums_of(path).exists()
+
+
+def damage(path: Path) -> list[str]:
+    """The files of `path` that are gone or not what `seal` recorded; none where it recorded nothing."""
+    sums = _sums_of(path)
+    if not sums.exists():
+        return []
+    folder, damaged = (path if path.is_dir() else path.parent), []
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        recorded, _, name = line.partition("  ")
+        if not (folder / name).is_file() or _sha256(folder / name) != recorded:
+            damaged.append(name)
+    return damaged
+
+
+def set_aside(path: Path, names: Iterable[str] = ()) -> None:
+    """Rename a damaged file, or a folder with damaged files of these `names`, to `<path>.damaged`, and say so.
+
+    Whoever calls this makes it again.
+    """
+    if not path.exists():
+        logging.getLogger(__name__).warning("%s is gone: it is made again", path)
+        return
+    aside = path.with_name(f"{path.name}.damaged")
+    _remove(aside)
+    os.replace(path, aside)
+    which = ", ".join(name for name in names if name != path.name)
+    message = "%s is damaged%s: it is made again, and kept as %s"
+    logging.getLogger(__name__).warning(message, path, which and f" ({which})", aside.name)
+
+
+def _sums_of(path: Path) -> Path:
+    return path / SUMS if path.is_dir() else path.with_name(f"{path.name}.sha256")
+
+
+def _sha256(file: Path) -> str:
+    state = file.stat()
+    return _sha256_of(file, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _sha256_of(file: Path, size: int, changed: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def cache_folder() -> Path:
     """`$TASFT_CACHE`, else the system's place, on Linux `~/.cache/tasft`: what can be made or downloaded again."""
     return Path(os.environ.get("TASFT_CACHE") or platformdirs.user_cache_path("tasft", appauthor=False))
@@ -207,7 +288,10 @@ def check_model(model: str | Path, revision: str | None) -> None:
 def named(source: str, revision: str | None) -> tuple[str, str | None]:
     """(name, revision) that may travel: of a local file or folder its own name and hash, else as given."""
     path = Path(source)
-    return (path.name, f"sha256 {file_hash(path)[:12]}") if path.exists() else (source, revision)
+    if not path.exists():
+        return source, revision
+    is_model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+    return path.name, f"sha256 {(model_identity(source) if is_model else file_hash(path))[:12]}"
 
 
 def _commit() -> str | None:
@@ -247,16 +331,31 @@ def peak_memory_mb() -> int:
 
 
 def read_records(path: Path) -> Iterator[dict]:
-    """The objects in the file, in order; nothing where there is none. A line torn by a kill is passed over."""
+    """The objects in the file, in order; nothing where there is none.
+
+    A line torn by a kill is passed over, and so is one that is no longer what `checked` made it, which is told.
+    """
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
-            yield record
+        if not isinstance(record, dict):
+            continue
+        if "crc32" in record and checked(record)["crc32"] != record["crc32"]:
+            message = "%s: line %d is damaged and passed over; what it held is made again"
+            logging.getLogger(__name__).warning(message, path, number)
+            continue
+        record.pop("crc32", None)
+        yield record
+
+
+def checked(record: dict) -> dict:
+    """The record with a checksum, which `read_records` looks at."""
+    record = {name: value for name, value in record.items() if name != "crc32"}
+    return record | {"crc32": zlib.crc32(json.dumps(record).encode())}
 
 
 def append_record(path: Path, record: dict) -> None:

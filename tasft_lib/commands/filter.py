@@ -50,7 +50,11 @@ def main(argv: list[str]) -> None:
     if args.validation is not None:
         check_data(args.validation)
     files.check_model(args.model, args.model_revision)
+    with files.folder_lock(args.output_dir):
+        _filter(args)
 
+
+def _filter(args) -> None:
     from .. import data, sources
     from ..models import load_model
     from ..reporting import figures

@@ -5,6 +5,9 @@ from pathlib import Path
 from .. import files
 from .flags import model_parser
 
+# Options that decide what a harvest gives.
+SETTLED = ("n", "rounds", "temperature", "seed", "max_new_tokens", "batch_size", "prompt_template")
+
 
 def main(argv: list[str]) -> None:
     parser = model_parser("tasft harvest", "Collect unsafe answers of a model itself (TA-SFT, §4.1) as a data set.")
@@ -21,7 +24,12 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     files.check_model(args.model, args.model_revision)
-    if args.output_dir.exists():
+    with files.folder_lock(args.output_dir):
+        _harvest(args)
+
+
+def _harvest(args) -> None:
+    if args.output_dir.exists() and not (args.output_dir / "settings.json").exists():
         raise ValueError(f"{args.output_dir} exists already; remove it or choose another --output_dir.")
 
     from .. import data
@@ -30,7 +38,7 @@ def main(argv: list[str]) -> None:
     from ..judges.load import load_judge
     from ..models import load_model
     from ..prepare import catalogue
-    from ..prepare.harvest import Origin, harvest, save_harvest
+    from ..prepare.harvest import Origin, harvest, is_harvested, save_harvest
 
     judge = load_judge(args.judge)
     if args.red_team:
@@ -43,6 +51,18 @@ def main(argv: list[str]) -> None:
         world = worlds.load(args.prompts)
         prompts, prompts_origin = world.harvest_prompts(), world.harvest_source()
     held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
+    settings = {
+        "model": files.model_identity(args.model),
+        "model_revision": args.model_revision,
+        "dtype": args.dtype,
+        "prompts": files.content_hash(prompts),
+        "evaluation_prompts": files.content_hash(held_out),
+        "judge": [judge.name, judge.revision],
+        **{name: getattr(args, name) for name in SETTLED},
+    }
+    if is_harvested(args.output_dir, settings):
+        print(f"{args.output_dir} holds this harvest already; nobody was asked")
+        return
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
     rows, report = harvest(
         model,
@@ -61,4 +81,4 @@ def main(argv: list[str]) -> None:
         work=args.work or args.output_dir.with_name(f"{args.output_dir.name}.work"),
     )
     print(report)
-    print(f"saved to {save_harvest(rows, report, args.output_dir)}")
+    print(f"saved to {save_harvest(rows, report, args.output_dir, settings)}")

@@ -3,6 +3,7 @@
 Nobody but this module and `judges.miniworld` knows the mini-world, so nobody else asks which world it is.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +13,7 @@ from datasets import Dataset
 
 from .. import miniworld
 from ..data import read_prompts
-from ..files import named
+from ..files import damage, is_sealed, locked, named, seal, set_aside
 from ..sources import read_rows
 from . import attacks, prompts
 
@@ -116,8 +117,23 @@ def load(source: str) -> World:
 
 
 def base_model(name: str) -> str:
-    """A local folder or hub id as it is; "miniworld" and "miniworld-smoke" are built, or found in the cache."""
-    return str(miniworld.build_base_model(_BUILT[name])) if name in _BUILT else name
+    """A local folder or hub id as it is; "miniworld" and "miniworld-smoke" are built, or found in the cache.
+
+    Files of a built one that are no longer as they were are named, and it is built again.
+    """
+    return str(_built(name)) if name in _BUILT else name
+
+
+def _built(name: str) -> Path:
+    folder = miniworld.build_base_model(_BUILT[name])
+    if damage(folder):
+        with locked(folder.with_name(f"{folder.name}.damaged.lock"), folder):
+            if names := damage(folder):
+                set_aside(folder, names)
+                miniworld.build_base_model(_BUILT[name])
+    if not is_sealed(folder) and os.access(folder, os.W_OK):  # a cache may be read-only
+        seal(folder)
+    return folder
 
 
 def is_built(model: str) -> bool:

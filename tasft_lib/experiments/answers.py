@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock
 from tqdm import tqdm
 
 from .. import generation
@@ -28,10 +27,14 @@ from ..evaluation.answers import asked_and_begun, judge_answers, questions
 from ..evaluation.worlds import base_model
 from ..files import (
     content_hash,
+    damage,
     end_with_parent,
     keep_freed_memory,
+    locked,
     model_identity,
     runs_folder,
+    seal,
+    set_aside,
     show_progress,
     write_text,
 )
@@ -117,7 +120,9 @@ def respond(
     for step, adapter in chosen.items():
         path = kept[step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(Path(f"{path}.lock"), path):
+            if path.exists() and (damage(path) or _read_answers(path, len(prompts)) is None):
+                set_aside(path)
             if path.exists():
                 continue
             model, tokenizer = load_model(spec, adapter)
@@ -125,11 +130,12 @@ def respond(
                 model, tokenizer, asked, decoding=decoding, batch_size=batch_size, progress=show_progress()
             )
             write_text(path, "".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
+            seal(path)
             del model
             gc.collect()
     tables = []
     for step, path in kept.items():
-        answers = [json.loads(line) for line in path.read_text().splitlines()]
+        answers = _read_answers(path, len(prompts))
         tables.append(
             prompts.assign(
                 method=spec.display_name or spec.method,
@@ -193,6 +199,16 @@ def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generatio
 def _start_worker() -> None:
     end_with_parent()
     quiet()
+
+
+def _read_answers(path: Path, n: int) -> list[dict] | None:
+    """The answers in the file; None unless it holds one for each of `n` prompts."""
+    try:
+        answers = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    except ValueError:
+        return None
+    is_whole = len(answers) == n and all({"text", "finished"} <= set(answer) for answer in answers)
+    return answers if is_whole else None
 
 
 def _responses(spec: ArmSpec, step: int, prompts: pd.DataFrame, decoding: generation.Decoding) -> Path:

@@ -3,7 +3,8 @@
     runs/arms/<method>-<hash>/
         spec.json             what was asked
         ingredients.json      hashes of what it is made of: base model, rows, code, versions
-        trainer/checkpoint-N  what TRL saves: adapter, optimizer, random state; a killed run resumes from the last one
+        trainer/checkpoint-N  what TRL saves: adapter, optimizer, random state; and checksums of these. A killed run
+                              resumes from the last one, an arm with a damaged file from the last one before that
         manifest.json         written last: the arm is finished
     runs/unsafe/<name>-<hash>/          a harvested D_unsafe; while it is made, <name>-<hash>.work
     runs/safe/, runs/contrastive/       rows of a `SafeSpec` and a `ContrastiveSpec`
@@ -29,19 +30,23 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
-from filelock import FileLock
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
 from .. import data, models, sources, text
 from ..evaluation import worlds
 from ..evaluation.worlds import base_model
 from ..files import (
     content_hash,
+    damage,
     environment,
+    locked,
     model_identity,
     named,
     peak_memory_mb,
+    read_json,
     runs_folder,
+    seal,
+    set_aside,
     show_progress,
     write_json,
     write_rows,
@@ -53,7 +58,18 @@ from . import methods
 from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec, describe
 
 # The modules that determine what is trained: those that `methods` imports, and itself.
-TRAINED_BY = ("losses", "fused_head", "forward", "config", "trainer", "experiments/methods", "data", "sources", "text")
+TRAINED_BY = (
+    "losses",
+    "fused_head",
+    "forward",
+    "config",
+    "trainer",
+    "experiments/methods",
+    "data",
+    "sources",
+    "templates",
+    "text",
+)
 
 
 def make_rows(spec: Rows) -> Path:
@@ -92,9 +108,10 @@ def train(spec: ArmSpec) -> Path:
     """Train the arm unless it is finished, resuming from its last complete checkpoint; return its folder."""
     folder, made_of = spec.folder, ingredients(spec)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(Path(f"{folder}.lock"), folder):
+        _set_damaged_aside(folder)
         _set_aside(folder, made_of)
-        if (folder / "manifest.json").exists():
+        if _is_finished(folder):
             return folder
         folder.mkdir(exist_ok=True)
         write_json(folder / "spec.json", describe(spec))
@@ -114,6 +131,7 @@ def train(spec: ArmSpec) -> Path:
             training=_defaults() | spec.training | {"output_dir": str(folder / "trainer"), "seed": spec.seed},
         )
         trainer.remove_callback(PrinterCallback)  # the log history goes into the manifest
+        trainer.add_callback(_Seal())
         resumed = _last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=resumed and str(resumed))
         manifest = {
@@ -131,12 +149,13 @@ def train(spec: ArmSpec) -> Path:
             "log_history": trainer.state.log_history,
         }
         write_json(folder / "manifest.json", manifest | environment())
+        seal(folder / "manifest.json")
     return folder
 
 
 def is_trained(spec: ArmSpec) -> bool:
     """Whether the arm is finished, of the rows, base model and code that are there now."""
-    return (spec.folder / "manifest.json").exists() and _recorded(spec.folder) == ingredients(spec)
+    return _is_finished(spec.folder) and _recorded(spec.folder) == ingredients(spec)
 
 
 def read_manifest(spec: ArmSpec) -> dict[str, Any]:
@@ -222,11 +241,7 @@ def load_trained(spec: ArmSpec):
 
 def checkpoints(spec: ArmSpec) -> dict[int, Path]:
     """Step -> complete checkpoint of the arm, in the order of training."""
-    found = {}
-    for path in (spec.folder / "trainer").glob("checkpoint-*"):
-        if _is_complete(path):
-            found[int(path.name.removeprefix("checkpoint-"))] = path
-    return dict(sorted(found.items()))
+    return {step: path for step, path in _saved(spec.folder).items() if _is_complete(path)}
 
 
 def _harvest(spec: HarvestSpec) -> Path:
@@ -238,8 +253,8 @@ def _harvest(spec: HarvestSpec) -> Path:
     made_of = [ingredients(spec.arm), prompts, held_out, judge.name, judge.revision]
     path = runs_folder() / "unsafe" / f"{spec.name}-{content_hash(made_of)}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.exists():
+    with locked(Path(f"{path}.lock"), path):
+        if _is_there(path):
             return path
         model, tokenizer = load_trained(spec.arm)
         name, revision = named(base_model(spec.arm.model), spec.arm.model_revision)
@@ -282,15 +297,17 @@ def _contrastive_rows(spec: ContrastiveSpec) -> Path:
     words = text.toxic_words(toxic, benign)
     path = runs_folder() / "contrastive" / f"{spec.name}-{content_hash(words)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if path.exists():
+    with locked(Path(f"{path}.lock"), path):
+        if _is_there(path):
             return path
         rows = worlds.load(spec.writer).contrastive_rows(words, spec.per_word, seed=spec.seed)
         if rows is None:
             writer = load_model(replace(arm, model=spec.writer, model_revision=spec.writer_revision))
             options = {"per_word": spec.per_word, "decoding": spec.decoding, "batch_size": spec.batch_size}
             rows = contrastive_rows(words, writer, **options)
-        return write_rows(path, rows)
+        write_rows(path, rows)
+        seal(path)
+        return path
 
 
 def _travelling(spec: ArmSpec | Rows) -> dict[str, Any]:
@@ -320,8 +337,56 @@ def _content(source: str | Path | None) -> str | None:
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
     """The ingredients of the arm in the folder; None where none was begun."""
-    path = folder / "ingredients.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return _read(folder / "ingredients.json")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none."""
+    try:
+        value = read_json(file)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file or folder is there as it was made; a damaged one is set aside."""
+    if path.exists() and (names := damage(path)):
+        set_aside(path, names)
+    return path.exists()
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether the manifest is there, the checkpoint of its last step, and every checkpoint as it was saved."""
+    manifest, saved = _read(folder / "manifest.json"), _saved(folder)
+    is_whole = manifest is not None and manifest.get("steps") in saved and not damage(folder / "manifest.json")
+    return is_whole and all(map(_is_complete, saved.values()))
+
+
+def _saved(folder: Path) -> dict[int, Path]:
+    """Step -> checkpoint of the arm in the folder, in the order of training, whole or not."""
+    paths = (folder / "trainer").glob("checkpoint-*")
+    steps = ((path.name.removeprefix("checkpoint-"), path) for path in paths)
+    return dict(sorted((int(step), path) for step, path in steps if step.isdigit()))
+
+
+def _set_damaged_aside(folder: Path) -> None:
+    """Make the arm in the folder go on from before what is damaged: its last steps are then made again, the same."""
+    if (folder / "ingredients.json").exists() and _recorded(folder) is None:
+        set_aside(folder, ["ingredients.json"])  # nobody knows what it is made of
+        return
+    manifest, is_damaged = folder / "manifest.json", False
+    if manifest.exists() and (_read(manifest) is None or damage(manifest)):
+        set_aside(manifest)
+    for path in _saved(folder).values():
+        names = damage(path)
+        if names or (manifest.exists() and not _is_complete(path)):
+            set_aside(path, names or ["trainer_state.json"])
+            is_damaged = True
+        elif is_damaged:
+            shutil.rmtree(path)
+    if manifest.exists() and not _is_finished(folder):
+        manifest.unlink()
 
 
 def _set_aside(folder: Path, made_of: dict[str, Any]) -> None:
@@ -366,18 +431,20 @@ def _held_out_prompts(spec: ArmSpec) -> list[str]:
     return [] if spec.held_out is None else worlds.load(spec.held_out).evaluation_prompts()["prompt"].tolist()
 
 
+class _Seal(TrainerCallback):
+    """Checksums in each checkpoint, when all else is in it."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
 def _is_complete(checkpoint: Path) -> bool:
     """The Trainer writes trainer_state.json last; a checkpoint without a readable one was cut off."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+    return _read(checkpoint / "trainer_state.json") is not None and not damage(checkpoint)
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    found = sorted((folder / "trainer").glob("checkpoint-*"), key=lambda p: int(p.name.removeprefix("checkpoint-")))
-    for path in reversed(found):
+    for path in reversed(_saved(folder).values()):
         if _is_complete(path):
             return path
         shutil.rmtree(path)

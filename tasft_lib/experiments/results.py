@@ -33,10 +33,11 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         is_table = isinstance(result, pd.DataFrame)
         path = self.folder / f"{self.config.notebook}_{name}.{'csv' if is_table else 'png'}"
-        if is_table:
-            result.to_csv(path, index=False, float_format="%.6g")
-        else:
-            result.savefig(path, metadata={"Software": None}, bbox_inches="tight")
+        with files.whole(path) as temporary:
+            if is_table:
+                result.to_csv(temporary, index=False, float_format="%.6g")
+            else:
+                result.savefig(temporary, format="png", metadata={"Software": None}, bbox_inches="tight")
         self.names = [*self.names, path.name]
         return result
 
@@ -63,7 +64,10 @@ def remove(profile: str, notebook: str) -> None:
     """Remove what an earlier run of the notebook left, so that nothing old is published under a new manifest."""
     folder = folder_of(profile)
     manifest = folder / f"{notebook}_manifest.json"
-    named = json.loads(manifest.read_text()).get("files", []) if manifest.exists() else []
+    try:
+        named = json.loads(manifest.read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that is damaged
+        named = []
     longer = tuple(f"{name}_" for name in notebooks() if name.startswith(f"{notebook}_"))  # performance_filter
     leftovers = [path for path in folder.glob(f"{notebook}_*") if not path.name.startswith(longer)]
     for path in {*leftovers, *(folder / name for name in named)}:

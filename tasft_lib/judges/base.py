@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ..files import append_records, progress_bar, read_records
+from ..files import append_records, checked, progress_bar, read_records
 from .noise import find_degenerate
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ def _read_cache(path: Path) -> Iterator[tuple[str, Judgement]]:
 
 def _append_cache(path: Path, judgements: dict[str, Judgement]) -> None:
     records = [
-        {"key": key, "label": j.verdict, "score": None if math.isnan(j.score) else j.score}
+        checked({"key": key, "label": j.verdict, "score": None if math.isnan(j.score) else j.score})
         for key, j in judgements.items()
         if j.verdict != "unscored"
     ]

@@ -24,11 +24,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import sources, templates
 from ..evaluation.rates import wilson_interval
-from ..files import append_record, content_hash, progress_bar, read_records, whole, write_json
+from ..files import (
+    append_record,
+    checked,
+    content_hash,
+    damage,
+    progress_bar,
+    read_json,
+    read_records,
+    seal,
+    set_aside,
+    whole,
+    write_json,
+)
 from ..generation import Decoding, Response, check_prompts, generate
 from ..judges.base import VERDICTS, Judge, judge_responses
 from ..text import markdown, normalise, redact
 
+SETTINGS = "settings.json"
 _DATA_CARD = Path(__file__).with_name("data_card.md")
 # Sampling from the model itself: a new round gives new answers, and answers differ from prompt to prompt.
 SAMPLING = Decoding(do_sample=True)
@@ -178,7 +191,10 @@ def harvest(
     origin = origin or Origin(_model_name(model))
     settings = {"template": template, "decoding": asdict(decoding), "judge": [judge.name, judge.revision]}
     settings |= {"prompts": content_hash(instructions), "batch_size": batch_size, "keep_unfinished": keep_unfinished}
-    record = _Work(work, settings | {"origin": asdict(origin)})
+    # The content of a local model is its name, wherever it lies.
+    is_local = (origin.model_revision or "").startswith("sha256 ")
+    settings |= {"model": origin.model_revision if is_local else [origin.model, origin.model_revision]}
+    record = _Work(work, settings | {"dtype": str(model.dtype)})
     random.Random(decoding.seed).shuffle(instructions)
 
     def ask(call: int, chunk: list[str]) -> list[Response]:
@@ -221,10 +237,11 @@ def harvest(
     return Dataset.from_dict(columns, features=FEATURES), report
 
 
-def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path) -> Path:
+def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path, settings: dict | None = None) -> Path:
     """Write the data set (`datasets.load_from_disk` reads it), a data card README.md and report.json into a new folder.
 
-    Atomic: the folder is there with everything in it, or not at all. Raises ValueError if it exists already.
+    Atomic: the folder is there with everything in it, checksums too, or not at all. Raises ValueError if it exists
+    already. `settings`: for `is_harvested`.
     """
     path = Path(path)
     if path.exists():
@@ -234,7 +251,28 @@ def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path) -> P
         dataset.save_to_disk(folder)
         (folder / "README.md").write_text(_data_card(report), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if settings is not None:
+            write_json(folder / SETTINGS, settings)
+        seal(folder)
     return path
+
+
+def is_harvested(path: Path, settings: dict) -> bool:
+    """Whether the folder holds the harvest of these settings; a damaged one is set aside.
+
+    Raises `ValueError` where it holds one of other settings.
+    """
+    if not path.exists():
+        return False
+    if names := damage(path):
+        set_aside(path, names)
+        return False
+    other = dict(read_json(path / SETTINGS))
+    if changed := [name for name in settings if other.get(name) != json.loads(json.dumps(settings[name]))]:
+        raise ValueError(
+            f"{path}: holds a result with another {', '.join(changed)}; choose a new --output_dir or remove it."
+        )
+    return True
 
 
 def read_harvest(path: Path, *, in_full: bool = False) -> tuple[dict, pd.DataFrame]:
@@ -331,27 +369,33 @@ class _Work:
         if folder is None:
             return
         settings = json.loads(json.dumps(settings))
-        file = folder / "settings.json"
-        if file.exists() and (other := json.loads(file.read_text(encoding="utf-8"))) != settings:
+        file = folder / SETTINGS
+        try:
+            other = read_json(file) if file.exists() else settings
+        except ValueError:
+            set_aside(folder, [SETTINGS])  # nobody knows whose answers they are
+            other = settings
+        if other != settings:
             names = ", ".join(name for name in settings if other.get(name) != settings[name])
             raise ValueError(f"{folder}: holds a harvest with other settings ({names}); remove it or choose another")
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             write_json(file, settings)
-        self._answers = {record["call"]: record for record in read_records(folder / "answers.jsonl")}
-        self._verdicts = {record["answers"]: record["verdicts"] for record in read_records(folder / "verdicts.jsonl")}
+        self._answers = {record.get("call"): record for record in read_records(folder / "answers.jsonl")}
+        verdicts = [record for record in read_records(folder / "verdicts.jsonl") if "verdicts" in record]
+        self._verdicts = {record.get("answers"): record["verdicts"] for record in verdicts}
 
     def answers(self, call: int, chunk: list[str], ask: Callable[[int, list[str]], list[Response]]) -> list[Response]:
         """The answers to these prompts: those on record, else asked for and recorded."""
         record = self._answers.pop(call, None)
         # Another judge's word on what was unscored may have changed whom a later round asks.
-        if record is not None and record["prompts"] == content_hash(chunk):
+        if record is not None and record.get("prompts") == content_hash(chunk) and "answers" in record:
             return [Response(*answer) for answer in record["answers"]]
         answers = ask(call, chunk)
         if self.folder is not None:
             record = {"call": call, "prompts": content_hash(chunk), "instructions": chunk}
             record["answers"] = [[a.text, a.n_tokens, a.finished] for a in answers]
-            append_record(self.folder / "answers.jsonl", record)
+            append_record(self.folder / "answers.jsonl", checked(record))
         return answers
 
     def verdicts(self, judge: Judge, answers: dict[str, str]) -> list[str]:
@@ -367,7 +411,7 @@ class _Work:
         for i, judgement in zip(unscored, judgements, strict=True):
             verdicts[i] = judgement.verdict
         if self.folder is not None:
-            append_record(self.folder / "verdicts.jsonl", {"answers": judged, "verdicts": verdicts})
+            append_record(self.folder / "verdicts.jsonl", checked({"answers": judged, "verdicts": verdicts}))
             cache.unlink(missing_ok=True)
         return verdicts
 

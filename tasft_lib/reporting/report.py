@@ -1,7 +1,6 @@
 """One report per profile: every table and figure with what it traces to, and a verdict per claim of the papers."""
 
 import html
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from ..bench.tables import readme_performance
-from ..files import notebooks, project_root, write_text
+from ..files import notebooks, project_root, read_json, write_text
 from ..text import markdown
 from . import tables
 from .claims import claims_table
@@ -127,7 +126,7 @@ def _preface(profile: str) -> str:
 
 
 def _section(folder: Path, name: str) -> str:
-    manifest = json.loads((folder / f"{name}_manifest.json").read_text())
+    manifest = read_json(folder / f"{name}_manifest.json")
     notebook = nbformat.read(notebooks()[name], as_version=4)
     title, *prose = notebook.cells[0].source.split("\n\n")
     parts = [f"## {title.removeprefix('# ')}", prose[0], _provenance(name, manifest)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import progress_bar
+from ..files import damage, is_sealed, progress_bar, seal, set_aside
 from ..generation import evaluating
 from ..losses import token_log_probs
 
@@ -96,6 +96,8 @@ def activations(
             if file is not None:
                 _append(file, part)
     if file is not None and len(rows):
+        if not is_sealed(file) or done < len(rows):
+            seal(file)
         return np.memmap(file, np.float32, "r", shape=(len(rows), *shape))
     return result
 
@@ -258,6 +260,9 @@ def _pooled_states(blocks: nn.ModuleList, layers: list[int], poolings: tuple[str
 def _rows_in(file: Path | None, shape: tuple[int, int], wanted: int, window: int) -> int:
     """How many rows are in the file already, in whole windows: what a kill tore off is cut away and made again."""
     if file is None or not file.exists():
+        return 0
+    if damage(file):
+        set_aside(file)
         return 0
     row_bytes = 4 * shape[0] * shape[1]
     done = file.stat().st_size // row_bytes

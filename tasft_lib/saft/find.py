@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from filelock import FileLock
 from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import data
-from ..files import content_hash
+from ..files import content_hash, locked
 from .activations import POOLINGS, activations, check_poolings, middle_layer, n_layers
 from .filter import BLOCK, SAFTFilter, SAFTFitter, check_rate, check_rows, check_share, check_threshold
 
@@ -321,7 +320,7 @@ def _kept_in(folder: Path | None) -> Iterator[Path]:
             yield Path(temporary)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+    with locked(folder / "lock", folder):
         yield folder
 
 

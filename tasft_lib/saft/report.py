@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,13 +183,18 @@ class Output:
         """Whether this result is there. Raises `ValueError` where another one is, or anything else."""
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return False
-        if not (self.folder / "settings.json").exists():
+        if not (self.folder / "settings.json").exists() and not files.is_sealed(self.folder):
             raise ValueError(f"{self.folder}: holds other files; choose a new --output_dir.")
         manifest = self.folder / "manifest.json"
         if not manifest.exists():
             return False
+        damaged = files.damage(self.folder)
+        for name in damaged:
+            files.set_aside(self.folder / name)
+        if manifest.name in damaged:
+            return False
         try:
-            theirs = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+            theirs = files.read_json(manifest)["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{manifest}: not one of tasft filter; choose a new --output_dir.") from error
         ours = json.loads(json.dumps(self.settings))
@@ -199,7 +203,7 @@ class Output:
             raise ValueError(
                 f"{self.folder}: holds a result with another {changed}; choose a new --output_dir or remove it."
             )
-        return all(path.exists() for path in (*self.parts, self.folder / "report.md"))
+        return not damaged and all(path.exists() for path in (*self.parts, self.folder / "report.md"))
 
     def begin(self) -> None:
         """Make the folder and write the settings."""
@@ -219,6 +223,7 @@ class Output:
         }
         manifest = {"settings": self.settings} | facts | of_filter | files.environment()
         files.write_json(self.folder / "manifest.json", manifest)
+        files.seal(self.folder, without="activations")
 
 
 def save_rows(rows: Dataset, path: Path) -> Path:
@@ -226,25 +231,24 @@ def save_rows(rows: Dataset, path: Path) -> Path:
 
     An older file or folder of that name is replaced. Formats: .json, .jsonl, .csv and .parquet.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    if path.suffix == ".parquet":
-        pq.write_table(rows.with_format("arrow")[:], temporary)
-    elif path.suffix == ".csv":
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows.column_names)
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix in (".json", ".jsonl"):
-        begin, between, end = ("[\n", ",\n", "\n]\n") if path.suffix == ".json" else ("", "\n", "\n")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(begin)
-            for i, row in enumerate(rows):
-                file.write(between * (i > 0) + json.dumps(row, ensure_ascii=False))
-            file.write(end * (len(rows) > 0 or path.suffix == ".json"))
-    else:
-        rows.save_to_disk(temporary, num_shards=None if len(rows) else 1)
-        shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    with files.whole(path) as temporary:
+        if path.suffix == ".parquet":
+            pq.write_table(rows.with_format("arrow")[:], temporary)
+        elif path.suffix == ".csv":
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, rows.column_names)
+                writer.writeheader()
+                writer.writerows(rows)
+        elif path.suffix in (".json", ".jsonl"):
+            begin, between, end = ("[\n", ",\n", "\n]\n") if path.suffix == ".json" else ("", "\n", "\n")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(begin)
+                for i, row in enumerate(rows):
+                    file.write(between * (i > 0) + json.dumps(row, ensure_ascii=False))
+                file.write(end * (len(rows) > 0 or path.suffix == ".json"))
+        else:
+            rows.save_to_disk(temporary, num_shards=None if len(rows) else 1)
+            shutil.rmtree(path, ignore_errors=True)
     return path
 
 

@@ -1,6 +1,5 @@
 """What `tasft filter` and `tasft train` do with SAFT: rows in; files and a page, or labels out. Both resume."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +95,8 @@ def label_rows(
     name = files.content_hash([data.fingerprint(texts), validation, search.contamination, identity, max_length])
     file = folder / f"verdicts-{name}.json"
     with PartialState().main_process_first():
+        if file.exists() and files.damage(file):
+            files.set_aside(file)
         if not file.exists():
             model, tokenizer = load()
             saft, scores = find_harmful(model, tokenizer, texts, search, max_length=max_length, folder=folder)
@@ -111,7 +112,8 @@ def label_rows(
             )
             files.write_text(folder / "report.md", page)
             files.write_json(file, saft.drops(scores).tolist())
+            files.seal(file)
             print(page)
             del model
-    dropped = json.loads(file.read_text())
+    dropped = files.read_json(file)
     return rows.remove_columns("label").add_column("label", [not row for row in dropped])

@@ -1,10 +1,13 @@
 """Files: one process at a time in a folder."""
 
+import json
+import os
 import subprocess
 import sys
 import threading
 
 import psutil
+import pytest
 
 from tasft_lib import files
 
@@ -83,3 +86,77 @@ def test_a_killed_process_leaves_no_worker_no_fork_server_and_no_tracker(tmp_pat
     for orphan in alive:
         orphan.kill()
     assert len(started) >= 3 and not alive
+
+
+def test_what_is_not_as_it_was_sealed_is_named(tmp_path, caplog):
+    folder, file = tmp_path / "set", tmp_path / "rows.jsonl"
+    (folder / "activations").mkdir(parents=True)
+    for path in (file, folder / "a.arrow", folder / "b.json", folder / "activations" / "x.f32"):
+        path.write_text("a line\nanother\n")
+    files.seal(folder, without="activations")
+    files.seal(file)
+    subprocess.run(["sha256sum", "-c", "--quiet", files.SUMS], cwd=folder, check=True)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "activations" / "x.f32").unlink()
+    assert files.damage(folder) == files.damage(file) == files.damage(tmp_path / "never sealed") == []
+    (folder / "a.arrow").write_text("a line\nanothe\n")
+    (folder / "b.json").unlink()
+    file.write_text("a line\n")
+    assert files.damage(folder) == ["a.arrow", "b.json"] and files.damage(file) == ["rows.jsonl"]
+    files.set_aside(folder, files.damage(folder))
+    files.set_aside(file)
+    assert f"{folder} is damaged (a.arrow, b.json)" in caplog.text and f"{file} is damaged:" in caplog.text
+    assert not folder.exists() and not file.exists()
+    assert (tmp_path / "set.damaged" / "notes.txt").exists() and (tmp_path / "rows.jsonl.damaged").exists()
+
+
+def test_a_record_that_changed_is_named_and_passed_over(tmp_path, caplog):
+    file = tmp_path / "answers.jsonl"
+    records = [{"text": f"ä\ud83d {i}", "score": score} for i, score in enumerate((0.1, float("nan"), None))]
+    files.append_records(file, map(files.checked, records))
+    assert [record["text"] for record in files.read_records(file)] == [record["text"] for record in records]
+    assert all("crc32" not in record for record in files.read_records(file))
+    file.write_text(file.read_text().replace("0.1", "0.7") + '{"text": "of an earlier version"}\n{"text": "to')
+    read = [record["text"] for record in files.read_records(file)]
+    assert read == [records[1]["text"], records[2]["text"], "of an earlier version"]
+    assert f"{file}: line 1 is damaged" in caplog.text and caplog.text.count("damaged") == 1
+
+
+def test_json_that_is_none_names_its_file(tmp_path):
+    file = tmp_path / "manifest.json"
+    for text in ('{"a": 1', "", "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"manifest\.json: no JSON"):
+            files.read_json(file)
+
+
+def test_what_a_kill_left_goes_with_the_next_writing(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = [
+        tmp_path / f".a.json.{process.pid}",
+        tmp_path / f".b.json.{process.pid}",
+        tmp_path / f".a.json.{os.getppid()}",
+    ]
+    for path in left:
+        path.write_text("half")
+    files.write_json(tmp_path / "a.json", {})
+    files.write_text(tmp_path / "b.json", "")
+    assert [path.exists() for path in left] == [False, False, True], "the last is of a process that lives"
+
+
+def test_a_model_is_the_same_wherever_it_lies_and_whatever_lies_beside(tmp_path):
+    for name in ("model", "copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "copy" / "notes.txt").write_text("mine")
+    (tmp_path / "copy" / "checkpoint-4").mkdir()
+    (tmp_path / "copy" / "checkpoint-4" / "model.safetensors").write_bytes(b"others")
+    (tmp_path / "rows.json").write_text(json.dumps([]))
+    both = [str(tmp_path / name) for name in ("model", "copy")]
+    assert files.model_identity(both[0]) == files.model_identity(both[1])
+    revisions = {files.named(model, None)[1] for model in both}
+    assert len(revisions) == 1 and None not in revisions
+    assert files.named("owner/name", "abc") == ("owner/name", "abc")
+    assert files.named(str(tmp_path / "rows.json"), None)[0] == "rows.json"

@@ -1,6 +1,7 @@
 """Worlds: one protocol, two of them, and what each can't give it says."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +58,19 @@ def test_only_the_judge_that_knows_its_world_is_exact():
     benign = world.evaluation_prompts().query("kind == 'benign'")["prompt"].tolist()[:5]
     assert exact.are_correct([*benign, "w1?"], ["Nobody knows."] * 6) == [False] * 5 + [None]
     assert exact.harm_words("w1 w2") == set()
+
+
+def test_a_built_model_that_is_damaged_is_named_and_built_again(tmp_path, monkeypatch, caplog):
+    def build(config):
+        folder = tmp_path / "miniworld" / "hash"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            (folder / "model.safetensors").write_bytes(b"weights of the mini-world")
+        return folder
+
+    monkeypatch.setattr(worlds.miniworld, "build_base_model", build)
+    weights = Path(worlds.base_model("miniworld")) / "model.safetensors"
+    weights.write_bytes(b"weights of the")
+    assert worlds.base_model("miniworld") == str(weights.parent)
+    assert weights.read_bytes() == b"weights of the mini-world"
+    assert f"{weights.parent} is damaged (model.safetensors)" in caplog.text

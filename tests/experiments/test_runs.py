@@ -270,6 +270,82 @@ def test_many_arms_in_worker_processes_give_what_one_process_gives(spec, tmp_pat
     pd.testing.assert_frame_equal(alone, together)
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    "file, goes_on_from, is_finished",
+    [
+        ("manifest.json", "checkpoint-6", True),
+        ("trainer/checkpoint-6/adapter_model.safetensors", "checkpoint-4", True),
+        ("trainer/checkpoint-6/adapter_model.safetensors", "checkpoint-4", False),
+        ("trainer/checkpoint-6/trainer_state.json", "checkpoint-4", True),
+        ("trainer/checkpoint-4/optimizer.pt", "checkpoint-2", True),
+        ("ingredients.json", None, False),
+    ],
+)
+def test_a_damaged_arm_is_named_and_made_again_the_same(file, goes_on_from, is_finished, trained, caplog):
+    spec, before = trained
+    if not is_finished:
+        (spec.folder / "manifest.json").unlink()
+    cut(spec.folder / file)
+    assert not arms.is_trained(spec)
+    arms.train(spec)
+    assert arms.is_trained(spec) and arms.read_manifest(spec)["resumed_from"] == goes_on_from
+    assert caplog.text.count("is damaged") == 1 and Path(file).name in caplog.text
+    assert saved_weights(spec) == before
+
+
+def saved_weights(spec) -> dict[int, bytes]:
+    paths = arms.checkpoints(spec).items()
+    return {step: (path / "adapter_model.safetensors").read_bytes() for step, path in paths}
+
+
+@pytest.fixture
+def trained(spec, arm_of_six_steps):
+    """(arm, its weights by step), trained once for all tests."""
+    if arm_of_six_steps.exists():
+        shutil.copytree(arm_of_six_steps, spec.folder)
+    else:
+        shutil.copytree(arms.train(spec), arm_of_six_steps)
+    return spec, saved_weights(spec)
+
+
+@pytest.fixture(scope="module")
+def arm_of_six_steps(tmp_path_factory):
+    return tmp_path_factory.mktemp("arm") / "of-six-steps"
+
+
+@pytest.mark.parametrize(
+    "damage, is_sealed",
+    [("cut", True), ("fewer", True), ("other", True), ("cut", False), ("fewer", False), ("emptied", False)],
+)
+def test_damaged_answers_are_named_and_given_again(damage, is_sealed, trained, caplog):
+    spec, _ = trained
+    answers = respond(spec, PROMPTS, DECODING)
+    (file,) = spec.folder.glob("responses/*/step-6.jsonl")
+    if not is_sealed:  # by an earlier version
+        file.with_name(f"{file.name}.sha256").unlink()
+    text = file.read_text()
+    lines = {"cut": text[:-9], "fewer": text[: text.rindex("{")], "other": text.replace("w", "v"), "emptied": ""}
+    file.write_text(lines[damage])
+    again = respond(spec, PROMPTS, DECODING)
+    pd.testing.assert_frame_equal(again, answers)
+    assert f"{file} is damaged" in caplog.text and file.read_text() == text
+
+
+def test_a_damaged_set_of_rows_is_named_and_made_again(spec, caplog):
+    harvest = replace(harvest_of(spec), n=1)
+    folder = arms.make_rows(harvest)
+    rows = {file.name: file.read_bytes() for file in folder.iterdir()}
+    cut(next(folder.glob("*.arrow")))
+    assert arms.make_rows(harvest) == folder
+    assert f"{folder} is damaged (data-00000-of-00001.arrow)" in caplog.text
+    assert {file.name for file in folder.iterdir()} == set(rows)
+    assert next(folder.glob("*.arrow")).read_bytes() == rows["data-00000-of-00001.arrow"]
+
+
 def test_a_failing_arm_is_named_and_the_others_are_finished(spec, tmp_path):
     broken = replace(spec, n_benign=10_000)
     with pytest.raises(ValueError, match=r"1 of 2 failed.*n_benign=10000"):

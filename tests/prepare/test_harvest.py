@@ -14,7 +14,7 @@ from tasft_lib.files import read_records
 from tasft_lib.generation import Decoding, Response, generate
 from tasft_lib.judges.base import UNSCORED, Judgement
 from tasft_lib.prepare import harvest as harvest_module
-from tasft_lib.prepare.harvest import FEATURES, SAMPLING, Origin, harvest, save_harvest
+from tasft_lib.prepare.harvest import FEATURES, SAMPLING, Origin, harvest, is_harvested, save_harvest
 from tasft_lib.sources import read_rows
 from tasft_lib.templates import format_prompt
 
@@ -348,6 +348,52 @@ def test_saved_harvest_reads_back_with_a_card_that_shows_no_answer(script, tmp_p
     assert [p.name for p in path.parent.iterdir()] == ["unsafe"]
     with pytest.raises(ValueError, match="exists already"):
         save_harvest(dataset, report, path)
+
+
+def test_a_finished_harvest_is_known_again_and_a_damaged_one_is_set_aside(script, tmp_path, caplog):
+    path, settings = tmp_path / "unsafe", {"n": 5, "judge": ("scripted", "3")}
+    rows, report = script(sometimes, work=tmp_path / "work")
+    assert not is_harvested(path, settings)
+    save_harvest(rows, report, path, settings)
+    assert is_harvested(path, settings)
+    with pytest.raises(ValueError, match="holds a result with another n; choose a new --output_dir"):
+        is_harvested(path, settings | {"n": 6})
+    arrow = next(path.glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:-20])
+    assert not is_harvested(path, settings) and not path.exists()
+    assert f"{path} is damaged ({arrow.name})" in caplog.text and (tmp_path / "unsafe.damaged" / "README.md").exists()
+
+
+@pytest.mark.parametrize("file, old, new", [("answers.jsonl", "zorvex", "torvex"), ("verdicts.jsonl", "safe", "harm")])
+def test_damaged_work_is_named_and_done_again(file, old, new, script, tmp_path, caplog):
+    def answer(prompt, time):
+        return f"zorvex {prompt}" if prompt[-1] in "02468" else "fine"
+
+    straight, _ = script(answer, work=tmp_path / "work")
+    path = tmp_path / "work" / file
+    path.write_text(path.read_text().replace(old, new) + '{"answers": []}\n')
+    dataset, _ = script(answer, work=tmp_path / "work")
+    assert dataset.to_list() == straight.to_list()
+    assert f"{path}: line 1 is damaged" in caplog.text
+
+
+def test_work_whose_settings_cannot_be_read_is_set_aside(script, tmp_path, caplog):
+    work = tmp_path / "work"
+    script(lambda prompt, time: f"zorvex {prompt}", work=work)
+    (work / "settings.json").write_text('{"template": ')
+    harvest_module._Work(work, {"template": "short"})
+    assert json.loads((work / "settings.json").read_text()) == {"template": "short"}
+    assert not (work / "answers.jsonl").exists() and (tmp_path / "work.damaged" / "answers.jsonl").exists()
+    assert f"{work} is damaged (settings.json)" in caplog.text
+
+
+def test_the_work_of_a_model_goes_on_wherever_the_model_lies(script, tmp_path):
+    for name, prompts in (("model", "a.jsonl"), ("copy", "b.jsonl")):
+        origin = Origin(name, "sha256 0123456789ab", prompts)
+        _, report = script(sometimes, work=tmp_path / "work", origin=origin)
+        assert report.model == name
+    with pytest.raises(ValueError, match=r"other settings \(model\)"):
+        script(sometimes, work=tmp_path / "work", origin=Origin("model", "sha256 ba9876543210"))
 
 
 def test_a_save_that_fails_leaves_nothing_behind(script, tmp_path, monkeypatch):

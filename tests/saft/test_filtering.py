@@ -11,7 +11,7 @@ from conftest import build_model, make_rows
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 
-from tasft_lib import cli, data, sources
+from tasft_lib import cli, data, files, sources
 from tasft_lib.reporting import figures
 from tasft_lib.saft import find
 from tasft_lib.saft.filter import SCORE, SAFTFilter, SAFTFitter
@@ -236,6 +236,7 @@ def test_activations_that_are_not_finite_name_the_row(model, tokenizer, tmp_path
         broken = np.memmap(path, np.float32, "r+").reshape(-1, columns, 32)
         broken[row, 0] = np.nan
         broken.flush()
+        files.seal(path)
 
     break_row(wide[12 * 6 * 32 * 4], 8, 6)
     with pytest.raises(ValueError, match="validation row 9: its activation is not finite"):
@@ -460,6 +461,23 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(folder, monkeypatch):
     assert cli.main(command(folder)) == 0
     for name in ("kept.jsonl", "dropped.jsonl", "report.md", "scores.csv", "scores.png"):
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["kept.jsonl", "manifest.json", "dropped.jsonl"])
+def test_a_damaged_result_is_named_and_made_again(name, folder, capsys, caplog):
+    assert cli.main(command(folder)) == 0
+    out = folder / "out"
+    (out / "notes.txt").write_text("mine")
+    text = (out / name).read_bytes()
+    if name == "dropped.jsonl":
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(text[:-20])
+    assert cli.main(command(folder)) == 0
+    assert "nothing was computed" not in capsys.readouterr().out
+    assert f"{out / name} is {'gone' if name == 'dropped.jsonl' else 'damaged'}" in caplog.text
+    assert (out / name).read_bytes() == text and (out / "notes.txt").exists()
+    assert cli.main(command(folder)) == 0 and "nothing was computed" in capsys.readouterr().out
 
 
 def test_four_bits(folder, bitsandbytes):

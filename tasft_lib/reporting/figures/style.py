@@ -12,6 +12,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...files import whole, write_text
+
 # Colour-blind safe (Okabe-Ito), one look per method in every figure; rivals and controls in greys and broken lines.
 STYLES = {  # name, colour, marker, line
     "sft": ("SFT", "#000000", "s", "-"),
@@ -131,6 +133,7 @@ def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) ->
     """Write `<name>.png` and the `.csv` it was drawn from; the same table gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("png", "csv")]
-    figure.savefig(paths[0], metadata={"Software": None}, bbox_inches="tight")
-    table.to_csv(paths[1], index=False, float_format="%.6g")
+    with whole(paths[0]) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None}, bbox_inches="tight")
+    write_text(paths[1], table.to_csv(index=False, float_format="%.6g"))
     return paths
