@@ -99,6 +99,14 @@ def read_object(path: Path) -> dict:
     return value
 
 
+def read_adapter_config(folder: Path) -> dict:
+    """adapter_config.json of an adapter's folder; raises `ValueError` where it is torn or its base no text."""
+    config = read_object(path := folder / "adapter_config.json")
+    if not isinstance(config.get("base_model_name_or_path") or "", str):
+        raise ValueError(f"{path}: base_model_name_or_path is no text; name the base there.")
+    return config
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, default=str) + "\n")

@@ -5,17 +5,20 @@ All that loads a model meets its checks here: whole files, nothing missing, no N
 
 import logging
 import os
+import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import peft
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -202,8 +205,14 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     yield name, file.get_tensor(name)
-        else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+            return
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError:
+            tensors = None
+        if not isinstance(tensors, dict):
+            raise ValueError(f"{path}: a pickle of something else than weights, which is never run; give safetensors.")
+        yield from tensors.items()
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -248,7 +257,9 @@ def _told(source: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{source}: cannot be loaded ({type(error).__name__}: {reason}); check it.") from error
+        raise ValueError(
+            f"{source}: cannot be loaded ({type(error).__name__}: {reason}); fetch or save it again."
+        ) from error
 
 
 @contextmanager
@@ -275,7 +286,8 @@ def put_on(weights: PreTrainedModel, adapter: str | Path) -> PeftModel:
     Raises `ValueError` where the adapter is torn, holds NaN, or was trained on another base.
     """
     folder = Path(adapter)
-    files.read_object(folder / "adapter_config.json")
+    if (kind := files.read_adapter_config(folder).get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{folder}: peft {peft.__version__} knows no adapter {kind!r}; a newer one may.")
     path = next((p for name in _ADAPTER_WEIGHTS if (p := folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder}: an adapter without weights ({_ADAPTER_WEIGHTS[0]}); fetch or save it again.")
@@ -284,20 +296,33 @@ def put_on(weights: PreTrainedModel, adapter: str | Path) -> PeftModel:
         if not _is_finite(tensor):
             raise ValueError(f"{path}: {name} holds NaN or infinity; give an adapter from before that happened.")
         shapes[name] = tensor.shape
-    remedy = f"does not fit {weights.name_or_path}, {{}}; give the base that it was trained on."
     _resize(weights, shapes, folder)
+
+    def unfit(why: str) -> ValueError:
+        return ValueError(
+            f"{folder}: does not fit {weights.name_or_path}, {why}; give the base that it was trained on."
+        )
+
     with _told(folder), warnings.catch_warnings():
-        # PEFT's words where the base has layers that the adapter knows nothing of.
+        # A base with layers that the adapter knows nothing of; tied weights that it unties, which export sees to.
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         try:
             model = PeftModel.from_pretrained(weights, str(folder))
         except (RuntimeError, ValueError, UserWarning) as error:
-            reason = " ".join(str(error).split())
-            mismatch = re.search(r"size mismatch for \S+: .*?\]\).*?\]\)", reason)
-            raise ValueError(f"{folder}: {remedy.format((mismatch or [reason])[0][:300])}") from None
+            raise unfit(_why_unfit(" ".join(str(error).split()))) from None
     if more := _further(shapes, get_peft_model_state_dict(model, save_embedding_layers=False)):
-        raise ValueError(f"{folder}: {remedy.format(f'which has no {more[0]}')}")
+        raise unfit(f"which has no {more[0]}")
     return model
+
+
+def _why_unfit(told: str) -> str:
+    """What PEFT and torch say of an adapter on another base, in few words."""
+    if shape := re.search(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", told):
+        return f"whose {shape[1]} is {shape[3]} and not {shape[2]}"
+    if missing := re.search(r"missing adapter keys.*?'(.*?)'", told):
+        return f"which has {missing[1]} too"
+    return f"as peft says: {told[:200]}"
 
 
 def _resize(weights: PreTrainedModel, shapes: dict[str, torch.Size], adapter: Path) -> None:
@@ -331,7 +356,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
         folder = fetch(model, revision)
         has_own = (folder / "tokenizer_config.json").is_file()
         model, revision = (folder, None) if has_own else adapter_base(model, revision)
-    for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
         if path := _file(model, name, revision):
             files.read_object(path)
     with _told(f"{model}: its tokenizer"):
@@ -403,10 +428,8 @@ def adapter_base(
 
     Raises `ValueError` where the base is neither a folder nor a hub id with a commit.
     """
-    config = files.read_object(fetch(adapter, revision) / "adapter_config.json")
+    config = files.read_adapter_config(fetch(adapter, revision))
     base = base or config.get("base_model_name_or_path") or ""
-    if not isinstance(base, str):
-        raise ValueError(f"{adapter}: base_model_name_or_path in adapter_config.json is no text; name the base there.")
     if os.path.isdir(base):
         return base, None
     remedy = "give the base's commit as --model_revision"

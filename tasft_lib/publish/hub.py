@@ -4,7 +4,7 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..files import MODEL_FILES, read_object
+from ..files import MODEL_FILES, read_adapter_config, read_object
 
 # Card and record go along. No .bin weights: those are pickles.
 PUBLISHED = ("README.md", "tasft.json", *(name for name in MODEL_FILES if ".bin" not in name))
@@ -19,9 +19,10 @@ def model_files(folder: Path) -> list[Path]:
     names = {path.name for path in found}
     if not {"config.json", "adapter_config.json"} & names or not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder}: no model here (config.json or adapter_config.json, and *.safetensors); check it")
-    for path in found:
-        if path.name in ("config.json", "adapter_config.json"):
-            read_object(path)
+    if "config.json" in names:
+        read_object(folder / "config.json")
+    if "adapter_config.json" in names:
+        read_adapter_config(folder)
     return found
 
 
