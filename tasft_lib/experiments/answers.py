@@ -59,6 +59,7 @@ def run_all(
 
     An arm that fails does not stop the others; they are finished and kept, then the first failure is raised.
     """
+    _freeze()
     for spec in specs:
         with_files(spec)  # what many arms need is made here, where its bar is seen and no worker waits for it
     missing = sum(not _is_answered(spec, prompts, decodings, steps) for spec in specs)
@@ -199,6 +200,13 @@ def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generatio
 def _start_worker() -> None:
     end_with_parent()
     quiet()
+    _freeze()
+
+
+def _freeze() -> None:
+    """Letting a model go searches what was made since, not the million objects of the libraries again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _read_answers(path: Path, n: int) -> list[dict] | None:

@@ -115,7 +115,8 @@ def judge_responses(
     """
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses: give one prompt per response")
-    keys = [_key(judge, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    revision = judge.revision  # asked for once: it may read an installed package's version
+    keys = [_key(judge.name, revision, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
     known = dict(_read_cache(Path(cache))) if cache is not None else {}
     first_position: dict[str, int] = {}
     for position, key in enumerate(keys):
@@ -137,9 +138,9 @@ def judge_responses(
     return [known[key] for key in keys]
 
 
-def _key(judge: Judge, prompt: str, response: str) -> str:
+def _key(name: str, revision: str, prompt: str, response: str) -> str:
     # JSON keeps the four parts apart: no two different quadruples give one string.
-    return hashlib.sha256(json.dumps([judge.name, judge.revision, prompt, response]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([name, revision, prompt, response]).encode()).hexdigest()
 
 
 # A line of the cache calls a verdict "label": files of earlier runs are still good.

@@ -73,10 +73,10 @@ def test_a_wrong_path_is_told_before_anything_slow_is_imported(tmp_path):
     assert not {"torch", "transformers", "trl", "datasets", "pandas"} & set(packages)
 
 
-def test_training_loads_no_plotting_and_no_statistics():
-    codes, packages, _ = run(["train", "--help_all"])
+def test_training_and_the_method_load_no_plotting_and_no_statistics():
+    codes, packages, _ = run(["train", "--help_all"])  # imports tasft_lib.trainer and all that it needs
     assert codes == [0] and "trl" in packages
-    assert not {"matplotlib", "seaborn", "statsmodels", "papermill", "IPython"} & set(packages)
+    assert not {"matplotlib", "seaborn", "statsmodels", "sklearn", "papermill", "IPython"} & set(packages)
 
 
 def own_options():

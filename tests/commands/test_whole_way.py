@@ -24,7 +24,7 @@ KEY = "sk-canary-whole-way"
 # Less of everything than at `local`, so that it takes a minute; model, prompts and questions are the same.
 SHORTER = {
     "n_benign": 320, "num_train_epochs": 1, "save_steps": 20, "generation_batch_size": 32,
-    "n_harvest": 8, "n_unsafe": 8, "rounds": 2,
+    "n_harvest": 8, "n_unsafe": 8, "rounds": 2, "max_new_tokens": 48,
     "per_benchmark": 6, "n_questions": 8, "n_references": 5, "judges": "compliance xstest openai-moderation",
 }  # fmt: skip
 
