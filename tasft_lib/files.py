@@ -45,6 +45,7 @@ MODEL_FILES = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "spm.model",
     "chat_template.jinja",
 )
 # What `tasft train` and `tasft export` leave beside the weights.
@@ -67,7 +68,6 @@ def environment() -> dict[str, Any]:
 
     A commit ends in "-dirty" where a tracked file differs from it; figures do not count, being what is made.
     """
-    import torch
 
     packages = {}
     for package in PACKAGES:
@@ -83,7 +83,7 @@ def environment() -> dict[str, Any]:
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 2**30),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": _gpu_names(),
         },
     }
 
@@ -315,6 +315,15 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _gpu_names() -> list[str]:
+    import torch
+
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpu = torch.accelerator.current_accelerator()  # Apple's is called mps
+    return [] if gpu is None else [gpu.type] * torch.accelerator.device_count()
 
 
 def _cpu_name() -> str:

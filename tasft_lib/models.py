@@ -43,7 +43,7 @@ _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 def quiet() -> None:
     """No bars and chatter of the libraries underneath; on a CPU one thread, so results don't depend on its cores."""
-    if not torch.cuda.is_available():
+    if not torch.accelerator.is_available():
         torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
@@ -104,7 +104,7 @@ def load_weights(
         options["quantization_config"] = nf4(dtype)
     if device is not None:
         options["device_map"] = {"": device}
-    elif torch.cuda.is_available():
+    elif torch.accelerator.is_available():
         options["device_map"] = "auto"
     options["dtype"] = torch_dtype(dtype)
     with _told(model):

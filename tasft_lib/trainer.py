@@ -235,7 +235,7 @@ class TASFTTrainer(SFTTrainer):
         with torch.no_grad():
             unsafe_log_prob = outputs.unsafe_log_prob.sum()
             sums = [-outputs.log_probs.sum(), local[0], outputs.penalty.sum(), unsafe_log_prob, local[2]]
-            self._sums["train" if training else "eval"] += torch.stack(sums).to("cpu", torch.float64)
+            self._sums["train" if training else "eval"] += torch.stack(sums).cpu().double()  # no float64 on Apple's
         return (loss, model_outputs) if return_outputs else loss
 
     def _compare_with_dense_head(self, inputs, nll: Tensor, outputs: TASFTOutput, per_token: Tensor, steps: int):

@@ -64,7 +64,7 @@ def run_all(
         with_files(spec)  # what many arms need is made here, where its bar is seen and no worker waits for it
     missing = sum(not _is_answered(spec, prompts, decodings, steps) for spec in specs)
     if workers is None:
-        workers = 1 if torch.cuda.is_available() else int(os.environ.get("TASFT_WORKERS") or os.cpu_count() or 1)
+        workers = 1 if torch.accelerator.is_available() else int(os.environ.get("TASFT_WORKERS") or os.cpu_count() or 1)
     workers = min(workers, max(missing, 1))
     done: dict[int, pd.DataFrame] = {}
     failures: list[tuple[ArmSpec, BaseException]] = []
@@ -172,9 +172,12 @@ def _results(specs, prompts, decodings, judge_name, options, workers) -> Iterato
         return
     # Small models gain nothing from a second thread, arms do.
     keep_freed_memory()
-    # Workers are forked from a process that has only imported the libraries, which takes seconds, and does so once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # Workers are forked from a process that has only imported the libraries, which takes seconds, and does so once;
+    # Windows has no fork.
+    has_fork = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if has_fork else "spawn")
+    if has_fork:
+        context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(run, spec, prompts, decodings, judge_name, **options): i for i, spec in enumerate(specs)}
         yield ((futures[f], f.exception() or f.result()) for f in as_completed(futures))

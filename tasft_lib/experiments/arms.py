@@ -160,7 +160,7 @@ def is_trained(spec: ArmSpec) -> bool:
 
 def read_manifest(spec: ArmSpec) -> dict[str, Any]:
     """What the finished arm recorded about itself."""
-    return json.loads((spec.folder / "manifest.json").read_text())
+    return json.loads((spec.folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 def summary(arms: list[ArmSpec]) -> dict[str, Any]:
@@ -223,10 +223,11 @@ def load_tokenizer(spec: ArmSpec) -> PreTrainedTokenizerBase:
 
 def load_model(spec: ArmSpec, adapter: Path | None = None):
     """(model, tokenizer) of the arm's base, with `adapter` (or tuned checkpoint) of a step if one is given."""
+    gpu = torch.accelerator.current_accelerator()
     options = {
         "dtype": spec.dtype,
         "load_in_4bit": spec.load_in_4bit,
-        "device": "cuda:0" if torch.cuda.is_available() else None,
+        "device": gpu and f"{gpu.type}:0",
     }
     if adapter is not None and not models.is_adapter(adapter):
         return models.load_weights(adapter, **options), load_tokenizer(spec)
@@ -404,16 +405,16 @@ def _set_aside(folder: Path, made_of: dict[str, Any]) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    on_gpu = torch.cuda.is_available()
+    on_gpu, on_cuda = torch.accelerator.is_available(), torch.cuda.is_available()
     return {
         "report_to": "none",
         "logging_steps": 10,
         "save_strategy": "steps",
         "disable_tqdm": not show_progress(),
-        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "bf16": on_cuda and torch.cuda.is_bf16_supported(),
         "use_cpu": not on_gpu,
         "gradient_checkpointing": on_gpu,
-        "dataloader_pin_memory": on_gpu,
+        "dataloader_pin_memory": on_cuda,
     }
 
 
@@ -455,6 +456,6 @@ def _last_checkpoint(folder: Path) -> Path | None:
 def _code_hash() -> str:
     """Of the modules that determine what is trained, and of the libraries' versions, whatever their build."""
     package = Path(__file__).parents[1]
-    sources = [(package / f"{name}.py").read_text() for name in TRAINED_BY]
+    sources = [(package / f"{name}.py").read_text(encoding="utf-8") for name in TRAINED_BY]
     versions = (transformers.__version__, torch.__version__, version("trl"), version("peft"))
     return content_hash([*sources, *(number.partition("+")[0] for number in versions)])

@@ -69,6 +69,11 @@ def reproduce(
     line. With `prepare_only` the parameterised copies are written and nothing is run (for nbval).
     """
     jobs = jobs_of(profile, notebooks, overrides)
+    with files.folder_lock(runs_folder() / profile):
+        return _reproduce(profile, jobs, prepare_only=prepare_only)
+
+
+def _reproduce(profile: str, jobs: list[Job], *, prepare_only: bool) -> list[Path]:
     keep_freed_memory()
     if prepare_only:
         for job in jobs:
@@ -79,7 +84,7 @@ def reproduce(
     others = [job for job in jobs if job.name not in (FIRST, *TIMED)]
     for batch in (first, others, *([job] for job in jobs if job.name in TIMED)):
         # A second notebook loads its libraries while the first one trains.
-        at_once = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+        at_once = 1 if torch.accelerator.is_available() else min(2, os.cpu_count() or 1)
         with ThreadPoolExecutor(at_once) as pool:
             running = {pool.submit(execute, job): job for job in batch}
             for future in as_completed(running):
@@ -146,12 +151,14 @@ def plan(profile: str, notebooks: list[str] | None = None, overrides: dict | Non
     (trained on, estimated), gpu_gb and hours (training and answering; rough estimates for one 80 GB GPU, nan in the
     mini-world).
     """
-    rows, seen = [], []
-    for job in jobs_of(profile, notebooks, overrides):
+    rows, seen, jobs = [], [], jobs_of(profile, notebooks, overrides)
+    for job in jobs:
         for spec, config in arms_of(job):
             if spec not in seen:
                 seen.append(spec)
                 rows.append({"notebook": job.name} | _row(spec, config))
+    if not rows:
+        raise ValueError(f"{', '.join(job.name for job in jobs)}: no arms to list, for these notebooks train none.")
     return pd.DataFrame(rows)
 
 

@@ -65,7 +65,7 @@ def remove(profile: str, notebook: str) -> None:
     folder = folder_of(profile)
     manifest = folder / f"{notebook}_manifest.json"
     try:
-        named = json.loads(manifest.read_text())["files"]
+        named = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):  # none, or one that is damaged
         named = []
     longer = tuple(f"{name}_" for name in notebooks() if name.startswith(f"{notebook}_"))  # performance_filter

@@ -60,6 +60,8 @@ class Settings:
 
 
 SHARED = {f.name: f.type for f in fields(Settings)}
+CAN_BE_ZERO = ("seed", "warmup_steps")
+ABOVE_ZERO = ("learning_rate", "num_train_epochs", "temperature")
 DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(Settings)}
 # What a notebook has no use for. It passes these over in common.yaml, and has none of them itself.
 UNTRAINED = ("method", "degenerate_answers", "performance", "performance_filter")
@@ -143,7 +145,7 @@ def read(path: Path, known: dict[str, type]) -> dict[str, Any]:
     """The parameters of a flat YAML file, brought to their types; `ValueError` names file and parameter."""
     shown = path.relative_to(project_root()) if path.is_relative_to(project_root()) else path
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{shown}: not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
     if not isinstance(values, dict):
@@ -225,7 +227,20 @@ def _layered(notebook: str, own: dict[str, tuple[type, Any]], given: dict[str, A
         layer = {name: coerce(name, layer[name], kind) for name, kind in kinds.items() if name in layer}
         values |= layer
         sources |= dict.fromkeys(layer, source)
+    for name, value in values.items():
+        _check_size(name, value, sources[name])
     return {name: values[name] for name in kinds}, sources
+
+
+def _check_size(name: str, value: Any, source: str) -> None:
+    """Refuse a number of which there must be one at least, or more than none, or that is negative."""
+    sizes = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+    least = 1 if isinstance(value, list) or (name in SHARED and name not in CAN_BE_ZERO) else 0
+    where = f"{source}: " if source.endswith(".yaml") else ""
+    if any(n < least for n in sizes):
+        raise ValueError(f"{where}parameter {name}={value!r}: give {least} or more.")
+    if name in ABOVE_ZERO and not value > 0:
+        raise ValueError(f"{where}parameter {name}={value!r}: give more than 0.")
 
 
 def _constants(source: str) -> tuple[dict[str, tuple[type, Any]], dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ..files import file_hash
+from ..files import model_identity
 from ..generation import Decoding, check_prompts, generate
 from ..models import load_tokenizer, load_weights
 from .base import UNSCORED, Judgement, judge_in_batches
@@ -73,14 +73,14 @@ class _LocalModel(ABC):
         self.name = (self._folder.resolve() if self._folder else Path(model)).name
         self.batch_size = batch_size
         self.save_every = 4 * batch_size
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
         self._dtype = dtype
         self._progress = progress
 
     @cached_property
     def revision(self) -> str:
         """Kind, commit (of a folder: hash of its content), dtype, settings, word lists: what may change a verdict."""
-        version = file_hash(self._folder)[:12] if self._folder else self._commit
+        version = model_identity(str(self._folder))[:12] if self._folder else self._commit
         parts = (self.kind, version, self._dtype, self.settings, strings_revision())
         return " ".join(part for part in parts if part)
 

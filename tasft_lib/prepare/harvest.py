@@ -281,7 +281,7 @@ def read_harvest(path: Path, *, in_full: bool = False) -> tuple[dict, pd.DataFra
     Texts are redacted unless `in_full`, for an invented world's.
     """
     rows = sources.read_rows(path).to_pandas()[["instruction", "completion"]]
-    return json.loads((path / "report.json").read_text()), rows if in_full else rows.map(redact)
+    return json.loads((path / "report.json").read_text(encoding="utf-8")), rows if in_full else rows.map(redact)
 
 
 def _distinct(prompts: list[str]) -> list[str]:

@@ -326,7 +326,7 @@ class SAFTFilter:
         """What `save` wrote. Raises `ValueError` where it did not."""
         try:
             arrays = load_file(folder / "saft_filter.safetensors")
-            rest = json.loads((folder / "saft_filter.json").read_text())
+            rest = json.loads((folder / "saft_filter.json").read_text(encoding="utf-8"))
             rest["threshold"] = float(rest["threshold"])
             rest["chosen_with_labels"] = tuple(rest["chosen_with_labels"])
             return cls(**arrays, **{f.name: rest[f.name] for f in fields(cls) if f.name not in _ARRAYS})

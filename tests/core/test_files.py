@@ -1,15 +1,33 @@
 """Files: one process at a time in a folder."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tasft_lib import files
+
+PACKAGE = Path(files.__file__).parent
+# Modules and functions that Windows has not.
+POSIX = ("fcntl", "resource", "pwd", "grp", "termios", "pty")
+POSIX_CALLS = (
+    "fork",
+    "killpg",
+    "getuid",
+    "geteuid",
+    "setsid",
+    "getpgid",
+    "sched_getaffinity",
+    "uname",
+    "nice",
+    "SIGKILL",
+)
 
 POOL = """
 import multiprocessing, time
@@ -160,3 +178,17 @@ def test_a_model_is_the_same_wherever_it_lies_and_whatever_lies_beside(tmp_path)
     assert len(revisions) == 1 and None not in revisions
     assert files.named("owner/name", "abc") == ("owner/name", "abc")
     assert files.named(str(tmp_path / "rows.json"), None)[0] == "rows.json"
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_windows_has_all_that_is_imported_and_text_is_read_as_utf_8(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = {getattr(node, "module", None), *(alias.name for alias in node.names)}
+            assert not modules & set(POSIX), f"line {node.lineno}: import it where it is used"
+    for node in ast.walk(tree):
+        assert not (isinstance(node, ast.Attribute) and node.attr in POSIX_CALLS), f"line {node.lineno}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "read_text":
+            in_proc = "/proc/" in ast.unparse(node)
+            assert node.keywords or in_proc, f"line {node.lineno}: Windows reads another encoding than UTF-8"

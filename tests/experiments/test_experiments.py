@@ -1,5 +1,6 @@
 """Experiments: arms say what is trained before anything is, and every notebook's arms can be listed."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,31 @@ def test_every_arm_of_a_profile_is_listed(profile):
     assert arms["hours"].notna().all() == (profile in ("small", "paper"))
     twice = reproduce.plan(profile, ["safety"], {"n_seeds": 2})
     assert len(twice) == 2 * len(reproduce.plan(profile, ["safety"]))
+
+
+@pytest.mark.parametrize(
+    "notebook, change, message",
+    [
+        ("safety", {"n_seeds": 0}, "n_seeds=0: give 1 or more"),
+        ("safety", {"n_unsafe": -1}, "n_unsafe=-1: give 0 or more"),
+        ("safety", {"num_train_epochs": 0}, "num_train_epochs=0.0: give more than 0"),
+        ("safety", {"learning_rate": "nan"}, "learning_rate=nan: give more than 0"),
+        ("data_efficiency", {"sizes": "0 3"}, r"sizes=\[0, 3\]: give 1 or more"),
+        ("method", {}, "method: no arms to list"),
+    ],
+)
+def test_a_plan_of_nothing_is_refused_in_one_line(notebook, change, message):
+    with pytest.raises(ValueError, match=message):
+        reproduce.plan("smoke", [notebook], change)
+
+
+def test_many_notebooks_of_one_profile_wait_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
+    locked = []
+    monkeypatch.setattr(files, "folder_lock", lambda folder: locked.append(folder) or nullcontext())
+    monkeypatch.setattr(reproduce, "execute", lambda job, prepare_only: None)
+    assert len(reproduce.reproduce("smoke", ["method"], prepare_only=True)) == 1
+    assert locked == [tmp_path / "smoke"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import grimp
 import pandas as pd
 import pytest
+import torch
 from conftest import build_model, make_rows
 from safetensors.torch import load_file
 
@@ -344,6 +345,21 @@ def test_a_damaged_set_of_rows_is_named_and_made_again(spec, caplog):
     assert f"{folder} is damaged (data-00000-of-00001.arrow)" in caplog.text
     assert {file.name for file in folder.iterdir()} == set(rows)
     assert next(folder.glob("*.arrow")).read_bytes() == rows["data-00000-of-00001.arrow"]
+
+
+@pytest.mark.parametrize("gpu, on_cuda", [(None, False), ("mps", False), ("cuda", True)])
+def test_an_apple_gpu_is_a_gpu(gpu, on_cuda, spec, monkeypatch):
+    accelerator = torch.accelerator
+    monkeypatch.setattr(accelerator, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(accelerator, "current_accelerator", lambda *_: gpu and torch.device(gpu))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    loaded = []
+    monkeypatch.setattr(arms.models, "load_model", lambda *a, **options: loaded.append(options["device"]))
+    arms.load_model(spec)
+    defaults = arms._defaults()
+    assert loaded == [gpu and f"{gpu}:0"] and defaults["use_cpu"] == (gpu is None)
+    assert defaults["bf16"] == defaults["dataloader_pin_memory"] == on_cuda
 
 
 def test_a_failing_arm_is_named_and_the_others_are_finished(spec, tmp_path):
