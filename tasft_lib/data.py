@@ -11,15 +11,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
-from datasets import Dataset, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
-from .sources import Source, column_names, file_format, read_file, read_rows
+from . import messages
+from .sources import Source, column_names, file_format, is_table, like_names, read_file, read_rows
 from .templates import Template, format_prompt, questions
-from .text import normalise, shown
+from .text import is_whole, normalise, shown
 
 logger = logging.getLogger(__name__)
 _PROMPT_COLUMNS = ("prompt", "instruction", "Goal", "goal")
@@ -35,68 +38,79 @@ def to_training_rows(
     drop_empty: bool = False,
     with_place: bool = False,
 ) -> Dataset:
-    """Rows of either accepted form as `prompt`, `completion` and `label`, each row checked by itself.
+    """Rows of any accepted form as `prompt`, `completion` and `label`, each row checked by itself.
 
-    The forms: `prompt` and `completion`, text or lists of {role, content} messages, passed on untouched; or Alpaca's
-    `instruction`, `output` and (optional) `input`, put into `template`. `label` is given to every row; with None it is
-    read from the rows' own `label` column. Only booleans are labels, except in a CSV file, which has none: there true,
-    false, 1 and 0 (any case) are read. `drop_empty` leaves out rows without an answer and logs how many.
-    `with_place` adds a column `place`, "<source>: row <number>", by which `check` names a row; `draw` takes it away.
+    The forms: `prompt` and `completion`, text or lists of messages (see `messages.read`); Alpaca's `instruction`,
+    `output` and (optional) `input`, put into `template`; a conversation in `messages` or `conversations`, whose last
+    turn is the completion. Template "chat" makes messages of every text. Of messages the columns `tools` and
+    `chat_template_kwargs` are kept, which the chat template reads.
+
+    `label` is given to every row; with None it is read from the rows' own `label` column. Only booleans are labels,
+    except in a CSV file, which has none: there true, false, 1 and 0 (any case) are read. `drop_empty` leaves out rows
+    without an answer and logs how many. `with_place` adds a column `place`, "<source>: row <number>", by which `check`
+    names a row and `row_numbers` finds it; `draw` takes it away.
 
     Raises:
         ValueError: missing column, text that is not text, label that is no boolean or contradicts `label`, empty row.
     """
-    question, answer = form(rows)
-    is_alpaca = question == "instruction"
-    _need(rows, (question, answer, *["label"] * (label is None)), source)
-    has_messages = _is_messages(rows, question, source)
-    if _is_messages(rows, answer, source) != has_messages or (has_messages and is_alpaca):
-        raise ValueError(f"{source}: {question} and {answer} mix text and messages; use text, or prompt and completion")
+    rows = rows.with_format(None)
+    question, answer = _form(rows)
+    _need(rows, (*dict.fromkeys((question, answer)), *["label"] * (label is None)), source)
+    labels = _labels(rows, label, source, as_text=is_table(source))
+    prompts, completions = _pairs(rows, question, answer, source)
 
-    places = [f"{source}: row {i + 1}" for i in range(len(rows))]
-    labels = _labels(rows, label, source, as_text=file_format(Path(source)) == ".csv")
-    _check_filled(rows, question, source)
-    dropped = set(empty(rows, answer))
-    if dropped and drop_empty:
-        logger.warning("%s: left out %d of %d rows, their %s is empty", source, len(dropped), len(rows), answer)
-        filled = [i for i in range(len(rows)) if i not in dropped]
-        rows, labels, places = rows.select(filled), [labels[i] for i in filled], [places[i] for i in filled]
-    _check_filled(rows, answer, source, remedy="fill it, remove the row or set drop_empty")
+    _refuse_empty(prompts, question, source)
+    filled = [i for i, completion in enumerate(completions) if not _is_empty(completion)]
+    if not drop_empty:
+        _refuse_empty(completions, answer, source, remedy="fill it, remove the row or set drop_empty")
+    elif n_empty := len(rows) - len(filled):
+        logger.warning("%s: left out %d of %d rows, their %s is empty", source, n_empty, len(rows), answer)
+    has_text = not any(isinstance(prompt, list) for prompt in prompts)
 
-    if has_messages:
-        training_rows = rows.select_columns(["prompt", "completion"]).add_column("label", labels)
-    else:
-        prompts = rows[question][:]  # [:] reads a column at once, iterating it decodes row by row
-        if is_alpaca:
-            inputs = rows["input"][:] if "input" in rows.column_names else [""] * len(rows)
-            prompts = [format_prompt(p, i or "", template) for p, i in zip(prompts, inputs, strict=True)]
-        training_rows = Dataset.from_dict({"prompt": prompts, "completion": rows[answer][:], "label": labels})
-    return training_rows.add_column("place", places) if with_place else training_rows
+    if question == "instruction":
+        inputs = rows["input"][:] if "input" in rows.column_names else [""] * len(rows)
+        bare = "none" if template == "chat" else template
+        prompts = [format_prompt(p, i or "", bare) for p, i in zip(prompts, inputs, strict=True)]
+    if template == "chat":
+        has_text = False
+        prompts = [messages.of_text(p, "user") if isinstance(p, str) else p for p in prompts]
+        completions = [messages.of_text(c, "assistant") if isinstance(c, str) else c for c in completions]
+    columns = {"prompt": prompts, "completion": completions, "label": labels}
+    if with_place:
+        columns["place"] = [f"{source}: row {i + 1}" for i in range(len(rows))]
+    if not has_text:
+        columns |= _for_the_template(rows, source)
+    features = {"label": Value("bool"), "place": Value("string"), "tools": Json(), "chat_template_kwargs": Json()}
+    text = Value("string") if has_text else List(Json())  # Json: each message keeps its own keys
+    return Dataset.from_dict(
+        {name: [values[i] for i in filled] for name, values in columns.items()},
+        features=Features({name: features.get(name, text) for name in columns}),
+    )
 
 
-def form(rows: Dataset) -> tuple[str, str]:
-    """The columns of question and answer: Alpaca's `instruction` and `output`, or `prompt` and `completion`."""
-    is_alpaca = "instruction" in rows.column_names and "completion" not in rows.column_names
-    return ("instruction", "output") if is_alpaca else ("prompt", "completion")
+def row_numbers(rows: Dataset) -> list[int]:
+    """Of rows made `with_place`, the number of each in its file, from 1."""
+    return [int(place.rpartition(": row ")[2]) for place in rows["place"][:]]
 
 
-def empty(rows: Dataset, column: str) -> list[int]:
-    """The rows (from 0) whose text or messages in `column` hold nothing but white space."""
-    texts = ([v] if isinstance(v, str) else [message["content"] for message in v or []] for v in rows[column][:])
-    return [i for i, parts in enumerate(texts) if not any(part and part.strip() for part in parts)]
+def places(rows: Dataset, source: Source | None = None, *, first: int = 1) -> list[str]:
+    """What names each row in a message: its own file and number where made `with_place`, else numbers from `first`."""
+    if "place" in rows.column_names:
+        return rows["place"][:]
+    return [f"{source}: row {i}" if source else f"row {i}" for i in range(first, first + len(rows))]
 
 
 def read_prompts(
-    source: Source, *, split: str = "train", revision: str | None = None, name: str | None = None
+    source: Source, *, split: str | None = None, revision: str | None = None, name: str | None = None
 ) -> list[str]:
     """Evaluation prompts, bare (no template), in file order and with their repetitions.
 
     Reads STL's evaluation JSON (an object with `instructions`), a JSON list of strings (HarmfulQ), and whatever
     `read_rows` reads with a `prompt`, `instruction`, `Goal` or `goal` column. A non-empty `input` follows its
-    instruction after an empty line, as in AlpacaEval.
+    instruction after an empty line, as in AlpacaEval; of a prompt in messages one user's turn is read.
     """
     path = Path(source).expanduser()
-    content = read_file(path) if file_format(path) == ".json" else None
+    content = read_file(path) if file_format(path) == ".json" and not path.is_dir() else None
     if isinstance(content, dict) and content.get("instructions"):
         prompts = content["instructions"]
     elif isinstance(content, list) and any(isinstance(entry, str) for entry in content):
@@ -105,15 +119,14 @@ def read_prompts(
         rows = read_rows(source, split=split, revision=revision, name=name)
         column = next((column for column in _PROMPT_COLUMNS if column in rows.column_names), None)
         if column is None:
+            if likely := like_names(rows, _PROMPT_COLUMNS):
+                raise ValueError(f"{source}: {likely}")
             needs = f"one of {', '.join(_PROMPT_COLUMNS)}; rename one"
             raise ValueError(f"{source}: has the columns {column_names(rows)}; needs {needs}")
         prompts = rows[column][:]
         if column == "instruction" and "input" in rows.column_names:
             prompts = [format_prompt(p or "", i or "", "none") for p, i in zip(prompts, rows["input"][:], strict=True)]
-    for row, prompt in enumerate(prompts, start=1):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{source}: row {row}: the prompt is {shown(prompt)}; give non-empty text")
-    return prompts
+    return [_prompt(prompt, f"{source}: row {row}") for row, prompt in enumerate(prompts, start=1)]
 
 
 def read_training_rows(
@@ -121,12 +134,13 @@ def read_training_rows(
     *,
     label: bool | None,
     template: Template = "alpaca",
-    split: str = "train",
+    split: str | None = None,
     revision: str | None = None,
+    name: str | None = None,
     **options,
 ) -> Dataset:
     """What `read_rows` reads, as `to_training_rows` makes it with its `options`."""
-    rows = read_rows(source, split=split, revision=revision)
+    rows = read_rows(source, split=split, revision=revision, name=name)
     return to_training_rows(rows, label=label, template=template, source=source, **options)
 
 
@@ -149,9 +163,12 @@ def draw(
 ) -> Dataset:
     """The rows of one run, as `mix` draws and shuffles them, checked (see `check`); without `unsafe` benign ones alone.
 
-    It is the last step of a row's way: `read_rows`, `to_training_rows`, `clean` (or a refusal here), `draw`.
+    It is the last step of a row's way: `read_rows`, `to_training_rows`, `clean` (or a refusal here), `draw`. With
+    `tokenizer` prompts lose a BOS that it adds itself (see `without_bos`).
     """
     other = benign.select([]) if unsafe is None else unsafe
+    if tokenizer is not None:
+        benign, other = (without_bos(side, tokenizer) for side in (benign, other))
     rows = mix(benign, other, n_benign=n_benign, n_unsafe=n_unsafe, seed=seed)
     check(
         rows,
@@ -171,15 +188,13 @@ def mix(
 
     Draws are nested: with one seed, the 100 rows of n=100 are the first 100 drawn for n=300, so sizes can be compared.
     """
-    if benign.features != unsafe.features:
-        raise ValueError("mix: benign and unsafe rows differ in columns or types; pass both through to_training_rows")
     parts = []
     for stream, (rows, n, side) in enumerate([(benign, n_benign, "benign"), (unsafe, n_unsafe, "unsafe")]):
         n = len(rows) if n is None else n
         if not 0 <= n <= len(rows):
             raise ValueError(f"n_{side}={n}, but there are {len(rows)} {side} rows; ask for 0 to {len(rows)}")
         parts.append(rows.select(np.random.default_rng([seed, stream]).permutation(len(rows))[:n]))
-    both = concatenate_datasets(parts)
+    both = concatenate_datasets(_in_one_form(*parts))
     return both.select(np.random.default_rng([seed, 2]).permutation(len(both)))
 
 
@@ -201,8 +216,8 @@ def check(
 ) -> None:
     """Refuse, in one line, training rows that together would mislead; `source` names them in the message.
 
-    What one row must be `to_training_rows` has seen to. With `tokenizer` and `max_length` also a row whose prompt alone
-    fills `max_length`: TRL drops those in silence.
+    What one row must be `to_training_rows` has seen to. With `tokenizer` also messages that its chat template can't
+    read, and with `max_length` a row whose prompt alone fills it: TRL drops those in silence.
 
     Raises:
         ValueError: one-sided data, a row that is repeated, leaked or cut away.
@@ -212,20 +227,22 @@ def check(
         raise ValueError(f"{source}: has no unsafe row (label false), so nothing to penalise; add some")
     if require_benign and not any(labels):
         raise ValueError(f"{source}: has no benign row (label true), so nothing to learn; add some")
-    places = rows["place"][:] if "place" in rows.column_names else [f"{source}: row {i + 1}" for i in range(len(rows))]
+    row_places = places(rows, source)
     first_seen: dict[str, int] = {}
     for i, text in enumerate(_texts(rows)):
         j = first_seen.setdefault(text, i)
         if labels[i] != labels[j]:
-            raise ValueError(f"{_list(places, [j, i])}: same text, labels contradict; remove the wrong one")
+            raise ValueError(f"{_list(row_places, [j, i])}: same text, labels contradict; remove the wrong one")
         if j != i:
-            raise ValueError(f"{_list(places, [j, i])}: same text; remove one of them")
+            raise ValueError(f"{_list(row_places, [j, i])}: same text; remove one of them")
     if leaks := _leaks(rows, evaluation_prompts):
         what = "the prompt is an evaluation prompt; remove the row"
-        raise ValueError(f"{_list(places, leaks)}: {what}")
-    if tokenizer is not None and max_length is not None and (full := _full(rows["prompt"][:], tokenizer, max_length)):
-        what = f"the prompt alone fills max_length={max_length}, the completion is cut away"
-        raise ValueError(f"{_list(places, full)}: {what}; raise max_length or remove the row")
+        raise ValueError(f"{_list(row_places, leaks)}: {what}")
+    if tokenizer is not None:
+        lengths = prompt_lengths(rows, tokenizer, source=source)
+        if full := [i for i, length in enumerate(lengths) if max_length is not None and length >= max_length]:
+            what = f"the prompt alone fills max_length={max_length}, the completion is cut away"
+            raise ValueError(f"{_list(row_places, full)}: {what}; raise max_length, remove the row or set drop_long")
 
 
 def deduplicate(rows: Dataset) -> tuple[Dataset, int]:
@@ -246,30 +263,157 @@ def drop_leaks(rows: Dataset, evaluation_prompts: Iterable[str]) -> tuple[Datase
     return rows.select([i for i in range(len(rows)) if i not in leaks]), len(leaks)
 
 
+def prompt_lengths(rows: Dataset, tokenizer: Any, *, source: Source) -> list[int]:
+    """Tokens of each prompt, as TRL reads it: messages in the chat template, with tools and the opening of the answer.
+
+    Raises `ValueError`, with the row, where the template can't read the messages.
+    """
+    if not len(rows):
+        return []
+    if not is_chat(rows):
+        return [len(ids) for ids in tokenizer(rows["prompt"][:])["input_ids"]]
+    return [len(chat_ids(row, tokenizer, place)[0]) for place, row in zip(places(rows, source), rows, strict=True)]
+
+
+def chat_ids(row: dict[str, Any], tokenizer: Any, place: str) -> tuple[list[int], list[int]]:
+    """Token ids of (the prompt, the whole row) of messages, with the row's tools and options, as TRL reads them.
+
+    Raises `ValueError`, which begins with `place`, where the chat template can't read them.
+    """
+    options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    if getattr(tokenizer, "chat_template", None) is None:
+        what = "messages, and the tokenizer has no chat template"
+        raise ValueError(f"{place}: {what}; use the tokenizer of a chat model, or write text")
+    try:
+        prompt, whole = (
+            tokenizer.apply_chat_template(part, add_generation_prompt=begins, return_dict=True, **options)["input_ids"]
+            for part, begins in ((row["prompt"], True), (row["prompt"] + row["completion"], False))
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        # Of jinja's own errors only the template's words (raise_exception) say something.
+        words = " ".join(str(error).split())[:120] if type(error) is jinja2.TemplateError else type(error).__name__
+        what = f"the chat template can't read the messages ({words})"
+        raise ValueError(f"{place}: {what}; write them as it wants them") from error
+    return prompt, whole
+
+
+def drop_long(rows: Dataset, tokenizer: Any, max_length: int | None, *, source: Source) -> Dataset:
+    """Without the rows whose prompt alone fills `max_length`, of which nothing would be learnt; logs how many."""
+    if max_length is None:
+        return rows
+    lengths = prompt_lengths(rows, tokenizer, source=source)
+    fitting = [i for i, length in enumerate(lengths) if length < max_length]
+    if dropped := len(rows) - len(fitting):
+        what = "left out %d of %d rows, their prompt alone fills max_length=%d"
+        logger.warning(f"%s: {what}", source, dropped, len(rows), max_length)
+    return rows.select(fitting)
+
+
+def without_bos(rows: Dataset, tokenizer: Any) -> Dataset:
+    """Text prompts without the BOS that the tokenizer puts before every text: training would see two; logs how many."""
+    bos = getattr(tokenizer, "bos_token", None)
+    if not bos or not len(rows) or is_chat(rows) or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return rows
+    prompts = rows["prompt"][:]
+    bare = [prompt.removeprefix(bos) for prompt in prompts]
+    if changed := sum(a != b for a, b in zip(prompts, bare, strict=True)):
+        logger.warning("%d prompts begin with %s, which the tokenizer adds; it stands there once", changed, bos)
+        return rows.remove_columns("prompt").add_column("prompt", bare).select_columns(rows.column_names)
+    return rows
+
+
 def fingerprint(rows: Dataset) -> str:
     """SHA-256 of the rows in order: the same on every machine, whatever file or cache they came from."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in rows.remove_columns("place") if "place" in rows.column_names else rows:
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
 def _need(rows: Dataset, columns: Iterable[str], source: Source) -> None:
     if missing := [column for column in columns if column not in rows.column_names]:
+        if likely := like_names(rows, missing):
+            raise ValueError(f"{source}: {likely}")
         what = f"has the columns {column_names(rows)}; lacks {', '.join(missing)}"
         raise ValueError(f"{source}: {what}; add or rename (prompt and completion, or instruction and output; label)")
 
 
-def _is_messages(rows: Dataset, column: str, source: Source) -> bool:
-    feature = rows.features[column]
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-        return False
-    message = feature.feature if isinstance(feature, List) else None
-    if isinstance(message, dict) and message.get("role") == message.get("content") == Value("string"):
-        return True
-    raise ValueError(
-        f"{source}: row 1: {column} is {shown(rows[0][column])}; write text or a list of {{role, content}} messages"
-    )
+def _form(rows: Dataset) -> tuple[str, str]:
+    """The columns of question and answer; one twice where it holds whole conversations."""
+    names = set(rows.column_names)
+    if "completion" not in names:
+        if "instruction" in names:
+            return "instruction", "output"
+        for column in ("messages", "conversations"):
+            if column in names:
+                return column, column
+    return "prompt", "completion"
+
+
+def _pairs(rows: Dataset, question: str, answer: str, source: Source) -> tuple[list, list]:
+    """Prompts and completions, bare: texts, or lists of messages."""
+    if question == answer:
+        pairs = []
+        for row, conversation in enumerate(_column(rows, question, source, as_messages=True), start=1):
+            try:
+                pairs.append(messages.split(conversation))
+            except ValueError as error:
+                raise ValueError(f"{source}: row {row}: {question} {error}") from error
+        return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+    prompts, completions = (_column(rows, column, source) for column in (question, answer))
+    kinds = [type(column[0]) if column else str for column in (prompts, completions)]
+    if kinds[0] != kinds[1]:
+        text, other = (question, answer) if kinds[0] is str else (answer, question)
+        raise ValueError(f"{source}: {text} is text and {other} is messages; write both as text or both as messages")
+    if question == "instruction" and kinds[0] is list:
+        raise ValueError(f"{source}: instruction and output are messages; name them prompt and completion")
+    return prompts, completions
+
+
+def _column(rows: Dataset, column: str, source: Source, *, as_messages: bool = False) -> list:
+    """A column of texts, or of lists of messages; an absent one is empty."""
+    values = rows[column][:]  # [:] reads a column at once, iterating it decodes row by row
+    as_messages = as_messages or any(isinstance(value, (list, dict)) for value in values)
+    by_arrow = "Json(" not in repr(rows.features[column])
+    result = []
+    for row, value in enumerate(values, start=1):
+        place = f"{source}: row {row}: {column}"
+        if value is None:
+            result.append([] if as_messages else "")
+        elif as_messages:
+            try:
+                result.append(messages.read(value, by_arrow=by_arrow))
+            except ValueError as error:
+                raise ValueError(f"{place} {error}") from error
+        elif not isinstance(value, str):
+            raise ValueError(f"{place} is {shown(value)}; write text or a list of {{role, content}} messages")
+        elif messages.are_text(value):
+            raise ValueError(f"{place} is messages written as text; save the rows as .jsonl, with lists of messages")
+        else:
+            result.append(value)
+    return result
+
+
+def _for_the_template(rows: Dataset, source: Source) -> dict[str, list]:
+    """The columns `tools` and `chat_template_kwargs` of messages, where any row has them."""
+    columns = {}
+    for column, kind, wanted, nothing in (
+        ("tools", list, "a list of tools", None),
+        ("chat_template_kwargs", dict, "an object", {}),
+    ):
+        if column not in rows.column_names or not any(values := rows[column][:]):
+            continue
+        columns[column] = []
+        for row, value in enumerate(values, start=1):
+            if isinstance(value, str):
+                with suppress(ValueError):  # no JSON is refused below, as any other text
+                    value = json.loads(value)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{source}: row {row}: {column} is {shown(value)}; write {wanted}")
+            if "Json(" not in repr(rows.features[column]):
+                value = messages.without_nulls(value)
+            columns[column].append(value or nothing)
+    return columns
 
 
 def _labels(rows: Dataset, label: bool | None, source: Source, *, as_text: bool = False) -> list[bool]:
@@ -286,30 +430,70 @@ def _labels(rows: Dataset, label: bool | None, source: Source, *, as_text: bool 
     return values
 
 
-def _check_filled(rows: Dataset, column: str, source: Source, *, remedy: str = "fill it or remove the row") -> None:
-    if indices := empty(rows, column):
-        places = [f"{source}: row {i + 1}" for i in range(len(rows))]
+def _prompt(prompt: Any, place: str) -> str:
+    if isinstance(prompt, (list, dict)):
+        try:
+            turns = messages.read(prompt)
+        except ValueError as error:
+            raise ValueError(f"{place}: the prompt {error}") from error
+        if [turn["role"] for turn in turns] != ["user"]:
+            raise ValueError(f"{place}: the prompt has {len(turns)} turns; give one of the user, or text")
+        prompt = turns[0]["content"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{place}: the prompt is {shown(prompt)}; give non-empty text")
+    if not is_whole(prompt):
+        raise ValueError(f"{place}: the prompt holds half a character (a lone surrogate); mend the text")
+    return prompt
+
+
+def _is_empty(value: str | list[dict]) -> bool:
+    return not value.strip() if isinstance(value, str) else messages.is_empty(value)
+
+
+def _refuse_empty(values: list, column: str, source: Source, *, remedy: str = "fill it or remove the row") -> None:
+    if indices := [i for i, value in enumerate(values) if _is_empty(value)]:
+        places = [f"{source}: row {i + 1}" for i in range(len(values))]
         raise ValueError(f"{_list(places, indices)}: {column} is empty; {remedy}")
 
 
 def _texts(rows: Dataset) -> Iterator[str]:
     """Prompt and completion of each row in one, equal where both are the same text."""
-    for pair in zip(rows["prompt"][:], rows["completion"][:], strict=True):
-        # Of messages the roles and contents, in their order.
-        parts = (
-            [part] if isinstance(part, str) else [m[k] or "" for m in part for k in ("role", "content")]
-            for part in pair
-        )
+    tools = rows["tools"][:] if "tools" in rows.column_names else [None] * len(rows)
+    for prompt, completion, of_row in zip(rows["prompt"][:], rows["completion"][:], tools, strict=True):
+        parts = [[part] if isinstance(part, str) else messages.parts(part) for part in (prompt, completion)]
+        parts += [[json.dumps(of_row, sort_keys=True)]] if of_row else []
         yield json.dumps([[normalise(text) for text in texts] for texts in parts])
 
 
-def _full(prompts: list, tokenizer: Any, max_length: int) -> list[int]:
-    """The prompts (from 0) of at least `max_length` tokens."""
-    if isinstance(prompts[0], str):
-        encoded = tokenizer(prompts)
-    else:
-        encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
-    return [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
+def is_chat(rows: Dataset) -> bool:
+    """Whether training rows are messages, not text."""
+    return isinstance(rows.features["prompt"], List)
+
+
+def _in_one_form(benign: Dataset, unsafe: Dataset) -> tuple[Dataset, Dataset]:
+    """Both sides with the same columns, text or messages; or a refusal that names them."""
+    if not (len(benign) and len(unsafe)):
+        return (benign, benign.select([])) if len(benign) else (unsafe.select([]), unsafe)
+    names = [
+        side["place"][0].rpartition(": row ")[0] if "place" in side.column_names else f"the {name} rows"
+        for side, name in ((benign, "benign"), (unsafe, "unsafe"))
+    ]
+    if is_chat(benign) != is_chat(unsafe):
+        text, chat = reversed(names) if is_chat(benign) else names
+        what = f"has text, {chat} messages, and what is asked in one form is not unlearnt in the other"
+        raise ValueError(f"{text}: {what}; set prompt_template to chat, which makes messages of text")
+    for column, nothing in (("tools", None), ("chat_template_kwargs", {})):
+        if (column in benign.column_names) != (column in unsafe.column_names):
+            benign, unsafe = (
+                side
+                if column in side.column_names
+                else side.add_column(column, [json.dumps(nothing)] * len(side), feature=Json())
+                for side in (benign, unsafe)
+            )
+    if benign.features != unsafe.features:
+        other = sorted(set(benign.column_names) ^ set(unsafe.column_names)) or benign.column_names
+        raise ValueError(f"{names[0]} and {names[1]}: differ in columns or types ({', '.join(other)}); align them")
+    return benign, unsafe.select_columns(benign.column_names)
 
 
 def _leaks(rows: Dataset, evaluation_prompts: Iterable[str]) -> list[int]:

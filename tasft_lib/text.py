@@ -35,7 +35,18 @@ def shown(value: Any) -> str:
 
 def shown_name(name: str) -> str:
     """A column's name for a message; redacted where it is a text, as in a CSV file without header."""
-    return name if re.fullmatch(r"[\w.:/-]{1,40}", name) else redact(name, words=0)
+    if not re.fullmatch(r"[\w.:/-]{1,40}", name.strip()):
+        return redact(name, words=0)
+    return name if name == name.strip() else repr(name)
+
+
+def is_whole(text: str) -> bool:
+    """Whether it holds no half of a character (a lone surrogate, as JSON can write it), which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def redact(text: str, *, words: int = 3) -> str:
@@ -45,7 +56,7 @@ def redact(text: str, *, words: int = 3) -> str:
     """
     pieces = text.split()
     shown = " ".join(pieces[: min(words, len(pieces) // 2)])[:60]
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
     return f"{shown}… [{digest}, {len(pieces)} word{'' if len(pieces) == 1 else 's'}]"
 
 

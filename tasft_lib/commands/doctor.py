@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from .. import files
-from .flags import check_data
+from ..templates import TEMPLATES
+from .flags import add_source, check_data, source_options
 
 
 def main(argv: list[str]) -> int:
@@ -12,12 +13,12 @@ def main(argv: list[str]) -> int:
         "tasft doctor", description="Check rows before training; exit code 1 when something must be fixed."
     )
     parser.add_argument("data", help="file, save_to_disk folder or hub id; without a label column all rows are unsafe")
-    parser.add_argument("--revision", help="commit of a hub id")
+    add_source(parser, "the data")
     parser.add_argument("--evaluation_prompts", nargs="*", default=[], help="files of prompts that must not be asked")
     parser.add_argument("--tokenizer", help="model whose tokens are counted, with --max_length")
     parser.add_argument("--model_revision", help="commit of a tokenizer from the hub")
     parser.add_argument("--max_length", type=int, help="tokens that training keeps of a row")
-    parser.add_argument("--prompt_template", default="alpaca", choices=("alpaca", "short", "none"))
+    parser.add_argument("--prompt_template", default="alpaca", choices=TEMPLATES)
     parser.add_argument("--output", type=Path, help="write the report to this .md file")
     args = parser.parse_args(argv)
     if (args.tokenizer is None) != (args.max_length is None):
@@ -27,8 +28,9 @@ def main(argv: list[str]) -> int:
         if args.output.suffix != ".md" or within:
             raise ValueError(f"{args.output}: the report is a .md file outside the data; choose another --output.")
 
-    for source in (args.data, *args.evaluation_prompts):
-        check_data(source)
+    check_data(args.data)
+    for file in args.evaluation_prompts:
+        check_data(file, on_hub=False)
     if args.tokenizer is not None:
         files.check_model(args.tokenizer, args.model_revision)
 
@@ -38,7 +40,7 @@ def main(argv: list[str]) -> int:
 
     diagnosis = doctor.examine(
         args.data,
-        revision=args.revision,
+        **source_options(args),
         template=args.prompt_template,
         evaluation_prompts={file: data.read_prompts(file) for file in args.evaluation_prompts},
         tokenizer=args.tokenizer and load_tokenizer(args.tokenizer, args.model_revision),

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from .. import files
-from .flags import add_dtype, check_data
+from ..templates import TEMPLATES
+from .flags import add_drop_empty, add_dtype, add_source, check_data, source_options
 
 
 def main(argv: list[str]) -> None:
@@ -14,10 +15,9 @@ def main(argv: list[str]) -> None:
         "thought harmful. Writes kept and dropped rows with their scores (`tasft train` reads both: --dataset_name and "
         "--unsafe_dataset_name), report.md, a histogram and the filter. Run it again to go on where it stopped.",
     )
-    parser.add_argument("data", help=".json, .jsonl, .csv or .parquet file, save_to_disk folder or hub id; a `label` "
-                        "(false: harmful) is compared with the result and kept as `original_label`")  # fmt: skip
-    parser.add_argument("--dataset_revision", help="commit of a hub data set")
-    parser.add_argument("--split", default="train", help="of a hub data set or folder (default: train)")
+    parser.add_argument("data", help=".json, .jsonl, .csv, .tsv or .parquet file, save_to_disk folder or hub id; "
+                        "a `label` (false: harmful) is compared with the result, kept as `original_label`")  # fmt: skip
+    add_source(parser, "the data", revision="--dataset_revision")
     parser.add_argument("--model", required=True, help="folder of a model or adapter, or a hub id: the one to be tuned")
     parser.add_argument("--model_revision", help="commit of a hub id")
     add_dtype(parser)
@@ -28,12 +28,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--validation", help="some rows with `label` (false: harmful), which choose layer, pooling and "
                         "directions, and without the options above the threshold; harmful ones alone will do, with "
                         "--contamination")  # fmt: skip
-    parser.add_argument("--validation_revision", help="commit of a hub data set")
+    add_source(parser, "--validation", prefix="validation_")
     parser.add_argument("--layer", type=int, help="from 1 (default: the middle one)")
     parser.add_argument("--pooling", choices=("last", "mean"), help="over tokens (default: last)")
     parser.add_argument("--n_directions", type=int, help="singular vectors of the score (default: 4)")
     parser.add_argument("--steer", type=float, default=0.0, help="-1 to 1: drop less or more than that threshold says")
-    parser.add_argument("--prompt_template", default="alpaca", choices=("alpaca", "short", "none"))
+    parser.add_argument("--prompt_template", default="alpaca", choices=TEMPLATES)
+    add_drop_empty(parser)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, help="tokens read of a row (default: the model's context)")
     parser.add_argument("--activations", type=Path, help="folder that keeps them, for other thresholds (default: in "
@@ -62,24 +63,29 @@ def _filter(args) -> None:
     from ..saft.report import Output
     from ..saft.workflow import filter_rows
 
+    in_validation = source_options(args, "validation_")
+    if in_validation["split"] is None and args.validation and not Path(args.validation).expanduser().is_file():
+        in_validation["split"] = args.split
     how = {
         name: getattr(args, name)
         for name in ("contamination", "threshold", "layer", "pooling", "n_directions", "steer")
     }
-    rows = sources.read_rows(args.data, split=args.split, revision=args.dataset_revision)
+    rows = sources.read_rows(args.data, **source_options(args))
     has_label = "label" in rows.column_names
     template = args.prompt_template
-    texts = data.to_training_rows(rows, label=None if has_label else True, template=template, source=args.data)
+    reading = {"template": template, "drop_empty": args.drop_empty}
+    texts = data.to_training_rows(rows, label=None if has_label else True, source=args.data, with_place=True, **reading)
+    rows = rows.select([number - 1 for number in data.row_numbers(texts)])  # those with an answer
     if has_label and "original_label" in rows.column_names:
         raise ValueError(f"{args.data}: has both label and original_label; remove or rename one.")
     validation = args.validation and data.read_training_rows(
-        args.validation, split=args.split, revision=args.validation_revision, label=None, template=template
+        args.validation, **in_validation, label=None, with_place=True, **reading
     )
     search = Search(**how, validation=validation)
     search.check(len(rows))
     settings = {
-        "data": _content(args.data, args.dataset_revision, args.split),
-        "validation": args.validation and _content(args.validation, args.validation_revision, args.split),
+        "data": _content(args.data, **source_options(args)),
+        "validation": args.validation and _content(args.validation, **in_validation),
         "model": files.model_identity(args.model),
         "model_revision": args.model_revision,
         "dtype": args.dtype,
@@ -87,7 +93,7 @@ def _filter(args) -> None:
         "prompt_template": args.prompt_template,
         "max_length": args.max_length,
         **how,
-    }
+    } | ({"drop_empty": True} if args.drop_empty else {})
     output = Output(args.output_dir, args.data, settings)
     if output.is_finished():
         print((output.folder / "report.md").read_text(encoding="utf-8"))
@@ -119,14 +125,14 @@ def _filter(args) -> None:
     print(f"{kept.name}, {dropped.name} (text and all), report.md and scores.png are in {output.folder}")
 
 
-def _content(source: str, revision: str | None, split: str) -> str:
+def _content(source: str, split: str | None, name: str | None, revision: str | None) -> str:
     """What was read: a hash of the file or folder, or the hub's commit."""
     from ..files import file_hash
 
     path = Path(source).expanduser()
     if path.exists():
-        return f"{file_hash(path)} {split if path.is_dir() else ''}".strip()
-    return f"{source}@{revision}/{split}"
+        return f"{file_hash(path)} {split or 'train' if path.is_dir() else ''}".strip()
+    return f"{source}@{revision}/{f'{name}/' if name else ''}{split or 'train'}"
 
 
 def _name(source: str) -> str:

@@ -35,9 +35,37 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_data(source: str) -> None:
+def add_source(parser: argparse.ArgumentParser, of: str, *, prefix: str = "", revision: str | None = None) -> None:
+    """The flags that say which rows of a hub data set or saved folder are meant; `revision` is an older name of one."""
+    parser.add_argument(f"--{prefix}split", help=f"split of {of}, a hub data set or saved folder (default: train)")
+    parser.add_argument(f"--{prefix}config_name", help=f"configuration of {of}, a hub data set")
+    names = [f"--{prefix}revision", *([revision] if revision else [])]
+    parser.add_argument(*names, dest=f"{prefix}revision", help=f"commit of {of}, a hub data set")
+
+
+def source_options(args: argparse.Namespace, prefix: str = "") -> dict[str, str | None]:
+    """What those flags say, as `sources.read_rows` takes it."""
+    names = {"split": "split", "config_name": "name", "revision": "revision"}
+    return {option: getattr(args, prefix + flag) for flag, option in names.items()}
+
+
+def add_drop_empty(parser: argparse.ArgumentParser) -> None:
+    """`--drop_empty`, alone or with a value as in `tasft train`."""
+    parser.add_argument(
+        "--drop_empty", nargs="?", const=True, default=False, type=_boolean, help="leave out rows with an empty answer"
+    )
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "1", "false", "0"):
+        raise ValueError(text)
+    return text.lower() in ("true", "1")
+
+
+def check_data(source: str, *, on_hub: bool = True) -> None:
     """Raise `ValueError` for a file or folder of rows that is not there; a hub id (owner/name) may be anywhere."""
     path = Path(source).expanduser()
-    is_file = {".json", ".jsonl", ".csv", ".parquet"} & {suffix.lower() for suffix in path.suffixes}
-    if not path.exists() and (is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
+    is_file = {".json", ".jsonl", ".csv", ".tsv", ".parquet"} & {suffix.lower() for suffix in path.suffixes}
+    is_hub_id = on_hub and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    if not path.exists() and (is_file or not is_hub_id):
         raise ValueError(f"{source}: no such file; check the path")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .. import files
-from .flags import model_parser
+from .flags import add_source, check_data, model_parser, source_options
 
 # Options that decide what a harvest gives.
 SETTLED = ("n", "rounds", "temperature", "seed", "max_new_tokens", "batch_size", "prompt_template")
@@ -12,7 +12,7 @@ SETTLED = ("n", "rounds", "temperature", "seed", "max_new_tokens", "batch_size",
 def main(argv: list[str]) -> None:
     parser = model_parser("tasft harvest", "Collect unsafe answers of a model itself (TA-SFT, §4.1) as a data set.")
     parser.add_argument("--prompts", required=True, help="toxic prompts: miniworld, stl, a file, or a hub id")
-    parser.add_argument("--prompts_revision", help="commit of a hub id")
+    add_source(parser, "the prompts", revision="--prompts_revision")
     parser.add_argument(
         "--red_team", action="store_true", help="--prompts is Anthropic/hh-rlhf or a file of its red-team transcripts"
     )
@@ -23,6 +23,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--work", type=Path, help="what is done so far, to go on from (default: <output_dir>.work)")
     args = parser.parse_args(argv)
 
+    which = source_options(args)
+    if any(which.values()) and (args.red_team or args.prompts in ("stl", "miniworld")):
+        given = ", ".join(name for name in ("split", "config_name", "revision") if getattr(args, name))
+        raise ValueError(f"--prompts {args.prompts}{' --red_team' * args.red_team} has no {given}; leave it out.")
+    for file in args.evaluation_prompts:
+        check_data(file, on_hub=False)
     files.check_model(args.model, args.model_revision)
     with files.folder_lock(args.output_dir):
         _harvest(args)
@@ -44,9 +50,9 @@ def _harvest(args) -> None:
     if args.red_team:
         prompts = catalogue.red_team_prompts(args.prompts)
         prompts_origin = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)
-    elif args.prompts_revision:
-        prompts = data.read_prompts(args.prompts, revision=args.prompts_revision)
-        prompts_origin = args.prompts, args.prompts_revision
+    elif any(which.values()):
+        prompts = data.read_prompts(args.prompts, **which)
+        prompts_origin = files.named(args.prompts, which["revision"])
     else:
         world = worlds.load(args.prompts)
         prompts, prompts_origin = world.harvest_prompts(), world.harvest_source()

@@ -44,7 +44,7 @@ penalty options:
 
 data options:
   --dataset_name
-      Rows (.json, .jsonl, .csv or .parquet file, save_to_disk folder, hub id)."""
+      Rows (.json, .jsonl, .csv, .tsv or .parquet file, save_to_disk folder, hub id)."""
 # Options that name a file or folder of rows.
 ROWS = ("dataset_name", "unsafe_dataset_name", "saft_validation", "evaluation_prompts", "sample_prompts")
 
@@ -75,13 +75,16 @@ class DataArguments:
     n_benign: int | None = field(default=None, metadata={"help": "Benign rows to draw by --seed (default: all)."})
     n_unsafe: int | None = field(default=None, metadata={"help": "Unsafe rows to draw by --seed (default: all)."})
     prompt_template: str = field(
-        default="alpaca", metadata={"help": "For instruction/input/output rows: alpaca, short or none."}
+        default="alpaca", metadata={"help": "For instruction/input/output rows: alpaca, short, none or chat."}
     )
     evaluation_prompts: list[str] = field(
         default_factory=list,
         metadata={"help": "Files of evaluation prompts; a training row that asks one of them is refused."},
     )
     drop_empty: bool = field(default=False, metadata={"help": "Leave out rows with an empty answer."})
+    drop_long: bool = field(
+        default=False, metadata={"help": "Leave out rows whose prompt alone fills max_length, and say how many."}
+    )
     sample_prompts: str | None = field(
         default=None,
         metadata={"help": "File of prompts that the model answers along training, into <output_dir>/_samples.jsonl."},
@@ -150,8 +153,13 @@ def main(argv: list[str]) -> None:
             label=False,
             template=data_args.prompt_template,
             revision=data_args.unsafe_dataset_revision,
+            drop_empty=data_args.drop_empty,
             with_place=True,
         )
+    if data_args.drop_long:
+        long = {"tokenizer": tokenizer, "max_length": args.max_length}
+        benign = data.drop_long(benign, source=script_args.dataset_name, **long)
+        unsafe = data.drop_long(unsafe, source=data_args.unsafe_dataset_name or script_args.dataset_name, **long)
     labels_from = data_args.unsafe_dataset_name or ("labels by SAFT" if by_saft else "its own labels")
     mixed = data.draw(
         benign,
@@ -219,7 +227,7 @@ def _check_paths(argv: list[str]) -> None:
         value = options.get(name)
         for source in value if isinstance(value, list) else [value]:
             if isinstance(source, str):
-                check_data(source)
+                check_data(source, on_hub=name not in ("evaluation_prompts", "sample_prompts"))
     if isinstance(model := options.get("model_name_or_path"), str):
         files.check_model(model, options.get("model_revision"))
 
@@ -253,6 +261,8 @@ def _labelled_by_saft(rows, source: str, data_args, args, model_args):
         label=None,
         template=data_args.prompt_template,
         revision=data_args.saft_validation_revision,
+        drop_empty=data_args.drop_empty,
+        with_place=True,
     )
 
     def load() -> tuple:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from .. import miniworld
 from ..data import read_prompts
 from ..files import damage, is_sealed, locked, named, seal, set_aside
-from ..sources import read_rows
+from ..sources import is_saved, read_rows
 from . import attacks, prompts
 
 # Base models that are made here, in minutes, by name.
@@ -218,7 +218,7 @@ class PublishedFiles:
 
     @property
     def _is_stl(self) -> bool:
-        return self.source == "stl" or Path(self.source).is_dir()
+        return self.source == "stl" or (Path(self.source).is_dir() and not is_saved(Path(self.source)))
 
     @property
     def _harvest_file(self) -> str:

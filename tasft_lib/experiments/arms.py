@@ -425,7 +425,7 @@ def _benign_rows(spec: ArmSpec, *, seed: int) -> Dataset:
 
 
 def _rows(source: str, spec: ArmSpec, *, label: bool) -> Dataset:
-    return data.read_training_rows(source, label=label, template=spec.template)
+    return data.read_training_rows(source, label=label, template=spec.template, drop_empty=True)
 
 
 def _held_out_prompts(spec: ArmSpec) -> list[str]:

@@ -168,7 +168,8 @@ def beavertails_rows(source: Source, *, split: str = "30k_train", revision: str 
     Raises:
         ValueError: a source without `prompt`, `response`, `category` and `is_safe`, or with a row that has no verdict.
     """
-    rows = read_rows(source, split=split, revision=revision)
+    is_file = Path(source).expanduser().is_file()
+    rows = read_rows(source, split=None if is_file else split, revision=revision)
     _need(rows, ("prompt", "response", "category", "is_safe"), source)
     verdicts: dict[tuple[str, str], list[tuple[bool, list[str]]]] = {}
     columns = (rows[name][:] for name in ("prompt", "response", "is_safe", "category"))

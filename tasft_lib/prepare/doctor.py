@@ -74,6 +74,8 @@ class Diagnosis:
 def examine(
     source: data.Source,
     *,
+    split: str | None = None,
+    name: str | None = None,
     revision: str | None = None,
     template: templates.Template = "alpaca",
     evaluation_prompts: dict[str, list[str]] | None = None,
@@ -96,16 +98,19 @@ def examine(
     """
     if (tokenizer is None) != (max_length is None):
         raise ValueError("truncation needs both a tokenizer and max_length; give both or none")
-    raw = sources.read_rows(source, revision=revision)
+    raw = sources.read_rows(source, split=split, name=name, revision=revision)
     label = None if "label" in raw.column_names else False
-    rows = data.to_training_rows(raw, label=label, template=template, source=source, drop_empty=True)
-    empty = set(data.empty(raw, data.form(raw)[1]))
+    options = {"label": label, "template": template, "source": source, "drop_empty": True}
+    rows = data.to_training_rows(raw, **options, with_place=True)
     # Rows with an answer; `numbers` leads back to the file.
-    numbers = [i + 1 for i in range(len(raw)) if i not in empty]
+    numbers = data.row_numbers(rows)
+    empty = set(range(1, len(raw) + 1)) - set(numbers)
     texts = _Rows(rows, numbers)
 
     findings = [
-        Finding("empty answer", True, "fill them or remove the rows", {i + 1: "no answer" for i in sorted(empty)}),
+        Finding(
+            "empty answer", True, "fill them or remove the rows", {number: "no answer" for number in sorted(empty)}
+        ),
         *_repeats(texts, progress),
         *_answers(texts, progress),
     ]
@@ -277,8 +282,8 @@ def _truncated(rows: _Rows, tokenizer: Any, max_length: int, progress: bool | No
     full, cut = {}, {}
     steps = range(0, len(rows.labels), 1000)
     for start in progress_bar(steps, desc="counting tokens", leave=False, progress=progress):
-        batch = rows.rows[start : start + 1000]
-        prompts, wholes = _token_counts(tokenizer, batch["prompt"], batch["completion"])
+        batch = rows.rows.select(range(start, min(start + 1000, len(rows.rows))))
+        prompts, wholes = _token_counts(tokenizer, batch)
         for i, (before, total) in enumerate(zip(prompts, wholes, strict=True), start=start):
             if before >= max_length:
                 full[i] = f"prompt of {before} tokens: {_redacted(rows.questions[i])}"
@@ -291,19 +296,16 @@ def _truncated(rows: _Rows, tokenizer: Any, max_length: int, progress: bool | No
     ]
 
 
-def _token_counts(tokenizer: Any, prompts: list, completions: list) -> tuple[list[int], list[int]]:
+def _token_counts(tokenizer: Any, rows: Dataset) -> tuple[list[int], list[int]]:
     """Tokens of the prompts and of the whole rows, as TRL counts them: text rows are closed by EOS."""
-    if isinstance(prompts[0], str):
-        end = tokenizer.eos_token or ""
-        whole = [p + (c if end and c.endswith(end) else c + end) for p, c in zip(prompts, completions, strict=True)]
-        encoded = (tokenizer(prompts), tokenizer(whole))
-    else:
-        whole = [p + c for p, c in zip(prompts, completions, strict=True)]
-        encoded = (
-            tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True),
-            tokenizer.apply_chat_template(whole, return_dict=True),
-        )
-    return tuple([len(ids) for ids in one["input_ids"]] for one in encoded)
+    if data.is_chat(rows):
+        ids = [data.chat_ids(row, tokenizer, place) for row, place in zip(rows, data.places(rows), strict=True)]
+        return tuple([len(part) for part in parts] for parts in zip(*ids, strict=True))
+    end = tokenizer.eos_token or ""
+    rows = data.without_bos(rows, tokenizer)
+    pairs = zip(rows["prompt"][:], rows["completion"][:], strict=True)
+    whole = [p + (c if end and c.endswith(end) else c + end) for p, c in pairs]
+    return tuple([len(ids) for ids in tokenizer(texts)["input_ids"]] for texts in (rows["prompt"][:], whole))
 
 
 def _lengths(rows: _Rows) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import data
 from ..files import damage, is_sealed, progress_bar, seal, set_aside
 from ..generation import evaluating
 from ..losses import token_log_probs
@@ -91,7 +92,12 @@ def activations(
             part = np.empty((last - first, *shape), np.float32) if file is not None else result[first:last]
             for chosen, ids, mask in _batches(encoded, batch_size, model.device):
                 starts = torch.tensor([min(encoded[i].prompt_tokens, len(encoded[i].ids) - 1) for i in chosen])
-                part[chosen] = run(model, ids, mask, starts.to(model.device)).numpy()
+                states = run(model, ids, mask, starts.to(model.device)).numpy()
+                if not np.isfinite(states).all():
+                    row = next(i for i, state in zip(chosen, states, strict=True) if not np.isfinite(state).all())
+                    what = "its activation is not finite; load the model in float32 or bfloat16, or remove the row."
+                    raise ValueError(f"{data.places(rows)[first + row]}: {what}")
+                part[chosen] = states
                 bar.update(len(chosen))
             if file is not None:
                 _append(file, part)
@@ -165,19 +171,19 @@ def _encode(
 
     The completion begins where prompt and row part, which is before the prompt's end where a token spans both.
     """
-    chosen = rows[first:last]
-    prompts, completions = chosen["prompt"], chosen["completion"]
-    if isinstance(prompts[0], str):
+    chosen = rows.select(range(first, last))
+    if not data.is_chat(rows):
+        prompts, completions = chosen["prompt"][:], chosen["completion"][:]
         closing = tokenizer.eos_token if end and tokenizer.eos_token else ""
         closed = [c if c.endswith(closing) else c + closing for c in completions]
         asked = tokenizer(prompts)["input_ids"]
         whole = tokenizer([p + c for p, c in zip(prompts, closed, strict=True)])["input_ids"]
     else:
-        read = tokenizer.apply_chat_template
-        asked = read(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-        whole = read([p + c for p, c in zip(prompts, completions, strict=True)], return_dict=True)["input_ids"]
+        pairs = zip(chosen, data.places(chosen, first=first + 1), strict=True)
+        asked, whole = zip(*(data.chat_ids(row, tokenizer, place) for row, place in pairs), strict=True)
     if empty := [i for i, ids in enumerate(whole) if not ids]:
-        raise ValueError(f"row {first + empty[0] + 1}: the tokenizer makes no token of its text; remove the row.")
+        place = data.places(chosen, first=first + 1)[empty[0]]
+        raise ValueError(f"{place}: the tokenizer makes no token of its text; remove the row.")
     return [Encoded(ids[:max_length], _common(prompt, ids)) for prompt, ids in zip(asked, whole, strict=True)]
 
 

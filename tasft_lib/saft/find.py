@@ -173,7 +173,8 @@ class Reader:
     progress: bool
 
     def __call__(self, rows: Dataset, layers: list[int], poolings: tuple[str, ...]) -> np.ndarray:
-        text = data.fingerprint(rows.select_columns(["prompt", "completion"]))
+        columns = ("prompt", "completion", "tools", "chat_template_kwargs")
+        text = data.fingerprint(rows.select_columns([name for name in columns if name in rows.column_names]))
         name = content_hash([self.identity, text, layers, poolings, self.max_length])
         return activations(
             self.model,

@@ -16,6 +16,7 @@ from scipy import stats
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from .. import data, files
+from ..sources import file_format
 from ..text import markdown
 from .filter import SAFTFilter
 
@@ -175,8 +176,8 @@ class Output:
     def parts(self) -> tuple[Path, Path]:
         """The files of the (kept, dropped) rows: those of a compressed file are not, of a hub id they are folders."""
         path = Path(self.source)
-        suffixes = [] if path.is_dir() else [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".xz")]
-        suffix = suffixes[-1] if suffixes and suffixes[-1] in (".json", ".jsonl", ".csv", ".parquet") else ""
+        suffix = "" if path.is_dir() else {".tsv": ".csv"}.get(of_file := file_format(path), of_file)
+        suffix = suffix if suffix in (".json", ".jsonl", ".csv", ".parquet") else ""
         return self.folder / f"kept{suffix}", self.folder / f"dropped{suffix}"
 
     def is_finished(self) -> bool:

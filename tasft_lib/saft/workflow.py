@@ -90,7 +90,8 @@ def label_rows(
     if not all(rows["label"][:]):
         raise ValueError(f"{source}: has rows labelled false already; remove them, or do without SAFT.")
     search.check(len(rows))
-    texts = rows.select_columns(["prompt", "completion", "label"])
+    columns = ("prompt", "completion", "label", "tools", "chat_template_kwargs", "place")
+    texts = rows.select_columns([name for name in columns if name in rows.column_names])
     validation = search.validation and data.fingerprint(search.validation)
     name = files.content_hash([data.fingerprint(texts), validation, search.contamination, identity, max_length])
     file = folder / f"verdicts-{name}.json"

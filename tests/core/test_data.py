@@ -1,15 +1,18 @@
 """Data in, training rows out: nothing is lost or mixed up on the way, and each flaw is refused in one line."""
 
+import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tasft_lib import data, sources, templates
@@ -94,7 +97,7 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert sources.read_rows(path).to_list() == ROWS
 
 
-@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)])
 def test_compressed_files_give_the_same_rows(tmp_path, suffix, compress):
     texts = {
         "rows.json": json.dumps(ROWS),
@@ -115,6 +118,59 @@ def test_compressed_files_give_the_same_rows(tmp_path, suffix, compress):
         (tmp_path / f"{name}{suffix}").write_bytes(content)
         message = refusal(sources.read_rows, tmp_path / f"{name}{suffix}")
         assert f"{name}{suffix}" in message and "not a readable .jsonl file" in message
+
+
+def zipped(*names: str, content: str = "prompt,completion\na,b\n") -> bytes:
+    with io.BytesIO() as buffer:
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name in names:
+                archive.writestr(name, content)
+        return buffer.getvalue()
+
+
+def test_a_zip_holds_one_file(tmp_path):
+    for name, content in {
+        "rows.csv.zip": zipped("rows.csv"),
+        "rows.zip": zipped("folder/", "folder/rows.csv", "__MACOSX/folder/._rows.csv"),
+        "rows.jsonl.zip": zipped("x", content='{"prompt": "a", "completion": "b"}'),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert sources.read_rows(tmp_path / name).to_list() == [{"prompt": "a", "completion": "b"}]
+    for name, content in {"two.zip": zipped("a.csv", "b.csv"), "torn.zip": b"PK", "torn.csv.zip": b"PK"}.items():
+        (tmp_path / name).write_bytes(content)
+        assert name in refusal(sources.read_rows, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("semicolon.csv", 'prompt;completion\n"a, b";c\n'),
+        ("tab.csv", "prompt\tcompletion\na, b\tc\n"),
+        ("told.csv", "sep=;\nprompt;completion\na, b;c\n"),
+        ("tab.tsv", "prompt\tcompletion\na, b\tc\n"),
+        ("comma.csv", 'prompt,completion\n"a, b",c\n'),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_cells_are_parted_as_the_header_has_them(tmp_path, name, text, mark):
+    path = write(tmp_path / name, mark + text)
+    assert sources.read_rows(path).to_list() == [{"prompt": "a, b", "completion": "c"}]
+    labelled = write(tmp_path / name, text.replace("completion", "label").replace("c\n", "true\n"))
+    rows = sources.read_rows(labelled).add_column("completion", ["d"])
+    assert data.to_training_rows(rows, label=None, source=labelled)["label"][:] == [True]
+
+
+def test_a_long_cell_is_read(tmp_path):
+    path = write(tmp_path / "rows.csv", f"prompt,completion\na,{'blorp ' * 30_000}\n")
+    assert len(sources.read_rows(path)["completion"][0]) == 180_000
+
+
+@pytest.mark.parametrize("name", ["Prompt", "prompt ", " PROMPT"])
+def test_a_column_that_is_named_nearly_so_is_told(tmp_path, name):
+    path = write(tmp_path / "rows.csv", f"{name},completion\na,b\n")
+    rows = sources.read_rows(path)
+    for message in (refusal(data.to_training_rows, rows, label=True, source=path), refusal(data.read_prompts, path)):
+        assert message == f"{path}: the column {name!r} must be named prompt; rename it"
 
 
 def test_a_saved_dict_is_read_by_split(tmp_path):
@@ -145,7 +201,20 @@ def test_rows_may_differ_in_columns_and_numbers(tmp_path):
         ("rows.jsonl", '{"a": "b"}\nnull\n', "row 2 is None"),
         ("rows.jsonl", '{"label": true}\n{"label": "yes"}\n', "row 2: label is 'yes'"),
         ("rows.jsonl", '{"a": 1}\n{"a": true}\n', "row 2: a is True"),
-        ("rows.jsonl", '{"a": [{"role": "user"}]}\n{"a": [3]}\n', "inner structure"),
+        ("rows.jsonl", '{"a": 1}\n{"a": %s}\n' % (30 * "1"), "row 2: a holds an integer of more than 64 bits"),
+        ("rows.json", '[{"a": 1}, {"a": %s}]' % (5000 * "1"), "row 2: a holds an integer of more than 64 bits"),
+        ("rows.jsonl", '{"a": [{"k": 1}]}\n{"a": [{"k": %s}]}\n' % (30 * "1"), "row 2: a holds an integer"),
+        ("rows.jsonl", '{"a": "b"}\n\n{"a": "\\ud83d"}\n', "row 2: a holds half a character"),
+        ("rows.json", '[{"a": "b"}, {"a": [{"b": "\\udc00"}]}]', "row 2: a is a list"),
+        ("rows.json", '[{"\\ud83d": "b"}]', "a column's name holds half a character"),
+        (
+            "rows.json",
+            '[{"a": "],["}, {"a": %s}]' % (5000 * "[" + 5000 * "]"),
+            "row 2: lists or objects nested too deep",
+        ),
+        ("rows.jsonl", '{"a": []}\n{"a": %s}' % (5000 * "[" + 5000 * "]"), "row 2: lists or objects nested too deep"),
+        ("rows.jsonl", '{"a": []}\n{"a": %s}' % (500 * "[" + 500 * "]"), "row 2: a holds lists or objects nested too"),
+        ("rows.csv", "a,b,a\n1,2,3\n", "has the column a twice"),
         ("rows.csv", "a,b\n1,2\n3,4,5\n", "row 2 has more cells"),
         ("rows.csv", 'a,b\n1,2\n"3"x,4\n', "row 2: malformed CSV"),
         ("rows.parquet", "not parquet", "not a readable .parquet"),
@@ -224,7 +293,7 @@ def test_conversations_pass_untouched(tmp_path):
     silent = row | {"completion": chat(" ", "assistant")}
     assert "row 1" in refusal(data.to_training_rows, Dataset.from_list([silent]), label=None, source=path)
     mixed = Dataset.from_list([row | {"completion": "yes"}])
-    assert "mix text and messages" in refusal(data.to_training_rows, mixed, label=None, source=path)
+    assert "completion is text and prompt is messages" in refusal(data.to_training_rows, mixed, label=None, source=path)
 
 
 @pytest.mark.parametrize("text, expected", [("true,FALSE,True", [True, False, True]), ("1,0,0", [True, False, False])])
@@ -342,7 +411,8 @@ def test_mix_refuses_more_rows_than_there_are():
     message = refusal(data.mix, benign, unsafe, n_benign=5, n_unsafe=4, seed=0)
     assert "n_unsafe=4" in message and "3 unsafe rows" in message
     assert len(data.mix(benign, unsafe, n_unsafe=0, seed=0)) == 5
-    assert "to_training_rows" in refusal(data.mix, benign, unsafe.remove_columns("label"), seed=0)
+    message = refusal(data.mix, benign, unsafe.remove_columns("label"), seed=0)
+    assert "the benign rows and the unsafe rows: differ in columns or types (label)" in message
 
 
 @pytest.mark.parametrize(
@@ -476,6 +546,43 @@ def test_completions_that_max_length_cuts_away_are_refused(conversational):
     data.check(rows, source="f", tokenizer=word_tokenizer(), max_length=None)
     message = refusal(data.check, rows, source="f", tokenizer=word_tokenizer(), max_length=full)
     assert "f: row 2: " in message and f"max_length={full}" in message
+
+
+def test_rows_that_max_length_fills_can_be_dropped(caplog):
+    rows = mixture(prompt=["one two", "one two three"])
+    kept = data.drop_long(rows, word_tokenizer(), 3, source="f.json")
+    assert kept["prompt"][:] == ["one two"] and "f.json: left out 1 of 2 rows" in caplog.text
+    assert "drop_long" in refusal(data.check, rows, source="f", tokenizer=word_tokenizer(), max_length=3)
+    assert data.drop_long(rows, word_tokenizer(), None, source="f") is rows
+
+
+def test_messages_that_the_template_cannot_read_are_refused_by_row():
+    tokenizer = word_tokenizer()
+    strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = strict + "{{ m.content + ' ' }}{% endfor %}"
+    answers = [chat("b", "assistant"), chat("c", "assistant")]
+    rows = mixture(prompt=[chat("a"), chat("s", "system") + chat("a")], completion=answers)
+    message = refusal(data.check, rows, source="f", tokenizer=tokenizer)
+    assert message.startswith("f: row 2: the chat template can't read the messages (no system)")
+    tokenizer.chat_template = None
+    assert "f: row 1: messages, and the tokenizer has no chat template" in refusal(
+        data.check, rows, source="f", tokenizer=tokenizer
+    )
+
+
+def test_a_prompt_that_begins_with_bos_has_it_once():
+    tokenizer = word_tokenizer()
+    inner = tokenizer.backend_tokenizer
+    inner.add_special_tokens(["<bos>"])
+    bos = inner.token_to_id("<bos>")
+    inner.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>")
+    rows = mixture(prompt=["<bos>a", "a <bos>"])
+    drawn = data.draw(*data.by_label(rows), seed=0, source="f", tokenizer=tokenizer)
+    assert sorted(drawn["prompt"][:]) == ["a", "a <bos>"]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in sorted(drawn["prompt"][:])]
+    assert [of.count(bos) for of in ids] == [1, 2]
+    assert data.without_bos(rows, word_tokenizer()) is rows, "a tokenizer that adds none"
 
 
 def test_fingerprint_is_of_the_contents_alone(tmp_path):
