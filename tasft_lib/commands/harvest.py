@@ -23,8 +23,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--work", type=Path, help="what is done so far, to go on from (default: <output_dir>.work)")
     args = parser.parse_args(argv)
 
-    which = source_options(args)
-    if any(which.values()) and (args.red_team or args.prompts in ("stl", "miniworld")):
+    if any(source_options(args).values()) and (args.red_team or args.prompts in ("stl", "miniworld")):
         given = ", ".join(name for name in ("split", "config_name", "revision") if getattr(args, name))
         raise ValueError(f"--prompts {args.prompts}{' --red_team' * args.red_team} has no {given}; leave it out.")
     for file in args.evaluation_prompts:
@@ -47,6 +46,7 @@ def _harvest(args) -> None:
     from ..prepare.harvest import Origin, harvest, is_harvested, save_harvest
 
     judge = load_judge(args.judge)
+    which = source_options(args)
     if args.red_team:
         prompts = catalogue.red_team_prompts(args.prompts)
         prompts_origin = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)
