@@ -29,63 +29,52 @@ def _option(default: Any, description: str, **metadata: Any) -> Any:
 
 @dataclass
 class TASFTConfig(SFTConfig):
-    r"""
-    Configuration class for the [`TASFTTrainer`]: every [`~trl.SFTConfig`] option, and those of the penalty.
-
-    Parameters:
-        penalty (`str`, *optional*, defaults to `"emd"`):
-            Penalty on unsafe rows: `"emd"` (the paper's bound, eq. 5), `"emd_exact"` (the earth mover's distance
-            itself) or `"nlcl"` (eq. 7); or a rival on the same rows: `"gradient_ascent"`, `"unlikelihood"`, `"npo"`
-            (its reference is the base model, so it needs an adapter) or `"simnpo"`. `"imitation"` pulls
-            towards the rows labelled `False`, which must be *safe* answers then (weighted Safety-Tuned LLaMAs).
-        penalty_weight (`float` or `"auto"`, *optional*, defaults to `"auto"`):
-            λ of eq. 6 and 8. `"auto"` divides `penalty_pressure` by the share of the loss that unsafe rows get under
-            `penalty_reduction`, so the number of unsafe rows needs no retuning.
-        penalty_pressure (`float`, *optional*):
-            Expected weight of the penalty, for `penalty_weight="auto"`. By default the geometric mean over the paper's
-            tuned weights (Table 4): 0.077 for `"emd"`, 0.154 for `"emd_exact"`, 0.39 for `"nlcl"`; no other has one.
-        penalty_reduction (`str`, *optional*, defaults to `"batch"`):
-            What the summed penalty of the unsafe samples is divided by. `"batch"`: all samples of the optimizer step
-            (unbiased, invariant to any split into micro-batches and ranks); `"unsafe"`: the unsafe samples of the
-            optimizer step (eq. 6 to the letter); `"micro_batch"`: the unsafe samples of the micro-batch, averaged over
-            accumulation steps (most likely what the authors ran: Table 4's λ apply as they stand).
-        penalty_embedding (`str`, *optional*, defaults to `"lm_head"`):
-            Token embedding that the EMD penalties measure distance in: `"lm_head"` or `"embed_tokens"`; or, to tell
-            what semantics adds, `"random"` (Gaussian rows of the same size, always the same) or `"one_hot"` (all tokens
-            equally far apart; for small vocabularies).
-        penalty_beta (`float`, *optional*):
-            β of `"npo"` (by default 0.1) and of `"simnpo"` (by default 2.5).
-        penalize_eos (`bool`, *optional*, defaults to `False`):
-            Whether the end-of-sequence token of an unsafe row is penalised too. Ending an answer is not unsafe.
-        penalty_first_tokens (`int`, *optional*):
-            Penalise only so many tokens at the beginning of an unsafe answer; by default all of them.
-        loss_head (`str`, *optional*, defaults to `"fused"`):
-            `"fused"` computes the losses in chunks and forms the gradient in the forward pass; `"dense"` is its
-            reference, on materialised logits.
-    """
+    """Configuration class for the [`TASFTTrainer`]: every [`~trl.SFTConfig`] option, and those of the penalty."""
 
     penalty: str = _option(
-        "emd", "Penalty on unsafe rows; `imitation` pulls towards them: for safe ones.", choices=tuple(PENALTIES)
+        "emd",
+        "Penalty on unsafe rows: `emd` (the paper's bound, eq. 5), `emd_exact` (the earth mover's distance itself) or "
+        "`nlcl` (eq. 7); or a rival on the same rows: `gradient_ascent`, `unlikelihood`, `npo` (its reference is the "
+        "base model, so it needs an adapter) or `simnpo`. `imitation` pulls towards the rows labelled False, which "
+        "must be *safe* answers then (weighted Safety-Tuned LLaMAs).",
+        choices=tuple(PENALTIES),
     )
     # str, because HfArgumentParser takes one type per option; after __post_init__ a number, or "auto".
     penalty_weight: str = _option(
-        "auto", "Weight of the penalty (lambda): a number, or `auto` for `penalty_pressure` / unsafe share."
+        "auto",
+        "Lambda of eq. 6 and 8: a number, or `auto`: `penalty_pressure` by the share of the loss that unsafe rows get "
+        "under `penalty_reduction`, so the number of unsafe rows needs no retuning.",
     )
     penalty_pressure: float | None = _option(
-        None, "Expected weight of the penalty for `penalty_weight=auto`; default: from the paper's Table 4."
+        None,
+        "Expected weight of the penalty, for `penalty_weight=auto`; default: the geometric mean over the paper's tuned "
+        "weights (Table 4): 0.077 for `emd`, 0.154 for `emd_exact`, 0.39 for `nlcl`; no other has one.",
     )
     penalty_reduction: str = _option(
         "batch",
-        "Divide the summed penalty by all samples of the optimizer step (`batch`), by its unsafe samples (`unsafe`), "
-        "or average micro-batch means (`micro_batch`, the paper's lambda as they stand).",
+        "What the summed penalty is divided by: all samples of the optimizer step (`batch`: unbiased, invariant to any "
+        "split into micro-batches and ranks), its unsafe samples (`unsafe`: eq. 6 to the letter), or the unsafe "
+        "samples of the micro-batch, averaged over accumulation steps (`micro_batch`: most likely what the authors "
+        "ran; Table 4's lambda apply as they stand).",
         choices=REDUCTIONS,
     )
-    penalty_embedding: str = _option("lm_head", "Token embedding of the EMD penalties.", choices=EMBEDDINGS)
+    penalty_embedding: str = _option(
+        "lm_head",
+        "Token embedding that the EMD penalties measure distance in: `lm_head` or `embed_tokens`; or, to tell what "
+        "semantics adds, `random` (Gaussian rows of the same size, always the same) or `one_hot` (all tokens equally "
+        "far apart; for small vocabularies).",
+        choices=EMBEDDINGS,
+    )
     penalty_beta: float | None = _option(None, "Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).")
-    penalize_eos: bool = _option(False, "Whether to penalise the end-of-sequence token of unsafe rows too.")
+    penalize_eos: bool = _option(
+        False, "Whether the tokens that end a turn are penalised in unsafe rows too. Ending an answer is not unsafe."
+    )
     penalty_first_tokens: int | None = _option(None, "Penalise only so many first tokens of an unsafe answer.")
     loss_head: str = _option(
-        "fused", "Losses in chunks (`fused`), or on full logits (`dense`, its reference).", choices=LOSS_HEADS
+        "fused",
+        "`fused` computes the losses in chunks and forms the gradient in the forward pass; `dense` is its reference, "
+        "on materialised logits.",
+        choices=LOSS_HEADS,
     )
 
     def __post_init__(self):
@@ -93,12 +82,8 @@ class TASFTConfig(SFTConfig):
             self.bf16 = False  # TRL's default of True is refused on a machine without a GPU
         super().__post_init__()
         # YAML values bypass argparse's choices, so they are checked here.
-        for name, allowed in (
-            ("penalty", PENALTIES),
-            ("penalty_reduction", REDUCTIONS),
-            ("penalty_embedding", EMBEDDINGS),
-            ("loss_head", LOSS_HEADS),
-        ):
+        for name in ("penalty", "penalty_reduction", "penalty_embedding", "loss_head"):
+            allowed = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
         if self.penalty_weight != "auto":
@@ -130,6 +115,7 @@ class TASFTConfig(SFTConfig):
             raise ValueError(
                 "completion_only_loss=False would penalise the prompts of unsafe rows; leave it unset or True."
             )
+        self.completion_only_loss = True  # for rows that are tokenised already TRL would set it to False
 
 
 def share_of_loss(unsafe_fraction: float, reduction: str, *, micro_batch: float, micro_batches: int) -> float:

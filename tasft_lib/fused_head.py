@@ -180,11 +180,11 @@ class _Tiles:
         rows = torch.empty_like(self.hidden, dtype=self.exact)
         for chunk in self.chunks(self.benign):
             by_logits = self.nll_gradient(chunk)
-            rows[chunk] = row = self.by_hidden(by_logits)
+            rows[chunk] = row = _product(by_logits, self.weight, self.settings.scale)
             if self.settings.softcap is None:
                 self.set_entropy_by_row(chunk, row, by_logits)
         for chunk in self.chunks(self.unsafe):
-            rows[chunk] = self.by_hidden(self.penalty_gradient(chunk))
+            rows[chunk] = _product(self.penalty_gradient(chunk), self.weight, self.settings.scale)
         return rows
 
     def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -218,10 +218,6 @@ class _Tiles:
             self.penalty[chunk] = mean - 1
         gradient = weighted.addcmul_(probs, mean[:, None], value=-1)
         return gradient if cap_slope is None else gradient.mul_(cap_slope)
-
-    def by_hidden(self, by_logits: Tensor) -> Tensor:
-        """s · Wᵀ by_logits: `[n, H]`."""
-        return _product(by_logits, self.weight, self.settings.scale)
 
     def penalty_of(self, mean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The penalty `[n]` and its derivative by μ `[n, H]`, from μ and ê_y."""

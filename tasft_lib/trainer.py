@@ -6,18 +6,25 @@ is an SFTTrainer run up to rounding. This module and `forward` are the only ones
 (`test_trl_internals.py` fails when what they build on changes).
 """
 
+import math
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import trl
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl import SFTTrainer, pack_dataset
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first, pad
 
@@ -32,14 +39,17 @@ TESTED_TRL = ("1.15", "1.16")
 
 @dataclass
 class UnsafeLabelCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with the rows' labels carried along per token: `unsafe`, bool, shaped like `input_ids`."""
+    """TRL's collator, with `unsafe` per token, bool, shaped like `input_ids`, and the numbers `rows` of the rows.
+
+    A packed row has a list of labels and of numbers, one per token.
+    """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        unsafe = [
-            torch.tensor(row["unsafe"]) if "unsafe" in row else torch.full((len(row["input_ids"]),), not row["label"])
-            for row in examples
-        ]
+        numbers = [torch.as_tensor(row.get("_tasft_row", [])).flatten().long() for row in examples]
+        batch["rows"] = torch.cat(numbers).unique()
+        lengths = [len(row["input_ids"]) for row in examples]
+        unsafe = [~_label(row.get("label"), "a row", n).expand(n) for row, n in zip(examples, lengths, strict=True)]
         if self.padding_free:
             unsafe = [torch.cat(unsafe)]
         multiple = self.pad_to_multiple_of
@@ -53,7 +63,7 @@ class TASFTTrainer(SFTTrainer):
 
     A drop-in for [`~trl.SFTTrainer`]: same arguments, with data in TRL's unpaired-preference format (`prompt`,
     `completion`, boolean `label`; `False` marks an unsafe row), plain or conversational. An evaluation set without a
-    `label` column is taken as benign.
+    `label` column is taken as benign. `TrainingArguments` and `SFTConfig` become a `TASFTConfig`, as TRL does.
 
     Logs beside TRL's own metrics (which describe the benign rows): `nll` per benign token, `penalty` per unsafe sample
     (unweighted), `unsafe_log_prob` (mean log-probability of a penalised token, averaged over unsafe samples) and
@@ -62,12 +72,7 @@ class TASFTTrainer(SFTTrainer):
     Raises `ValueError` for data without a usable `label` column and for what can't be honoured: custom collators,
     formatting functions, loss functions, image data, context, sequence and tensor parallelism.
 
-    Example:
-
-    ```python
-    rows = load_dataset("json", data_files="rows.jsonl", split="train")  # {"prompt", "completion", "label"}
-    TASFTTrainer("Qwen/Qwen3-0.6B-Base", TASFTConfig(penalty="emd"), train_dataset=rows).train()
-    ```
+    Example: `TASFTTrainer("Qwen/Qwen3-0.6B-Base", TASFTConfig(penalty="emd"), train_dataset=rows).train()`
     """
 
     _tag_names = ("trl", "sft", "ta-sft")
@@ -86,14 +91,20 @@ class TASFTTrainer(SFTTrainer):
     # The denominators below span the whole optimizer step, so Trainer must not divide by accumulation steps again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model, args: TASFTConfig | None = None, train_dataset=None, eval_dataset=None, **kwargs):
+    @wraps(SFTTrainer.__init__)  # its arguments in its order
+    def __init__(self, *positional, **named):
+        given = signature(super().__init__).bind(*positional, **named).arguments
         for name in ("data_collator", "formatting_func", "compute_loss_func", "compute_metrics"):
-            if kwargs.get(name) is not None:
+            if given.get(name) is not None:
                 raise ValueError(f"TASFTTrainer does not support {name}: it would lose the label of a row.")
-        args = args or TASFTConfig("trainer_output")
-        _require_labels(train_dataset, "train_dataset")
-        self._packed_labels = None
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        args = given.get("args") or TASFTConfig("trainer_output")
+        if not isinstance(args, TASFTConfig):
+            options = args.to_dict()  # which hides what is named a token
+            args = TASFTConfig(**{name: getattr(args, name) if "token" in name else options[name] for name in options})
+        _require_labels(given.get("train_dataset"), "train_dataset")
+        self._rows = None
+        self.row_names: list[str] | None = None  # of the training rows, for messages; else they have numbers
+        super().__init__(**given | {"args": args})
         if args.penalty == "npo" and not isinstance(self.model, PeftModel):
             raise ValueError('penalty="npo" takes the base model as its reference, so it needs an adapter (use_peft).')
         if is_deepspeed_zero3_enabled() and (args.loss_head == "dense" or args.penalty_embedding in CONTROL_EMBEDDINGS):
@@ -112,6 +123,9 @@ class TASFTTrainer(SFTTrainer):
         TASFTForward.replace_forward(causal_lm, args)
         eos = causal_lm.generation_config.eos_token_id
         eos = {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self._end_of_turn = torch.tensor(self._find_end_of_turn(), dtype=torch.long)
+        added = self._tokenizer.added_tokens_decoder
+        eos |= {token for token in self._end_of_turn.tolist() if token in added and added[token].special}
         self._eos_token_ids = torch.tensor(sorted(eos))
         self.penalty_weight = self._resolve_penalty_weight()
         self._sums = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
@@ -120,6 +134,15 @@ class TASFTTrainer(SFTTrainer):
         if self._to_compare:
             logger.warning_once(f"TASFTTrainer is tested on TRL {' and '.join(TESTED_TRL)}, not on {trl.__version__}.")
 
+    def _find_end_of_turn(self) -> list[int]:
+        """The tokens by which the chat template ends an assistant's turn; none where there is no template."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        try:
+            text = self.processing_class.apply_chat_template(turns, tokenize=False, chat_template=self.chat_template)
+        except (TemplateError, TypeError, ValueError):  # no template, or one for turns of another form
+            return []
+        return self._tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+
     def _resolve_penalty_weight(self) -> float:
         """λ as a number; "auto" is `penalty_pressure` over the share of the loss that unsafe samples get."""
         args = self.args
@@ -127,8 +150,8 @@ class TASFTTrainer(SFTTrainer):
             return args.penalty_weight
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError('penalty_weight="auto" needs a data set of known size; give a number for a streamed one.')
-        # Packed rows have no label of their own; what they are made of was noted while packing.
-        labels = self._packed_labels or self.train_dataset["label"][:]
+        # Packed rows have no label of their own.
+        labels = (self._rows or self.train_dataset).with_format(None)["label"][:]
         unsafe_fraction = labels.count(False) / len(labels)
         if unsafe_fraction == 0:
             return 0.0
@@ -144,14 +167,16 @@ class TASFTTrainer(SFTTrainer):
         return weight
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        columns = dataset.column_names or list(next(iter(dataset)))
-        if "input_ids" not in columns and not {"prompt", "completion"} <= set(columns):
-            raise ValueError(
-                f"TASFTTrainer needs columns 'prompt', 'completion' and 'label'; the data set has {', '.join(columns)}."
-            )
-        if "label" not in columns:  # only an evaluation set: the training set was checked before
+        if not isinstance(dataset, Dataset) or dataset.format["type"] != "custom":  # TRL refuses that one
+            dataset = dataset.with_format(None)
+        if "label" not in get_dataset_column_names(
+            dataset
+        ):  # only an evaluation set: the training set was checked before
             dataset = dataset.map(lambda _: {"label": True})
         _require_labels(dataset, "the data set")
+        dataset = dataset.map(
+            lambda row, i: {"label": bool(_label(row["label"], f"row {i + 1}")), "_tasft_row": i}, with_indices=True
+        )
         prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         if isinstance(prepared, Dataset) and len(prepared) < len(dataset):
             lost = dataset["label"][:].count(False) - prepared["label"][:].count(False)
@@ -159,23 +184,24 @@ class TASFTTrainer(SFTTrainer):
                 f"{len(dataset) - len(prepared)} rows, {lost} of them unsafe, have no completion left after truncation "
                 f"to max_length={args.max_length} and were dropped."
             )
-        return self._pack(prepared, args, dataset_name) if packing else prepared
+        if dataset_name == "train" and isinstance(prepared, Dataset):
+            self._rows = prepared
+        return self._pack(prepared, args) if packing else prepared
 
-    def _pack(self, dataset, args, dataset_name):
+    def _pack(self, dataset, args):
         """TRL's packing, with the label of each row carried along per token."""
         if args.max_length is None:
             raise ValueError("packing=True needs a max_length.")
-        if dataset_name == "train" and isinstance(dataset, Dataset):
-            self._packed_labels = dataset["label"][:]
         with global_then_local_main_first():
-            dataset = dataset.map(lambda row: {"unsafe": [not row["label"]] * len(row["input_ids"])})
-            dataset = dataset.select_columns(["input_ids", "labels", "unsafe"])
+            names = ("label", "_tasft_row")  # per token from here on
+            dataset = dataset.map(lambda row: {name: [row[name]] * len(row["input_ids"]) for name in names})
+            dataset = dataset.select_columns(["input_ids", "labels", *names])
             dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in ("label", "unsafe") if name not in self._signature_columns]
+        self._signature_columns += [name for name in ("label", "_tasft_row") if name not in self._signature_columns]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Adds the denominators of one optimizer step, over all its micro-batches and ranks."""
@@ -185,8 +211,21 @@ class TASFTTrainer(SFTTrainer):
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 counts = self.accelerator.reduce(counts, "sum")
             self._step_counts = counts
+            self._step_rows = torch.cat([batch["rows"] for batch in batches]).unique().tolist()
             self._steps_since_log += 1
         return batches, num_items
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Also stops a run whose loss or gradient is not finite. In fp16 the scaler leaves out such a step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        finite = grad_norm is None or math.isfinite(grad_norm)
+        if not self.args.fp16 and not (finite and self._sums["train"].isfinite().all()):
+            names = [self.row_names[row] if self.row_names else f"row {row + 1}" for row in self._step_rows]
+            raise ValueError(
+                f"step {self.state.global_step + 1}: loss or gradient is not finite, with {', '.join(names)}; lower "
+                "learning_rate, or look at these rows and at the model's weights."
+            )
+        return grad_norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """NLL of the benign rows, by `SFTTrainer`, plus λ times the reduced penalty of the unsafe rows (eq. 6, 8)."""
@@ -197,19 +236,18 @@ class TASFTTrainer(SFTTrainer):
         # Like SFTTrainer: the counts are those of all ranks, and DDP averages the gradients over ranks.
         ranks = self.accelerator.num_processes if training and self.args.average_tokens_across_devices else 1
         steps = self.current_gradient_accumulation_steps if training else 1
-        unsafe, (sample, n_samples) = inputs.pop("unsafe"), _samples(inputs)
+        unsafe, _, (sample, n_samples) = inputs.pop("unsafe"), inputs.pop("rows"), _samples(inputs)
         if not self.args.penalize_eos:
-            is_eos = torch.isin(inputs["labels"], self._eos_token_ids.to(unsafe.device))
-            inputs["labels"] = inputs["labels"].masked_fill(is_eos & unsafe, -100)
+            ends_turn = _ends_turn(inputs["labels"], self._eos_token_ids, self._end_of_turn)
+            inputs["labels"] = inputs["labels"].masked_fill(ends_turn & unsafe, -100)
         if self.args.penalty_first_tokens is not None:
             late = _place(inputs["labels"] != -100, sample, n_samples) > self.args.penalty_first_tokens
             inputs["labels"] = inputs["labels"].masked_fill(late & unsafe, -100)
-        rows = {"unsafe_sample": sample.masked_fill(~unsafe, -1), "n_samples": n_samples}
+        ours = {"unsafe_sample": sample.masked_fill(~unsafe, -1), "n_samples": n_samples}
         if self.args.penalty == "npo":
             with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
-                reference = model(**inputs, **rows, fused_lm_head=True, use_cache=False)
-            rows["reference_log_prob"] = reference.unsafe_log_prob
-        rows["with_dense"] = self._to_compare and not is_deepspeed_zero3_enabled()
+                reference = model(**inputs, **ours, fused_lm_head=True, use_cache=False)
+            ours["reference_log_prob"] = reference.unsafe_log_prob
         passes = []  # in evaluation TRL makes a second one, for logits
 
         def forward(**kwargs):
@@ -217,12 +255,12 @@ class TASFTTrainer(SFTTrainer):
             return passes[-1]
 
         num_items = benign_tokens if training else None
-        result = super().compute_loss(forward, inputs | rows, return_outputs, num_items)
+        result = super().compute_loss(forward, inputs | ours, return_outputs, num_items)
         nll, model_outputs = result if return_outputs else (result, None)
         outputs = passes[0]
-        if rows["with_dense"]:
-            self._compare_with_dense_head(inputs, nll, outputs, ranks / benign_tokens.clamp(min=1), steps)
-            self._to_compare = not local[2] > 0
+        if self._to_compare:
+            self._compare_with_formula(inputs, nll, outputs, ranks / benign_tokens.clamp(min=1), steps)
+            self._to_compare = not local[0] > 0
 
         penalty = outputs.penalty.sum()
         if self.args.penalty_reduction == "micro_batch":
@@ -238,20 +276,18 @@ class TASFTTrainer(SFTTrainer):
             self._sums["train" if training else "eval"] += torch.stack(sums).cpu().double()  # no float64 on Apple's
         return (loss, model_outputs) if return_outputs else loss
 
-    def _compare_with_dense_head(self, inputs, nll: Tensor, outputs: TASFTOutput, per_token: Tensor, steps: int):
-        """Refuse an untested TRL whose loss parts are more than 1e-3 off those of `losses.dense_head`.
+    def _compare_with_formula(self, inputs, nll: Tensor, outputs: TASFTOutput, per_token: Tensor, steps: int):
+        """Refuse an untested TRL whose NLL is more than 1e-3 off what the log-probabilities of our head sum to.
 
-        Runs on the first micro-batch, and on until one has held an unsafe row; not under ZeRO-3, which shards the head.
+        Runs on the first micro-batch that holds a benign token. The head and the penalty are ours, whatever TRL does.
         """
-        log_prob, penalty = outputs.dense_sums
         aux_loss = 0 if outputs.aux_loss is None else self.router_aux_loss_coef * outputs.aux_loss / steps
-        dense = torch.stack([-log_prob * per_token + aux_loss, penalty])
-        value = torch.stack([nll, outputs.penalty.sum()])
+        expected = aux_loss - outputs.log_probs.sum() * per_token
         problem = None
         if not (inputs["labels"] == inputs["input_ids"])[inputs["labels"] != -100].all():
             problem = "labels are not the input's tokens"
-        elif not torch.allclose(value, dense, rtol=1e-3, atol=1e-6, equal_nan=True):
-            problem = "NLL {:.6g} and penalty {:.6g}, by losses.dense_head {:.6g} and {:.6g}".format(*value, *dense)
+        elif not torch.allclose(nll, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
+            problem = f"NLL {nll:.6g}, by its formula {expected:.6g}"
         if problem:
             raise ValueError(f"TRL {trl.__version__} changes the loss: {problem}; install trl>=1.15,<1.17.")
 
@@ -280,6 +316,21 @@ def _samples(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     return torch.arange(n_samples, device=batch["input_ids"].device)[:, None].expand(-1, length), n_samples
 
 
+def _ends_turn(labels: Tensor, eos: Tensor, end_of_turn: Tensor) -> Tensor:
+    """Which `labels` `[B, T]` end a turn: tokens `eos`, the sequence `end_of_turn`, and what follows of it after them.
+
+    So a newline that a template puts after its <|im_end|> is the end too.
+    """
+    eos, end_of_turn = eos.to(labels.device), end_of_turn.to(labels.device)
+    ends = torch.isin(labels, eos)
+    if len(end_of_turn):
+        windows = F.pad(labels, (0, len(end_of_turn) - 1), value=-100).unfold(1, len(end_of_turn), 1)
+        ends |= (windows == end_of_turn).all(-1)
+    for token in end_of_turn:
+        ends[:, 1:] |= ends[:, :-1] & (labels[:, 1:] == token)
+    return ends
+
+
 def _place(scored: Tensor, sample: Tensor, n_samples: int) -> Tensor:
     """How many positions of its sample are scored up to each position, itself included: `[B, T]`."""
     before = torch.bincount(sample[scored], minlength=n_samples).cumsum(0).roll(1)
@@ -298,17 +349,25 @@ def _count(batch: dict[str, Tensor]) -> Tensor:
     return torch.stack([(scored & ~unsafe).sum(), samples_with(scored), samples_with(scored & unsafe)])
 
 
-def _require_labels(dataset: Dataset | IterableDataset | None, name: str) -> None:
-    """A boolean `label` on every row, or a ValueError that names the first row without one."""
-    if dataset is None:
-        return
-    columns = dataset.column_names or list(next(iter(dataset)))
-    if "label" not in columns:
+def _label(value: Any, row: str, n_tokens: int | None = None) -> Tensor:
+    """A label, wherever one is read, `[]`, or one per token: booleans of Python, numpy or torch. Else a ValueError."""
+    with suppress(RuntimeError, TypeError, ValueError):  # what torch says of other things than numbers
+        if (label := torch.as_tensor(value)).dtype == torch.bool and label.shape in ((), (n_tokens,)):
+            return label
+    raise ValueError(f"{row}: label is of type {type(value).__name__}; use true (benign) or false (unsafe).")
+
+
+def _require_labels(dataset: Any, name: str) -> None:
+    """The columns to train on and a boolean `label` on every row that is there yet, or a ValueError that names one."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return  # TRL says what it takes
+    columns = get_dataset_column_names(dataset)
+    needed = ("label",) if "input_ids" in columns else ("prompt", "completion", "label")
+    if missing := [column for column in needed if column not in columns]:
         raise ValueError(
-            f"{name} has no 'label' column (columns: {', '.join(columns)}); add one: true (benign) or false (unsafe)."
+            f"{name} has no {missing[0]!r} column (columns: {', '.join(columns)}); it needs 'prompt', 'completion' "
+            "and 'label', true (benign) or false (unsafe)."
         )
-    if isinstance(dataset, Dataset):
-        labels = dataset["label"][:]
-        row = next((i for i, label in enumerate(labels, start=1) if not isinstance(label, bool)), None)
-        if row is not None:
-            raise ValueError(f"{name}, row {row}: label is {labels[row - 1]!r}; use true (benign) or false (unsafe).")
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        for row, label in enumerate(dataset.with_format(None)["label"][:], start=1):
+            _label(label, f"{name}, row {row}")

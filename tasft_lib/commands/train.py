@@ -36,7 +36,7 @@ penalty options:
   --penalty_beta
       Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).
   --penalize_eos
-      Penalise the end-of-sequence token of unsafe rows too.
+      Penalise the tokens that end a turn in unsafe rows too.
   --penalty_first_tokens
       Penalise only so many first tokens of an unsafe answer (default: all).
   --loss_head fused|dense

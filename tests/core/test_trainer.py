@@ -1,16 +1,18 @@
 """`TASFTTrainer` against an independent dense reference, TRL's SFTTrainer, and itself split otherwise."""
 
 import copy
-from itertools import pairwise
+import inspect
+from itertools import pairwise, repeat
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import trl.trainer.utils
 from conftest import build_model, make_rows
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from tasft_lib import TASFTConfig, TASFTTrainer, data, losses
@@ -565,7 +567,7 @@ def test_penalty_weight_may_come_as_text_as_yaml_gives_2e_4():
         (lambda rows: rows.remove_columns("completion"), "'completion'"),
         (
             lambda rows: Dataset.from_list([row | {"label": str(row["label"])} for row in rows]),
-            "row 1: label is 'False'",
+            "row 1: label is of type str",
         ),
         (lambda rows: rows.map(lambda row, i: {"label": None if i == 4 else row["label"]}, with_indices=True), "row 5"),
     ],
@@ -573,6 +575,219 @@ def test_penalty_weight_may_come_as_text_as_yaml_gives_2e_4():
 def test_data_without_usable_labels_is_refused(change, message, model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=message):
         TASFTTrainer(model, config(tmp_path), train_dataset=change(make_rows(8)), processing_class=tokenizer)
+
+
+def as_streamed(rows):
+    return rows.to_iterable_dataset()
+
+
+def as_generator_of(boolean):
+    """Streamed rows whose labels are `boolean`s of another library, as generators give them."""
+
+    def change(rows):
+        def generate():
+            yield from ({**row, "label": boolean(row["label"])} for row in rows)
+
+        return IterableDataset.from_generator(generate)
+
+    return change
+
+
+def tokenised(rows, tokenizer):
+    def encode(row):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = prompt + tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        return {"input_ids": ids, "completion_mask": [0] * len(prompt) + [1] * (len(ids) - len(prompt))}
+
+    return rows.map(encode, remove_columns=["prompt", "completion"])
+
+
+def prepared(rows, tokenizer):
+    def labels(row):
+        pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
+        return {"labels": [token if scored else -100 for token, scored in pairs]}
+
+    return tokenised(rows, tokenizer).map(labels, remove_columns=["completion_mask"])
+
+
+READINGS = {
+    "torch": lambda rows, _: rows.with_format("torch"),
+    "numpy": lambda rows, _: rows.with_format("numpy"),
+    "arrow": lambda rows, _: rows.with_format("arrow"),
+    "pandas": lambda rows, _: rows.with_format("pandas"),
+    "streamed": lambda rows, _: as_streamed(rows),
+    "streamed torch": lambda rows, _: as_streamed(rows).with_format("torch"),
+    "streamed numpy booleans": lambda rows, _: as_generator_of(np.bool_)(rows),
+    "streamed torch booleans": lambda rows, _: as_generator_of(torch.tensor)(rows),
+    "tokenised": tokenised,
+    "tokenised torch": lambda rows, tokenizer: tokenised(rows, tokenizer).with_format("torch"),
+    "tokenised streamed": lambda rows, tokenizer: as_streamed(tokenised(rows, tokenizer)),
+    "a column of its own named unsafe": lambda rows, _: rows.add_column("unsafe", ["no"] * len(rows)),
+    "columns named as ours": lambda rows, _: rows.map(
+        lambda row: {"_tasft_row": "x", "rows": 1, "place": "Paris", "unsafe": [True], "sample": 3}
+    ),
+    "streamed columns named as ours": lambda rows, _: as_streamed(
+        rows.map(lambda row: {"_tasft_row": "x", "rows": 1, "unsafe": [True]})
+    ),
+}
+LAYOUTS = {"padded": {}, "packed": dict(packing=True, max_length=64)}
+
+
+PACKED = ("torch", "streamed torch booleans", "tokenised", "columns named as ours")
+
+
+@pytest.mark.parametrize("reading, layout", [*zip(READINGS, repeat("padded")), *zip(PACKED, repeat("packed"))])
+def test_a_label_is_the_same_however_rows_are_read(reading, layout, model, tokenizer, tmp_path):
+    args = config(tmp_path, train_sampling_strategy="sequential", **LAYOUTS[layout])
+    expected, _ = gradient_step(model, args, make_rows(8), tokenizer)
+    log, _ = gradient_step(model, args, READINGS[reading](make_rows(8), tokenizer), tokenizer)
+    assert log["unsafe_rows"] == 3
+    for name in ("loss", "nll", "penalty"):
+        assert log[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("form", [None, "torch"])
+def test_a_label_is_read_where_preparation_is_skipped(form, model, tokenizer, tmp_path):
+    args = config(tmp_path, train_sampling_strategy="sequential")
+    expected, _ = gradient_step(model, args, make_rows(8), tokenizer)
+    args = config(tmp_path, train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True})
+    rows = prepared(make_rows(8), tokenizer).add_column("unsafe", ["no"] * 8).with_format(form)
+    log, _ = gradient_step(model, args, rows, tokenizer)
+    assert log["loss"] == pytest.approx(expected["loss"], rel=1e-5) and log["unsafe_rows"] == 3
+
+
+@pytest.mark.parametrize(
+    "way, value",
+    [
+        *zip(repeat("streamed"), ("false", "true", 0, 1, 0.0, None, [True], [True, False], b"false", np.int64(0))),
+        *(("packed", "false"), ("packed", 1), ("tokenised", "false"), ("skipped", "false"), ("skipped", [False])),
+    ],
+)
+def test_a_label_that_is_no_boolean_never_trains(way, value, model, tokenizer, tmp_path):
+    rows = as_generator_of(lambda label: label if label else value)(make_rows(8))
+    layout = LAYOUTS["packed"] if way == "packed" else {}
+    if way in ("tokenised", "skipped"):
+        source = {"tokenised": tokenised, "skipped": prepared}[way](make_rows(8), tokenizer)
+        rows = as_generator_of(lambda label: label if label else value)(source)
+    if way == "skipped":
+        layout = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"row( 1)?: label is of type \w+; use true") as error:
+        TASFTTrainer(model, config(tmp_path, **layout), train_dataset=rows, processing_class=tokenizer).train()
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+NEWLINE = "w50"  # a token as any other
+CHATML = (
+    "{% for m in messages %}<start> {{ 'w51' if m['role'] == 'user' else 'w52' }} w50 {{ m['content'] }} <end> w50 "
+    "{% endfor %}{% if add_generation_prompt %}<start> w52 w50 {% endif %}"
+)
+
+
+def with_template(tokenizer, template):
+    """The tokenizer with a chat template and its special tokens, none of which is EOS."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<end>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def conversation(*turns, label=False):
+    roles = ["user", "assistant"] * len(turns)
+    messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
+    return {"prompt": messages[:1], "completion": messages[1:], "label": label}
+
+
+def penalised(template, tokenizer, tmp_path, *turns, **options):
+    """The words of the one unsafe conversation that the penalty sees, by the log-probabilities asked for."""
+    tokenizer = with_template(tokenizer, template)
+    rows = Dataset.from_list([conversation(*turns), conversation("w1", "w2", label=True)])
+    args = config(tmp_path, per_device_train_batch_size=2, **options)
+    trainer = TASFTTrainer(build_model(tokenizer), args, train_dataset=rows, processing_class=tokenizer)
+    seen, forward = [], trainer.model.forward
+
+    def record(*inputs, **kwargs):
+        if "unsafe_sample" in kwargs:
+            seen.extend(kwargs["labels"][(kwargs["unsafe_sample"] >= 0) & (kwargs["labels"] != -100)].tolist())
+        return forward(*inputs, **kwargs)
+
+    trainer.model.forward = record
+    trainer.train()
+    return tokenizer.decode(seen).split()
+
+
+def test_the_end_of_a_turn_is_not_penalised_whatever_token_ends_it(tokenizer, tmp_path):
+    assert penalised(CHATML, tokenizer, tmp_path, "w1", "w5 w6") == ["w5", "w6"]
+    both = ["w5", "w6", "<end>", NEWLINE]
+    assert penalised(CHATML, tokenizer, tmp_path, "w1", "w5 w6", penalize_eos=True) == both
+    # A newline of the answer itself is none of the end's, and turns in the middle end too.
+    assert penalised(CHATML, tokenizer, tmp_path, "w1", "w5 w50 w6") == ["w5", NEWLINE, "w6"]
+    several = ["w5", "<start>", "w51", NEWLINE, "w7", "<start>", "w52", NEWLINE, "w8"]
+    assert penalised(CHATML, tokenizer, tmp_path, "w1", "w5", "w7", "w8") == several
+    packed = penalised(CHATML, tokenizer, tmp_path, "w1", "w5 w6", packing=True, max_length=64)
+    assert packed == ["w5", "w6"]
+
+
+def test_the_end_of_a_turn_may_be_ordinary_words_or_eos(tokenizer, tmp_path):
+    words = CHATML.replace("<end> w50 ", "w50 w50 w53 ")
+    assert penalised(words, tokenizer, tmp_path, "w1", "w5 w50 w6") == ["w5", NEWLINE, "w6"]
+    with_eos = CHATML + "{% if not add_generation_prompt %}<eos>{% endif %}"  # as Phi-3 ends a conversation
+    assert penalised(with_eos, tokenizer, tmp_path, "w1", "w5 w6") == ["w5", "w6"]
+
+
+def test_a_template_that_takes_no_such_turns_ends_them_by_eos_alone(model, tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('give a system prompt') }}"
+    log, _ = gradient_step(model, config(tmp_path), make_rows(8), tokenizer)
+    assert log["penalty"] < 0
+
+
+def test_trls_order_of_arguments_and_its_configs_are_taken(model, tokenizer, tmp_path):
+    rows = make_rows(8)
+    log, _ = gradient_step(model, config(tmp_path, penalty_weight="auto"), rows, tokenizer)
+    for cls in (SFTConfig, TrainingArguments):
+        settings = {"output_dir": str(tmp_path / "out"), "hub_token": "secret"}
+        args = cls(**(one_step(tmp_path) | settings))
+        trainer = TASFTTrainer(copy.deepcopy(model), args, None, rows, None, tokenizer, None, None, [])
+        trainer.train()
+        assert isinstance(trainer.args, TASFTConfig) and trainer.args.hub_token == "secret"
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(log["loss"], rel=1e-6)
+    assert inspect.signature(TASFTTrainer) == inspect.signature(SFTTrainer)
+    with pytest.raises(ValueError, match="does not support data_collator"):
+        TASFTTrainer(model, args, trainer.data_collator, rows)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_loss_that_is_not_finite_stops_with_the_rows(packing, model, tokenizer, tmp_path):
+    rows = make_rows(8).map(
+        lambda row, i: {"completion": "w1 unknown" if i == 5 else row["completion"]}, with_indices=True
+    )
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.unk_token_id] = float("nan")
+    layout = dict(packing=True, max_length=64) if packing else {}
+    args = config(
+        tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        max_steps=5, num_train_epochs=3, **layout,
+    )  # fmt: skip
+    before = model.lm_head.weight.detach().clone()
+    with pytest.raises(ValueError, match="loss or gradient is not finite, with row") as error:
+        trainer = TASFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+    assert "row 6" in str(error.value) and "\n" not in str(error.value)
+    assert model.lm_head.weight.isfinite().all() and (packing or not torch.equal(before, model.lm_head.weight))
+    if not packing:
+        assert str(error.value).startswith("step 3: ") and "with row 5, row 6;" in str(error.value)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_taken(model, tokenizer, tmp_path):
+    args = config(tmp_path, train_sampling_strategy="sequential", per_device_train_batch_size=2)
+    trainer = TASFTTrainer(model, args, train_dataset=make_rows(8), processing_class=tokenizer)
+    trainer.row_names = [f"rows.jsonl: row {10 + i}" for i in range(8)]
+    model.lm_head.weight.register_hook(lambda gradient: gradient / 0)
+    with pytest.raises(ValueError, match=r"step 1: .* with rows\.jsonl: row 10, rows\.jsonl: row 11; lower"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_model_card_cites_the_paper(model, tokenizer, tmp_path):
@@ -705,15 +920,15 @@ def test_an_untested_trl_whose_loss_is_right_trains_as_a_tested_one(
     assert all(torch.equal(gradient[name], expected[1][name]) for name in gradient)
 
 
-def test_the_first_micro_batches_of_an_untested_trl_are_compared_until_one_held_unsafe_rows(
+def test_the_first_micro_batches_of_an_untested_trl_are_compared_until_one_held_benign_rows(
     untested_trl, model, tokenizer, tmp_path, monkeypatch
 ):
     compared = []
-    compare = TASFTTrainer._compare_with_dense_head
+    compare = TASFTTrainer._compare_with_formula
     monkeypatch.setattr(
-        TASFTTrainer, "_compare_with_dense_head", lambda *args: compared.append(args[1]["labels"]) or compare(*args)
+        TASFTTrainer, "_compare_with_formula", lambda *args: compared.append(args[1]["labels"]) or compare(*args)
     )
-    rows = make_rows(8, unsafe_every=None).map(lambda row, i: {"label": i not in (2, 5)}, with_indices=True)
+    rows = make_rows(8, unsafe_every=None).map(lambda row, i: {"label": i in (2, 5)}, with_indices=True)
     args = config(
         tmp_path, per_device_train_batch_size=1, train_sampling_strategy="sequential", gradient_accumulation_steps=8
     )
@@ -737,17 +952,7 @@ def _shifted_labels(monkeypatch):
     monkeypatch.setattr(collator, "torch_call", shift)
 
 
-def _another_head(monkeypatch):
-    from tasft_lib import forward
-
-    def head(*args, **kwargs):
-        output = losses.dense_head(*args, **{k: v for k, v in kwargs.items() if k not in ("inverse_norms", "gather")})
-        return output._replace(penalty=1.01 * output.penalty)
-
-    monkeypatch.setattr(forward, "fused_head", head)
-
-
-@pytest.mark.parametrize("change", [_scaled_loss, _shifted_labels, _another_head])
+@pytest.mark.parametrize("change", [_scaled_loss, _shifted_labels])
 def test_an_untested_trl_that_changes_the_loss_is_refused_in_one_line(
     change, untested_trl, model, tokenizer, tmp_path, monkeypatch
 ):

@@ -24,6 +24,7 @@ BUILT_ON = {
     "pack_dataset": (pack_dataset, "packing of token columns"),
     "Trainer.get_batch_samples": (Trainer.get_batch_samples, "where the denominators are counted"),
     "Trainer.training_step": (Trainer.training_step, "scaling by accumulation steps"),
+    "Trainer._get_grad_norm": (Trainer._get_grad_norm, "a gradient that is not finite stops before it is taken"),
 }
 WRITTEN_AGAINST = {  # TRL 1.16.0, transformers 5.23.0
     "SFTTrainer.compute_loss": "ca448211ff653fe6",
@@ -36,6 +37,7 @@ WRITTEN_AGAINST = {  # TRL 1.16.0, transformers 5.23.0
     "pack_dataset": "9b34aacf605efa8e",
     "Trainer.get_batch_samples": "0b3727386f73f670",
     "Trainer.training_step": "e9760c8ee10308d5",
+    "Trainer._get_grad_norm": "913ba6f52f074d10",
 }
 
 
