@@ -169,9 +169,7 @@ class TASFTTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not isinstance(dataset, Dataset) or dataset.format["type"] != "custom":  # TRL refuses that one
             dataset = dataset.with_format(None)
-        if "label" not in get_dataset_column_names(
-            dataset
-        ):  # only an evaluation set: the training set was checked before
+        if "label" not in get_dataset_column_names(dataset):  # an evaluation set; the training set was checked
             dataset = dataset.map(lambda _: {"label": True})
         _require_labels(dataset, "the data set")
         dataset = dataset.map(
