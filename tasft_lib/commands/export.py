@@ -30,6 +30,11 @@ def main(argv: list[str]) -> None:
     if os.path.isdir(args.model):
         hub.model_files(Path(args.model))
 
+    with files.folder_lock(args.output_dir):
+        _export(args)
+
+
+def _export(args) -> None:
     from .. import models
     from ..publish import export
 

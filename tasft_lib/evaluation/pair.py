@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..files import append_record, content_hash, progress_bar, read_records, write_json, write_text
+from ..files import append_record, checked, content_hash, progress_bar, read_json, read_records, write_json, write_text
 from ..generation import Decoding
 from ..sources import column_names, read_rows
 from .served import Endpoint, generate_served, missing_calls
@@ -199,7 +199,7 @@ class _Calls:
             )
         for i, text in zip(missing, texts, strict=True):
             known[keys[i]] = text
-            append_record(file, {"key": keys[i], "text": text})
+            append_record(file, checked({"key": keys[i], "text": text}))
         return [known[key] for key in keys]
 
     def _spend(self, calls: int) -> None:
@@ -345,7 +345,7 @@ def _check_goals(goals: list[Goal], source: str = "") -> None:
 
 def _claim(folder: Path, settings: dict) -> None:
     file = folder / "settings.json"
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings:
+    if file.exists() and read_json(file) != settings:
         raise ValueError(f"{folder} holds an attack of other models or settings: choose another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from urllib.request import urlopen
 
-from ..files import cache_folder, content_hash, write_text
+from ..files import cache_folder, content_hash, damage, seal, set_aside, write_text
 
 # As Safety-Tuned LLaMAs (Bianchi et al., 2023), HarmfulQ (Shaikh et al., 2022) and XSTest (Röttger et al., 2023)
 # published them: name -> address.
@@ -29,11 +29,14 @@ def locate(source: str, url: str) -> str:
     name = url.rsplit("/", 1)[-1]
     if source == "stl":
         kept = downloaded_file(url)
+        if kept.exists() and damage(kept):
+            set_aside(kept)
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with urlopen(url, timeout=60) as response:
                     write_text(kept, response.read().decode())
+                seal(kept)
             except OSError as error:
                 raise ValueError(f"{url}: {error}; check the network, or give a folder with {name} in it") from error
         return str(kept)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..files import append_record, content_hash, progress_bar, read_records
+from ..files import append_record, checked, content_hash, progress_bar, read_records
 from ..generation import GREEDY, Decoding, Response
 from ..judges.client import MALFORMED, Failure, attempt, key, make_client
 
@@ -107,7 +107,7 @@ def generate_served(
         if isinstance(answer, Failure):
             return answer
         with lock:
-            append_record(answers, {"key": keys[i], **asdict(answer)})
+            append_record(answers, checked({"key": keys[i], **asdict(answer)}))
             known[keys[i]] = answer
         return None
 
