@@ -1,6 +1,7 @@
 """The `tasft` command. The work is done by the same functions that the notebooks call."""
 
 import sys
+import warnings
 from importlib import import_module
 
 COMMANDS = {
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"tasft: no command {argv[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    if not sys.warnoptions:  # of other libraries, about what no user can do anything
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="'pin_memory' argument is set")
     try:
         # imported when asked for: `tasft --help` must not wait for torch
         code = import_module(f"tasft_lib.commands.{argv[0]}").main(argv[1:])

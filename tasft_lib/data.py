@@ -168,6 +168,9 @@ def draw(
     """
     other = benign.select([]) if unsafe is None else unsafe
     if tokenizer is not None:
+        if twice := len(begin_with_bos(benign, tokenizer)) + len(begin_with_bos(other, tokenizer)):
+            what = "prompts begin with the tokenizer's own BOS, which it adds; each is trained on with one"
+            logger.warning("%s: %d %s", source, twice, what)
         benign, other = (without_bos(side, tokenizer) for side in (benign, other))
     rows = mix(benign, other, n_benign=n_benign, n_unsafe=n_unsafe, seed=seed)
     check(
@@ -309,17 +312,20 @@ def drop_long(rows: Dataset, tokenizer: Any, max_length: int | None, *, source: 
     return rows.select(fitting)
 
 
-def without_bos(rows: Dataset, tokenizer: Any) -> Dataset:
-    """Text prompts without the BOS that the tokenizer puts before every text: training would see two; logs how many."""
+def begin_with_bos(rows: Dataset, tokenizer: Any) -> list[int]:
+    """The rows (from 0) whose text begins with the BOS that the tokenizer puts before every text: there are two."""
     bos = getattr(tokenizer, "bos_token", None)
     if not bos or not len(rows) or is_chat(rows) or tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return []
+    return [i for i, prompt in enumerate(rows["prompt"][:]) if prompt.startswith(bos)]
+
+
+def without_bos(rows: Dataset, tokenizer: Any) -> Dataset:
+    """The rows with one BOS each: text loses the one that the tokenizer adds (see `begin_with_bos`)."""
+    if not begin_with_bos(rows, tokenizer):
         return rows
-    prompts = rows["prompt"][:]
-    bare = [prompt.removeprefix(bos) for prompt in prompts]
-    if changed := sum(a != b for a, b in zip(prompts, bare, strict=True)):
-        logger.warning("%d prompts begin with %s, which the tokenizer adds; it stands there once", changed, bos)
-        return rows.remove_columns("prompt").add_column("prompt", bare).select_columns(rows.column_names)
-    return rows
+    bare = [prompt.removeprefix(tokenizer.bos_token) for prompt in rows["prompt"][:]]
+    return rows.remove_columns("prompt").add_column("prompt", bare).select_columns(rows.column_names)
 
 
 def fingerprint(rows: Dataset) -> str:

@@ -1,26 +1,40 @@
 """`tasft doctor`: a check of training rows before they are used: repeats, leaks, wrong labels, cut answers."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from .. import files
 from ..templates import TEMPLATES
 from .flags import add_source, check_data, source_options
+from .train import _read_config
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "tasft doctor", description="Check rows before training; exit code 1 when something must be fixed."
     )
-    parser.add_argument("data", help="file, save_to_disk folder or hub id; without a label column all rows are unsafe")
+    parser.add_argument("data", help="file, save_to_disk folder or hub id")
+    parser.add_argument(
+        "--label", choices=("true", "false"), default="false", help="of rows without a label column (default: false)"
+    )
     add_source(parser, "the data")
     parser.add_argument("--evaluation_prompts", nargs="*", default=[], help="files of prompts that must not be asked")
     parser.add_argument("--tokenizer", help="model whose tokens are counted, with --max_length")
     parser.add_argument("--model_revision", help="commit of a tokenizer from the hub")
     parser.add_argument("--max_length", type=int, help="tokens that training keeps of a row")
-    parser.add_argument("--prompt_template", default="alpaca", choices=TEMPLATES)
+    parser.add_argument("--prompt_template", choices=TEMPLATES, help="of training (default: alpaca)")
+    parser.add_argument(
+        "--config", type=Path, help="of `tasft train`, whose model, lengths and template are the default"
+    )
+    parser.add_argument("--show", type=int, default=0, help="show the tokens of so many unsafe and benign rows, and "
+                        "which are learnt or penalised")  # fmt: skip
     parser.add_argument("--output", type=Path, help="write the report to this .md file")
     args = parser.parse_args(argv)
+    config = _of_training(args)
+    if args.show and args.tokenizer is None:
+        raise ValueError("--show needs --tokenizer, or the --config of a training.")
     if (args.tokenizer is None) != (args.max_length is None):
         raise ValueError("truncation needs both --tokenizer and --max_length; give both or none.")
     if args.output is not None:
@@ -38,12 +52,17 @@ def main(argv: list[str]) -> int:
     from ..models import load_tokenizer
     from ..prepare import doctor
 
+    print(f"reading {args.data}", file=sys.stderr, flush=True)
+    tokenizer = args.tokenizer and load_tokenizer(args.tokenizer, args.model_revision)
+    if args.show:
+        _show(args, config, tokenizer)
     diagnosis = doctor.examine(
         args.data,
         **source_options(args),
         template=args.prompt_template,
+        label=args.label == "true",
         evaluation_prompts={file: data.read_prompts(file) for file in args.evaluation_prompts},
-        tokenizer=args.tokenizer and load_tokenizer(args.tokenizer, args.model_revision),
+        tokenizer=tokenizer,
         max_length=args.max_length,
     )
     if args.output is None:
@@ -53,3 +72,40 @@ def main(argv: list[str]) -> int:
         files.write_text(args.output, doctor.report(diagnosis))
         print(diagnosis)
     return 0 if diagnosis.is_fit else 1
+
+
+def _of_training(args: argparse.Namespace) -> dict:
+    """What the --config of a training says; the flags that were not given get its values."""
+    config = {} if args.config is None else _read_config(args.config)
+    for flag, option in (("tokenizer", "model_name_or_path"), ("prompt_template", "prompt_template")):
+        if getattr(args, flag) is None:
+            setattr(args, flag, config.get(option))
+    args.model_revision = args.model_revision or config.get("model_revision")
+    args.prompt_template = args.prompt_template or "alpaca"
+    if args.max_length is None and args.tokenizer is not None and (args.show or args.config is not None):
+        from ..config import TASFTConfig
+
+        args.max_length = config.get("max_length", TASFTConfig.max_length)
+    return config
+
+
+def _show(args: argparse.Namespace, config: dict, tokenizer) -> None:
+    """Print the masks of the first rows, as the trainer itself makes them; only here a command prints texts."""
+    from .. import data, sources
+    from ..prepare.masks import OPTIONS, first_of_each, masks
+
+    raw = sources.read_rows(args.data, **source_options(args))
+    rows = data.to_training_rows(
+        raw,
+        label=None if "label" in raw.column_names else args.label == "true",
+        template=args.prompt_template,
+        source=args.data,
+        drop_empty=True,
+        with_place=True,
+    )
+    options = {name: config[name] for name in OPTIONS if name in config} | {"max_length": args.max_length}
+    rows = first_of_each(rows, args.show)
+    data.prompt_lengths(rows, tokenizer, source=args.data)  # messages that the template can't read are told by row
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for row in masks(rows, tokenizer, model=args.tokenizer, revision=args.model_revision, **options):
+        print(row.text(colours=colours), end="\n\n")

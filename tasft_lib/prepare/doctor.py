@@ -78,6 +78,7 @@ def examine(
     name: str | None = None,
     revision: str | None = None,
     template: templates.Template = "alpaca",
+    label: bool = False,
     evaluation_prompts: dict[str, list[str]] | None = None,
     tokenizer: Any = None,
     max_length: int | None = None,
@@ -85,7 +86,7 @@ def examine(
 ) -> Diagnosis:
     """Check the rows of a file, a `save_to_disk` folder or a hub data set; nothing is changed.
 
-    Rows are of the forms `data.to_training_rows` takes; without a `label` column all count as unsafe.
+    Rows are of the forms `data.to_training_rows` takes; without a `label` column all have `label`.
 
     Args:
         template: for Alpaca's form, as in training; it counts in the tokens.
@@ -99,8 +100,12 @@ def examine(
     if (tokenizer is None) != (max_length is None):
         raise ValueError("truncation needs both a tokenizer and max_length; give both or none")
     raw = sources.read_rows(source, split=split, name=name, revision=revision)
-    label = None if "label" in raw.column_names else False
-    options = {"label": label, "template": template, "source": source, "drop_empty": True}
+    options = {
+        "label": None if "label" in raw.column_names else label,
+        "template": template,
+        "source": source,
+        "drop_empty": True,
+    }
     rows = data.to_training_rows(raw, **options, with_place=True)
     # Rows with an answer; `numbers` leads back to the file.
     numbers = data.row_numbers(rows)
@@ -124,9 +129,10 @@ def examine(
     else:
         skipped["benign rows that look unsafe"] = "needs rows of both labels"
     if tokenizer is not None:
+        findings.append(_bos(texts, tokenizer))
         findings += _truncated(texts, tokenizer, max_length, progress)
     else:
-        skipped["truncation"] = "give --tokenizer and --max_length"
+        skipped["truncation and BOS"] = "give --tokenizer and --max_length"
     return Diagnosis(
         str(source),
         len(texts.unsafe),
@@ -276,6 +282,12 @@ def _marked(rows: _Rows) -> Finding:
             notes[i] = f"{count} words of unsafe prompts: {_redacted(rows.questions[i])}"
     remedy = "read them: a label may be wrong; contrastive rows are meant to look so"
     return Finding("benign prompt with words of unsafe ones", False, remedy, rows.numbered(notes))
+
+
+def _bos(rows: _Rows, tokenizer: Any) -> Finding:
+    notes = {i: _redacted(rows.questions[i]) for i in data.begin_with_bos(rows.rows, tokenizer)}
+    remedy = "nothing need be done: the tokenizer adds it, and training and asking have one"
+    return Finding("prompt begins with BOS", False, remedy, rows.numbered(notes))
 
 
 def _truncated(rows: _Rows, tokenizer: Any, max_length: int, progress: bool | None) -> list[Finding]:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import WORDS
 from datasets import Dataset
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from tasft_lib import cli, templates
 from tasft_lib.prepare import doctor
@@ -283,3 +285,20 @@ def test_twenty_thousand_rows_take_seconds(examine):
     diagnosis = examine(rows, evaluation_prompts=EVALUATION)
     assert found(diagnosis)["same text under both labels"] == [19_001]
     assert time.process_time() - start < 60
+
+
+def test_prompts_that_begin_with_bos_are_told(examine, rows, tokenizer):
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.add_special_tokens(["<bos>"])
+    bos = ("<bos>", inner.token_to_id("<bos>"))
+    inner.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[bos])
+    adds_bos = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>")
+    rows[4]["prompt"] = f"<bos>{rows[4]['prompt']}"
+    diagnosis = examine(rows, tokenizer=adds_bos, max_length=60)
+    assert found(diagnosis) == {"prompt begins with BOS": [5]} and diagnosis.is_fit
+    assert found(examine(rows, tokenizer=tokenizer, max_length=60)) == {}, "a tokenizer that adds none"
+
+
+def test_rows_without_labels_are_what_is_said(examine, rows):
+    bare = [{name: row[name] for name in ("prompt", "completion")} for row in rows]
+    assert (examine(bare).unsafe, examine(bare, label=True).benign) == (100, 100)
