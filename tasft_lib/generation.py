@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .files import append_records, content_hash, progress_bar, read_records
+from .files import append_records, checked, content_hash, progress_bar, read_records
 from .templates import OPENING, Turn, assistant_turn, opens_thinking, read_turn, turn_ends
 
 
@@ -125,7 +125,7 @@ def generate(
                 responses[i] = _response(tokenizer, new_ids, eos_ids, turn, opens_thinking(prompts[i]))
             if answers is not None:
                 asked = [{"number": i, "prompt": content_hash(prompts[i])} for i in batch]
-                append_records(answers, [a | asdict(responses[i]) for a, i in zip(asked, batch, strict=True)])
+                append_records(answers, [checked(a | asdict(responses[i])) for a, i in zip(asked, batch, strict=True)])
             bar.update(len(batch))
     return [responses[i] for i in range(len(prompts))]
 

@@ -1,12 +1,13 @@
 """`tasft alpaca_eval`: the win rate of a model's answers against references, by an AlpacaEval annotator."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from .. import files
-from .flags import add_dtype, check_data
+from .flags import add_dtype, add_template, at_least, check_data, check_folder, template_of
+
+MANIFEST = "alpaca_eval_manifest.json"
 
 
 def main(argv: list[str]) -> None:
@@ -22,14 +23,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--name", help="of the model in the table (default: the last part of --model)")
     parser.add_argument("--references", required=True, help="file of instruction and output: AlpacaEval's 805 (JSON)")
     parser.add_argument("--annotator", required=True, help="a name that alpaca_eval knows, or a YAML file")
-    parser.add_argument("--prompt_template", default="alpaca", choices=("alpaca", "short", "none"))
-    parser.add_argument("--limit", type=int, help="only the first so many instructions")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=32)
+    add_template(parser)
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many instructions")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=256)
+    parser.add_argument("--batch_size", type=at_least(1), default=32)
     parser.add_argument("--price_per_million_in", type=float, help="of the annotator's tokens, in your currency")
     parser.add_argument("--price_per_million_out", type=float)
     parser.add_argument("--max_cost", type=float, help="stop before anything is asked that may cost more; needs prices")
-    parser.add_argument("--max_calls", type=int, help="stop before anything is asked if there are more (0: estimate)")
+    parser.add_argument(
+        "--max_calls", type=at_least(0), help="stop before anything is asked if there are more (0: estimate)"
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     prices = (args.price_per_million_in, args.price_per_million_out)
@@ -38,30 +41,41 @@ def main(argv: list[str]) -> None:
 
     files.check_model(args.model, args.model_revision)
     check_data(args.references)
+    with files.folder_lock(args.output_dir):
+        _evaluate(args)
 
+
+def _evaluate(args: argparse.Namespace) -> None:
     from .. import sources
     from ..evaluation import alpaca
     from ..generation import Decoding
+    from ..models import load_tokenizer
 
     annotator = alpaca.read_annotator(args.annotator)
     rows = sources.read_rows(args.references)
     if missing := {"instruction", "output"} - set(rows.column_names):
         raise ValueError(f"{args.references}: no column {missing.pop()}; it takes rows of instruction and output")
     references = rows.select_columns(["instruction", "output"]).to_list()[: args.limit]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     decoding = Decoding(max_new_tokens=args.max_new_tokens)
+    template = template_of(args, args.model, load_tokenizer(args.model, args.model_revision))
+    optional = {
+        "dtype": None if args.dtype == "auto" else args.dtype,
+        "chat_template_kwargs": args.chat_template_kwargs,
+    }
     settings = {
         "model": files.model_identity(args.model),
         "revision": args.model_revision,
-        "prompt_template": args.prompt_template,
+        "prompt_template": template,
         "decoding": vars(decoding),
         # not of the references: with another --limit the first answers stay
-    }
+    } | {name: value for name, value in optional.items() if value}
+    check_folder(args.output_dir / MANIFEST, settings)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     answers_file = args.output_dir / f"answers-{files.content_hash(settings)}.jsonl"
     # Another judge is asked anew, though it has the same name.
     folder = args.output_dir / f"annotator-{annotator.identity}"
     answers = _read_answers(answers_file)
-    outputs = [answers.get(row["instruction"], "") for row in references]
+    outputs = [_output(answers, row) for row in references]
     unanswered = [row["instruction"] for row in references if row["instruction"] not in answers]
     if unanswered:
         print(f"{len(unanswered)} of {len(references)} instructions to answer first; without these answers, at least:")
@@ -69,8 +83,8 @@ def main(argv: list[str]) -> None:
     _tell(plan, annotator, args)
     _check_key(annotator, plan)
     if unanswered:
-        _answer(args, unanswered, answers, answers_file, decoding)
-        outputs = [answers[row["instruction"]] for row in references]
+        _answer(args, template, unanswered, answers, answers_file, decoding)
+        outputs = [_output(answers, row) for row in references]
         plan = alpaca.alpaca_eval_plan(outputs, references, annotator=annotator, folder=folder)
         _tell(plan, annotator, args)
     name = args.name or Path(args.model).name
@@ -85,7 +99,7 @@ def main(argv: list[str]) -> None:
         "judge_model": annotator.models,
         "asked": plan,
     }
-    files.write_json(args.output_dir / "alpaca_eval_manifest.json", record | files.environment())
+    files.write_json(args.output_dir / MANIFEST, record | files.environment())
     print(table.to_string(index=False, float_format="{:.2f}".format))
     print("win_rate and stderr in percent; those of different annotators, judge models or references do not compare")
     print(f"alpaca_eval.csv, its manifest, answers and annotations (full text) are in {args.output_dir}")
@@ -112,26 +126,31 @@ def _check_key(annotator, plan: dict[str, int]) -> None:
         raise ValueError(f"annotator {annotator.name} asks an OpenAI server: export OPENAI_API_KEY")
 
 
-def _answer(args, instructions: list[str], answers: dict[str, str], file: Path, decoding) -> None:
-    """Add the model's answers to `answers` and `file`, a few batches at a time, so that a kill loses little."""
+def _output(answers: dict[str, str], row: dict[str, str]) -> str:
+    """What the annotator is shown: the answer after its thinking."""
+    from ..templates import split_thinking
+
+    return split_thinking(answers.get(row["instruction"], ""))[1]
+
+
+def _answer(args, template: str, instructions: list[str], answers: dict[str, str], file: Path, decoding) -> None:
+    """Add the model's answers to `answers` and `file`; each batch is kept beside it until all are there."""
     from .. import templates
-    from ..generation import check_prompts, generate
+    from ..generation import generate
     from ..models import load_model
 
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
-    asked = [templates.format_prompt(instruction, template=args.prompt_template) for instruction in instructions]
-    check_prompts(model, tokenizer, asked, max_new_tokens=decoding.max_new_tokens)
-    step = 8 * args.batch_size
-    for start in range(0, len(asked), step):
-        part = slice(start, start + step)
-        made = generate(model, tokenizer, asked[part], decoding=decoding, batch_size=args.batch_size)
-        answers |= {i: answer.text for i, answer in zip(instructions[part], made, strict=True)}
-        lines = (json.dumps({"instruction": i, "output": o}, ensure_ascii=False) + "\n" for i, o in answers.items())
-        files.write_text(file, "".join(lines))
+    asked = templates.ask(instructions, template, tokenizer, chat_template_kwargs=args.chat_template_kwargs)
+    partial = file.with_name(f"partial-{file.name}")
+    options = {"batch_size": args.batch_size, "special_tokens": template != "chat", "answers": partial}
+    made = generate(model, tokenizer, asked, decoding=decoding, **options)
+    new = {i: answer.text for i, answer in zip(instructions, made, strict=True)}
+    answers |= new
+    files.append_records(file, (files.checked({"instruction": i, "output": o}) for i, o in new.items()))
+    partial.unlink(missing_ok=True)
 
 
 def _read_answers(file: Path) -> dict[str, str]:
-    if not file.exists():
-        return {}
-    rows = map(json.loads, file.read_text(encoding="utf-8").split("\n")[:-1])
-    return {row["instruction"]: row["output"] for row in rows}
+    """Instruction -> answer; what a kill has torn or a fault has changed is not among them, and is asked again."""
+    rows = files.read_records(file)
+    return {row["instruction"]: row["output"] for row in rows if {"instruction", "output"} <= row.keys()}

@@ -1,11 +1,12 @@
 """`tasft attack`: PAIR: an attacker model tries to get harmful answers out of a target."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 
 from .. import files
-from .flags import check_data
+from .flags import add_template, at_least, check_data, json_object, template_of
 
 
 def main(argv: list[str]) -> None:
@@ -17,21 +18,42 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--goals", required=True, help="file with a column goal and, if there is one, target")
     parser.add_argument("--target", required=True, help="chat server, or the folder of a model or adapter")
     parser.add_argument("--target_model", help="name of the model on that server")
-    parser.add_argument("--prompt_template", default="alpaca", choices=("alpaca", "short", "none"), help="for a folder")
+    add_template(parser)
     for role in ("attacker", "judge"):
         parser.add_argument(f"--{role}", required=True, help="chat server")
         parser.add_argument(f"--{role}_model", required=True, help="name of the model on that server")
-    parser.add_argument("--streams", type=int, default=30, help="conversations side by side (default: 30)")
-    parser.add_argument("--depth", type=int, default=3, help="rounds of each (default: 3)")
-    parser.add_argument("--n_goals", type=int, help="only the first so many")
-    parser.add_argument("--max_calls", type=int, help="answers of all models that --output_dir may come to hold")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests, or the folder's prompts, at a time")
+    parser.add_argument("--streams", type=at_least(1), default=30, help="conversations side by side (default: 30)")
+    parser.add_argument("--depth", type=at_least(1), default=3, help="rounds of each (default: 3)")
+    parser.add_argument("--n_goals", type=at_least(1), help="only the first so many")
+    parser.add_argument(
+        "--max_calls", type=at_least(0), help="answers of all models that --output_dir may come to hold"
+    )
+    parser.add_argument(
+        "--concurrency", type=at_least(1), default=8, help="requests, or the folder's prompts, at a time"
+    )
+    parser.add_argument(
+        "--request_fields",
+        type=json_object,
+        metavar="JSON",
+        help='fields added to each request to a server, or left out of it: \'{"top_k": 1, "temperature": null}\'',
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
 
+    is_folder = os.path.isdir(args.target)
+    if not is_folder and (args.prompt_template or args.chat_template_kwargs):
+        parser.error(
+            "--prompt_template and --chat_template_kwargs are for a folder: a chat server has its own template"
+        )
+    if is_folder and args.target_model:
+        parser.error("--target_model is the name on a server, and --target is a folder: leave it out")
     check_data(args.goals)
+    with files.folder_lock(args.output_dir):
+        _attack(args, is_folder)
 
+
+def _attack(args, is_folder: bool) -> None:
     from .. import templates
     from ..evaluation import pair, rates
     from ..evaluation.served import Endpoint
@@ -41,15 +63,19 @@ def main(argv: list[str]) -> None:
     goals = pair.read_goals(args.goals)[: args.n_goals]
     settings = pair.PairSettings(streams=args.streams, depth=args.depth, seed=args.seed)
     attacker, judge = Endpoint(args.attacker, args.attacker_model), Endpoint(args.judge, args.judge_model)
-    if os.path.isdir(args.target):
+    if is_folder:
         model, tokenizer = load_model(args.target)
+        template, switches = template_of(args, args.target, tokenizer), args.chat_template_kwargs
 
         def target(prompts: list[str]) -> list[str]:
-            asked = [templates.format_prompt(prompt, template=args.prompt_template) for prompt in prompts]
+            asked = templates.ask(prompts, template, tokenizer, chat_template_kwargs=switches)
             decoding = Decoding(max_new_tokens=settings.target_tokens)
-            return [a.text for a in generate(model, tokenizer, asked, decoding=decoding, batch_size=args.concurrency)]
+            options = {"batch_size": args.concurrency, "special_tokens": template != "chat"}
+            return [a.text for a in generate(model, tokenizer, asked, decoding=decoding, **options)]
 
-        target_name = f"{files.model_identity(args.target)} {args.prompt_template}"
+        target_name = " ".join(
+            [files.model_identity(args.target), template, *([json.dumps(switches)] if switches else [])]
+        )
     else:
         target, target_name = Endpoint(args.target, args.target_model or ""), None
     table = pair.attack(
@@ -62,6 +88,7 @@ def main(argv: list[str]) -> None:
         target_name=target_name,
         max_calls=args.max_calls,
         concurrency=args.concurrency,
+        fields=args.request_fields,
     )
     print(table.to_string(index=False))
     n, fallen = int(table["success"].count()), int(table["success"].sum())

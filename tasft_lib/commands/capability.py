@@ -4,7 +4,10 @@ import argparse
 from pathlib import Path
 
 from .. import files
-from .flags import add_dtype
+from ..templates import default_template
+from .flags import add_dtype, at_least, check_folder, json_object, template_of
+
+MANIFEST = "capability_manifest.json"
 
 
 def main(argv: list[str]) -> None:
@@ -14,14 +17,26 @@ def main(argv: list[str]) -> None:
     add_dtype(parser)
     parser.add_argument("--tasks", nargs="+", help="NAME or NAME@<commit of its data> (default: the paper's three)")
     parser.add_argument("--include_path", help="folder of your own task YAMLs")
-    parser.add_argument("--num_fewshot", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="only the first so many questions of each task")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument(
+        "--prompt_template",
+        choices=("none", "chat"),
+        help="questions as they are, or in the tokenizer's chat template (default: chat, for a model that has one and "
+        "was not tuned with another)",
+    )
+    parser.add_argument("--chat_template_kwargs", type=json_object, metavar="JSON", help="switches of that template")
+    parser.add_argument("--num_fewshot", type=at_least(0), default=0)
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many questions of each task")
+    parser.add_argument("--batch_size", type=at_least(1), default=8)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
 
     files.check_model(args.model, args.model_revision)
 
+    with files.folder_lock(args.output_dir):
+        _score(args)
+
+
+def _score(args: argparse.Namespace) -> None:
     from ..evaluation import lm_eval
     from ..models import load_model
 
@@ -32,11 +47,21 @@ def main(argv: list[str]) -> None:
         if tasks[name] is None and args.include_path is None:
             raise ValueError(f"task {name}: give the commit of its data set, {name}@<commit>, or --include_path.")
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
+    if args.prompt_template is None:
+        args.prompt_template = "chat" if default_template(args.model, tokenizer) == "chat" else "none"
+        print(f"prompt template: {args.prompt_template} (another: --prompt_template)")
+    is_chat = template_of(args, args.model, tokenizer) == "chat"
     options = {"num_fewshot": args.num_fewshot, "limit": args.limit, "include_path": args.include_path}
-    scores = lm_eval.harness_scores(model, tokenizer, tasks, batch_size=args.batch_size, **options)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    scores.to_csv(args.output_dir / "capability.csv", index=False)
+    if is_chat:
+        options |= {"apply_chat_template": True, "chat_template_kwargs": args.chat_template_kwargs}
     settings = {"model": files.model_identity(args.model), "revision": args.model_revision, "tasks": tasks}
-    record = settings | options | files.environment()
-    files.write_json(args.output_dir / "capability_manifest.json", record)
+    if args.dtype != "auto":
+        settings["dtype"] = args.dtype
+    check_folder(args.output_dir / MANIFEST, settings | options)
+    # What the harness has asked it keeps, by the question as the model is given it.
+    cache = args.output_dir / f"asked-{files.content_hash([settings['model'], args.model_revision, args.dtype])}"
+    scores = lm_eval.harness_scores(model, tokenizer, tasks, batch_size=args.batch_size, cache=cache, **options)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    files.write_text(args.output_dir / "capability.csv", scores.to_csv(index=False))
+    files.write_json(args.output_dir / MANIFEST, settings | options | files.environment())
     print(scores.to_string(index=False, float_format="{:.3f}".format))

@@ -1,10 +1,14 @@
 """Flags that commands share, and paths checked before anything slow is imported."""
 
 import argparse
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .. import files
+from ..templates import TEMPLATES, Template, default_template
 
 
 def model_parser(prog: str, description: str, *, needs_model: bool = True) -> argparse.ArgumentParser:
@@ -16,9 +20,9 @@ def model_parser(prog: str, description: str, *, needs_model: bool = True) -> ar
     parser.add_argument("--model_revision", help="commit of a hub id")
     add_dtype(parser)
     parser.add_argument("--judge", default="compliance", help=f"one of {', '.join(JUDGES)}; default: compliance")
-    parser.add_argument("--prompt_template", default="alpaca", choices=("alpaca", "short", "none"))
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=32)
+    add_template(parser)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=256)
+    parser.add_argument("--batch_size", type=at_least(1), default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser
@@ -69,3 +73,74 @@ def check_data(source: str, *, on_hub: bool = True) -> None:
     is_hub_id = on_hub and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     if not path.exists() and (is_file or not is_hub_id):
         raise ValueError(f"{source}: no such file; check the path")
+
+
+def check_folder(manifest: Path, settings: dict[str, Any]) -> None:
+    """Raise `ValueError` where `manifest`, of a run that is over, says another thing of one of these settings."""
+    try:
+        other = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    settings = json.loads(json.dumps(settings, default=str))
+    if isinstance(other, dict) and (changed := [name for name in settings if other.get(name) != settings[name]]):
+        what = ", ".join(changed)
+        raise ValueError(f"{manifest.parent}: holds a run of other settings ({what}); choose another --output_dir")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """A type for `add_argument`: whole numbers from `smallest` on."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < smallest:
+            raise argparse.ArgumentTypeError(f"{text!r:.40}: give a whole number, {smallest} or more")
+        return value
+
+    return number
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A type for `add_argument`: a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("give a JSON object in quotes, such as '{\"name\": false}'")
+    return value
+
+
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """`--prompt_template` and `--chat_template_kwargs`, which `template_of` reads."""
+    parser.add_argument(
+        "--prompt_template",
+        choices=TEMPLATES,
+        help="default: the one in the model's tasft.json, else chat (the tokenizer's own) if it has one, else alpaca",
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="switches of the chat template, such as '{\"enable_thinking\": false}'",
+    )
+
+
+def template_of(args: argparse.Namespace, model: str, tokenizer: Any) -> Template:
+    """The template of `--prompt_template`; without it the model's own, which is told.
+
+    Raises `ValueError` for a chat template that is not there, or does not know a switch of `--chat_template_kwargs`.
+    """
+    template = args.prompt_template or default_template(model, tokenizer)
+    if args.prompt_template is None:
+        print(f"prompt template: {template} (another: --prompt_template)")
+    source = str(getattr(tokenizer, "chat_template", None) or "")
+    if template == "chat" and not source:
+        raise ValueError(f"{model}: its tokenizer has no chat template; give another --prompt_template")
+    if args.chat_template_kwargs and template != "chat":
+        raise ValueError(f"--chat_template_kwargs: prompts are in the template {template}; add --prompt_template chat")
+    if unknown := [name for name in args.chat_template_kwargs or {} if name not in source]:
+        raise ValueError(f"--chat_template_kwargs: the chat template of {model} has no {unknown[0]!r:.60}")
+    return template

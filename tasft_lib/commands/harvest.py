@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from .. import files
-from .flags import add_source, check_data, model_parser, source_options
+from .flags import add_source, at_least, check_data, model_parser, source_options, template_of
 
 # Options that decide what a harvest gives.
-SETTLED = ("n", "rounds", "temperature", "seed", "max_new_tokens", "batch_size", "prompt_template")
+SETTLED = ("n", "rounds", "temperature", "seed", "max_new_tokens", "batch_size")
+SETTLED += ("prompt_template", "chat_template_kwargs")
 
 
 def main(argv: list[str]) -> None:
@@ -16,8 +17,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--red_team", action="store_true", help="--prompts is Anthropic/hh-rlhf or a file of its red-team transcripts"
     )
-    parser.add_argument("--n", type=int, default=100, help="unsafe answers wanted (default: 100)")
-    parser.add_argument("--rounds", type=int, default=4, help="times a prompt is asked at most (default: 4)")
+    parser.add_argument("--n", type=at_least(1), default=100, help="unsafe answers wanted (default: 100)")
+    parser.add_argument("--rounds", type=at_least(1), default=4, help="times a prompt is asked at most (default: 4)")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--evaluation_prompts", nargs="*", default=[], help="files of prompts that are left out")
     parser.add_argument("--work", type=Path, help="what is done so far, to go on from (default: <output_dir>.work)")
@@ -40,8 +41,9 @@ def _harvest(args) -> None:
     from .. import data
     from ..evaluation import worlds
     from ..generation import Decoding
+    from ..judges.base import check_ready
     from ..judges.load import load_judge
-    from ..models import load_model
+    from ..models import load_model, load_tokenizer
     from ..prepare import catalogue
     from ..prepare.harvest import Origin, harvest, is_harvested, save_harvest
 
@@ -57,6 +59,7 @@ def _harvest(args) -> None:
         world = worlds.load(args.prompts)
         prompts, prompts_origin = world.harvest_prompts(), world.harvest_source()
     held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
+    args.prompt_template = template_of(args, args.model, load_tokenizer(args.model, args.model_revision))
     settings = {
         "model": files.model_identity(args.model),
         "model_revision": args.model_revision,
@@ -69,6 +72,7 @@ def _harvest(args) -> None:
     if is_harvested(args.output_dir, settings):
         print(f"{args.output_dir} holds this harvest already; nobody was asked")
         return
+    check_ready(judge)
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
     rows, report = harvest(
         model,
@@ -77,6 +81,7 @@ def _harvest(args) -> None:
         judge,
         n=args.n,
         template=args.prompt_template,
+        chat_template_kwargs=args.chat_template_kwargs,
         decoding=Decoding(
             max_new_tokens=args.max_new_tokens, do_sample=True, temperature=args.temperature, seed=args.seed
         ),

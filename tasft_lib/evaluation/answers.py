@@ -1,8 +1,6 @@
 """From prompts to judged answers: what a model is given, answers asked for once, verdicts of several judges."""
 
-import hashlib
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,10 @@ from typing import Any
 import pandas as pd
 
 from .. import templates
-from ..files import write_text
+from ..files import damage, seal, set_aside, write_text
 from ..generation import Response
 from ..judges.base import DEGENERATE, ExactJudge, Judge, judge_responses
 from .agreement import agreement_table
-
-logger = logging.getLogger(__name__)
 
 
 def asked_and_begun(prompts: pd.DataFrame) -> tuple[list[str], list[str]]:
@@ -50,7 +46,7 @@ def read_or_ask(prompts: pd.DataFrame, ask: Callable[[], list[Response]], file: 
     table = prompts.assign(response=[a.text for a in answers], finished=[a.finished for a in answers])
     text = table.to_json(orient="records", lines=True, force_ascii=False)
     write_text(file, text)
-    write_text(_checksum(file), f"{hashlib.sha256(text.encode()).hexdigest()}  {file.name}\n")
+    seal(file)
     return pd.read_json(file, orient="records", lines=True, dtype=False)
 
 
@@ -59,9 +55,7 @@ def read_answers(file: Path, prompts: pd.DataFrame) -> pd.DataFrame | None:
     if not file.exists():
         return None
     if wrong := _damage(file, prompts["prompt"].tolist()):
-        aside = file.with_name(f"{file.name}.damaged")
-        logger.warning("%s: %s; set aside as %s, the prompts are asked again", file, wrong, aside.name)
-        file.replace(aside)
+        set_aside(file, [wrong])
         return None
     return pd.read_json(file, orient="records", lines=True, dtype=False)
 
@@ -103,28 +97,22 @@ def agreement(judged: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _checksum(file: Path) -> Path:
-    """Beside the answers, as `sha256sum --check` reads it."""
-    return file.with_name(f"{file.name}.sha256")
-
-
 def _damage(file: Path, prompts: list[str]) -> str | None:
     """What is wrong with a file of answers to these prompts, if anything."""
-    content, checksum = file.read_bytes(), _checksum(file)
-    lines = content.decode("utf-8", "replace").split("\n")[:-1]
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     if len(lines) != len(prompts):
-        return f"holds {len(lines)} answers to {len(prompts)} prompts"
-    if checksum.exists() and checksum.read_text(encoding="utf-8").split()[:1] != [hashlib.sha256(content).hexdigest()]:
-        return f"is not what was written (see {checksum.name})"
+        return f"it holds {len(lines)} answers to {len(prompts)} prompts"
+    if damage(file):
+        return "it is not what was written"
     for number, (line, prompt) in enumerate(zip(lines, prompts, strict=True), start=1):
         try:
             record = json.loads(line)
         except ValueError:
-            return f"line {number} is no JSON"
+            return f"its line {number} is no JSON"
         match record:
             case {"prompt": asked, "response": str(), "finished": bool()} if asked == prompt:
                 continue
-        return f"line {number} is no answer to prompt {number}"
+        return f"its line {number} is no answer to prompt {number}"
     return None
 
 

@@ -3,8 +3,10 @@
 import copy
 import json
 import re
+import sqlite3
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pandas as pd
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import write_text
+from ..files import set_aside, write_text
 from ..sources import read_rows
 
 # Task -> commit of the hub data set that the harness reads for it (aps/super_glue, baber/piqa, allenai/openbookqa).
@@ -32,6 +34,9 @@ def harness_scores(
     batch_size: int = 8,
     limit: int | None = None,
     include_path: str | None = None,
+    apply_chat_template: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    cache: Path | None = None,
 ) -> pd.DataFrame:
     """lm-evaluation-harness on a model, PEFT adapter included; questions are put without our template.
 
@@ -40,6 +45,9 @@ def harness_scores(
             of single tasks, since the parts of a group have data sets of their own.
         limit: only the first so many questions of each task.
         include_path: folder of your own task YAMLs.
+        apply_chat_template: put questions in the tokenizer's chat template, with the switches `chat_template_kwargs`.
+        cache: beginning of the name of the harness's own cache, in which each answer of the model is kept as it comes:
+            a run that was killed goes on. Name it after the model. One that cannot be read is named and made again.
 
     Returns:
         One row per task and metric: `task`, `metric` (as the harness names it, such as "acc_norm"; with the answer
@@ -58,23 +66,44 @@ def harness_scores(
     manager = TaskManager(include_path=include_path)
     if unknown := [task for task in tasks if task not in manager.all_subtasks]:
         raise ValueError(f"lm-evaluation-harness has no single task {unknown[0]!r}: `lm_eval ls subtasks` lists them")
+    options = {}
+    if apply_chat_template:
+        options |= {"apply_chat_template": True}
+    if cache is not None:
+        options |= {"use_cache": str(_readable(cache))}
+    switches = {"chat_template_args": chat_template_kwargs} if chat_template_kwargs else {}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with tempfile.TemporaryDirectory() as folder:
             results = lm_eval.simple_evaluate(
                 # The harness may give the tokenizer a pad token.
-                model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
+                model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **switches),
                 tasks=[_pinned(task, commit, manager, Path(folder)) for task, commit in tasks.items()],
                 num_fewshot=num_fewshot,
                 limit=limit,
                 task_manager=manager,
                 log_samples=False,
+                **options,
             )
     finally:
         for module, training in modes:
             module.training = training
     return _tidy(results)
+
+
+def _readable(cache: Path) -> Path:
+    """`cache`, after its file was taken away if it is no whole data base."""
+    file = cache.with_name(f"{cache.name}_rank0.db")
+    try:
+        if file.exists():
+            with closing(sqlite3.connect(file)) as base:
+                (state,) = base.execute("PRAGMA quick_check(1)").fetchone()
+                if state != "ok":
+                    raise sqlite3.DatabaseError(state)
+    except sqlite3.DatabaseError:
+        set_aside(file)
+    return cache
 
 
 def _pinned(task: str, commit: str | None, manager, folder: Path) -> str:

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..files import append_record, checked, content_hash, progress_bar, read_json, read_records, write_json, write_text
 from ..generation import Decoding
 from ..sources import column_names, read_rows
+from ..templates import split_thinking
 from .served import Endpoint, generate_served, missing_calls
 
 SUCCESS = 10
@@ -119,6 +120,7 @@ def attack(
     max_calls: int | None = None,
     concurrency: int = 8,
     timeout: float = 120.0,
+    fields: dict | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Attack the target with each goal; all text stays in `folder`, and what is there is not asked again.
@@ -129,6 +131,7 @@ def attack(
         max_calls: answers of all three models that `folder` may come to hold, earlier runs included (retries after a
             failure apart). The attack stops before the step that would go past it; a larger number goes on.
         concurrency: requests under way at a time.
+        fields: what requests to servers have besides, or without (see `served.generate_served`).
 
     Returns:
         One row per goal (also in summary.csv): `goal` (a hash), `status` ("jailbroken", "withstood", "unscored": not
@@ -146,9 +149,9 @@ def attack(
         raise ValueError("a target that is a function needs target_name, by which its answers are kept; give one")
     models = {"attacker": asdict(attacker), "judge": asdict(judge)}
     models["target"] = asdict(target) if isinstance(target, Endpoint) else {"name": target_name}
-    _claim(folder, models | {"settings": asdict(settings)})
+    _claim(folder, models | {"settings": asdict(settings)} | ({"request_fields": fields} if fields else {}))
     made = sum(1 for file in folder.glob("goals/*/*.jsonl") for _ in read_records(file))
-    calls = _Calls(made, max_calls, concurrency, timeout)
+    calls = _Calls(made, max_calls, concurrency, timeout, fields)
     rows = {goal.name: {"goal": goal.name, "status": "unfinished"} for goal in goals}
     steps = len(goals) * settings.depth
     with progress_bar(total=steps, desc="attacking", unit="round", progress=progress) as bar:
@@ -172,16 +175,19 @@ class _BudgetSpent(Exception):
 class _Calls:
     """Asks models, within the budget, and keeps what they say."""
 
-    def __init__(self, made: int, limit: int | None, concurrency: int, timeout: float):
-        self.left = float("inf") if limit is None else limit - made
+    def __init__(self, made: int, limit: int | None, concurrency: int, timeout: float, fields: dict | None):
+        self.left, self.fields = float("inf") if limit is None else limit - made, fields
         self.options = {"concurrency": concurrency, "timeout": timeout, "progress": False}
 
     def ask(self, whom: Target, conversations: list[list[dict]], decoding: Decoding, file: Path) -> list[str]:
+        """What each says, without its thinking."""
         if not isinstance(whom, Endpoint):
-            return self._ask_function(whom, [messages[-1]["content"] for messages in conversations], file)
+            said = self._ask_function(whom, [messages[-1]["content"] for messages in conversations], file)
+            return [split_thinking(text)[1] for text in said]
         to = {"base_url": whom.base_url, "model": whom.model, "decoding": decoding, "answers": file}
+        to["fields"] = self.fields
         self._spend(missing_calls(conversations, **to))
-        return [response.text for response in generate_served(conversations, **to, **self.options)]
+        return [split_thinking(r.text)[1] for r in generate_served(conversations, **to, **self.options)]
 
     def _ask_function(self, answers: Callable, prompts: list[str], file: Path) -> list[str]:
         known = {record["key"]: record["text"] for record in read_records(file)}

@@ -20,6 +20,12 @@ DEVELOPMENT_FILES = {"Q-Harm": f"{_STL}/evaluation/Q-Harm.json"}
 _XSTEST = "https://raw.githubusercontent.com/paul-rottger/xstest/d7bb5bd738c1fcbc36edd83d5e7d1b71a3e2d84d"
 XSTEST_FILE = f"{_XSTEST}/xstest_prompts.csv"  # 250 safe prompts, for over-refusal; 200 unsafe ones
 BENIGN_FILES = {"I-Alpaca": f"{_STL}/evaluation/I-Alpaca.json"}
+# Every benchmark by its name: kind of its prompts and address; XSTest's two halves lie in one file.
+BENCHMARKS = (
+    {name: ("toxic", url) for name, url in (TOXIC_FILES | DEVELOPMENT_FILES).items()}
+    | {name: ("benign", url) for name, url in BENIGN_FILES.items()}
+    | {"XSTest safe": ("seemingly toxic", XSTEST_FILE), "XSTest unsafe": ("toxic contrast", XSTEST_FILE)}
+)
 # Toxic prompts that no benchmark contains, to harvest unsafe answers from.
 HARVEST_FILE = f"{_STL}/training/safety_only_data_Instructions.json"
 

@@ -3,6 +3,7 @@
 Nobody but this module and `judges.miniworld` knows the mini-world, so nobody else asks which world it is.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..files import damage, is_sealed, locked, named, seal, set_aside
 from ..sources import is_saved, read_rows
 from . import attacks, prompts
 
+logger = logging.getLogger(__name__)
 # Base models that are made here, in minutes, by name.
 _BUILT = {"miniworld": miniworld.MINI, "miniworld-smoke": miniworld.SMOKE}
 
@@ -114,6 +116,43 @@ def load(source: str) -> World:
             or hub id of prompts or rows.
     """
     return MiniWorld() if source == MiniWorld.name else PublishedFiles(source)
+
+
+def asked_for(
+    sources: list[str], *, per_benchmark: int | None = None, kind: str | None = None, **source: str | None
+) -> pd.DataFrame:
+    """The prompts of several sources, one below the other, a row each: `benchmark`, `kind`, `prompt`.
+
+    Args:
+        sources: each "stl" or "miniworld" (all that `load` gives for it); a benchmark of `prompts.BENCHMARKS` by its
+            name ("XSTest" for its safe half); a folder with published files, of which those that are there are read and
+            the others named in a warning; one such file; or anybody's own prompts (see `data.read_prompts`).
+        per_benchmark: keep only the first so many of each benchmark.
+        kind: of own prompts, by default "toxic".
+        source: `split`, `name` and `revision` of own prompts.
+
+    Raises `ValueError` for a missing source, one that is given twice, and where `kind` or `source` find no own prompts.
+    """
+    tables, n_own = [], 0
+    for given in sources:
+        if given in ("stl", MiniWorld.name):
+            tables.append(load(given).evaluation_prompts())
+        elif (name := _PART_NAMES.get(given.lower())) is not None:
+            tables.append(_published(name, prompts.locate("stl", prompts.BENCHMARKS[name][1])))
+        elif files := _published_files(Path(given).expanduser()):
+            tables += [_published(name, file) for name, file in files.items()]
+        else:
+            n_own += 1
+            tables.append(_table(read_prompts(given, **source), Path(given).stem, kind or "toxic"))
+    named = [name for table in tables for name in table["benchmark"].unique()]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise ValueError(f"two benchmarks are called {twice[0]}; give one of them, or rename a file")
+    if not n_own and any((given := {"prompt_kind": kind, **source}).values()):
+        names = [{"name": "config_name"}.get(name, name) for name, value in given.items() if value]
+        raise ValueError(
+            f"{' '.join(sources)}: has no {', '.join(names)}, which are for your own prompts; leave it out"
+        )
+    return _first(pd.concat(tables, ignore_index=True), per_benchmark)
 
 
 def base_model(name: str) -> str:
@@ -298,6 +337,36 @@ class MiniWorld:
 
     def paraphrase(self, prompt: str) -> str:
         return miniworld.paraphrase(prompt)
+
+
+_PART_NAMES = {name.lower(): name for name in prompts.BENCHMARKS} | {"xstest": "XSTest safe"}
+
+
+def _published_files(path: Path) -> dict[str, str]:
+    """Benchmark -> file, of the published files in a folder, at any depth, or of one by its name; empty where none is.
+
+    As everywhere, of XSTest the safe half is meant, and Q-Harm, for development, only where it is given as a file.
+    """
+    wanted = {name: url.rsplit("/", 1)[-1] for name, (_, url) in prompts.BENCHMARKS.items() if name != "XSTest unsafe"}
+    if path.is_file():
+        return {name: str(path) for name, file in wanted.items() if file == path.name}
+    if not path.is_dir():
+        return {}
+    wanted = {name: file for name, file in wanted.items() if name not in prompts.DEVELOPMENT_FILES}
+    present = {name: str(min(path.rglob(file))) for name, file in wanted.items() if any(path.rglob(file))}
+    if present and (absent := [f"{name} ({file})" for name, file in wanted.items() if name not in present]):
+        logger.warning("%s: evaluated on %s; not there: %s", path, ", ".join(present), ", ".join(absent))
+    return present
+
+
+def _published(name: str, file: str) -> pd.DataFrame:
+    kind, url = prompts.BENCHMARKS[name]
+    if url != prompts.XSTEST_FILE:
+        return _table(read_prompts(file), name, kind)
+    rows = read_rows(file).to_pandas()
+    if missing := {"label", "prompt"} - set(rows):
+        raise ValueError(f"{file}: is called as XSTest's file and lacks {missing.pop()}; rename yours")
+    return _table(rows.loc[rows["label"] == name.split()[-1], "prompt"].tolist(), name, kind)
 
 
 def _table(texts: list[str], benchmark: str | list[str], kind: str) -> pd.DataFrame:

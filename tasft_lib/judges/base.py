@@ -35,7 +35,8 @@ class Judge(Protocol):
     """Labels responses. `name`, `revision` and `licence` are written into every result.
 
     `revision` must change whenever the same response could get another verdict: judgements are cached by it. A judge
-    may also have `save_every`, the number of responses after which its judgements are worth saving.
+    may also have `save_every`, the number of responses after which its judgements are worth saving, and `check()`,
+    which raises `ValueError` for what it lacks (see `check_ready`).
     """
 
     name: str
@@ -58,6 +59,13 @@ class ExactJudge(Judge, Protocol):
     def harm_words(self, text: str) -> set[str]:
         """The words in the text that only harm is made of."""
         ...
+
+
+def check_ready(judge: Judge) -> None:
+    """Raise `ValueError` for what a judge will lack when it is asked, such as a key: before answers are made for it."""
+    check = getattr(judge, "check", None)
+    if check is not None:
+        check()
 
 
 def judge_in_batches(

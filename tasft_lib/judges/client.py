@@ -8,7 +8,7 @@ of the client carries request, key and texts along.
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 LONGEST_RETRY_AFTER = 120  # seconds that the client waits for
@@ -18,11 +18,15 @@ _CODES = ("content_filter", "context_length_exceeded", "insufficient_quota", "in
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no answer: an HTTP `status` with one of the known `code`s, or none of both; in `words`."""
+    """Why there is no answer: an HTTP `status` with one of the known `code`s, or none of both; in `words`.
+
+    `reason` is what the server itself wrote, which may quote prompt and key: for `served`, that shows what cannot.
+    """
 
     words: str
     status: int | None = None
     code: str | None = None
+    reason: str = field(default="", compare=False)
 
 
 MALFORMED = Failure("malformed reply")
@@ -63,10 +67,27 @@ def attempt(call: Callable[[], Any]) -> Any:
         seconds = error.response.headers.get("retry-after") or ""
         if seconds.isdigit() and int(seconds) > LONGEST_RETRY_AFTER:
             words += f", to be tried again in {int(seconds)} s"
-        return Failure(words, error.status_code, code)
+        return Failure(words, error.status_code, code, _reason(error))
     except openai.APITimeoutError:
         return Failure("timeout")
     except openai.APIConnectionError:
         return Failure("no connection")
     except (openai.OpenAIError, ValueError, TypeError, AttributeError, LookupError):
         return MALFORMED
+
+
+def _reason(error) -> str:
+    """The message in an error's body, as OpenAI, TGI, FastAPI and others have it, with the field that it is about."""
+    try:
+        body = error.response.json()
+    except ValueError:
+        return ""
+    found, field_name = body, None
+    while isinstance(found, dict):
+        field_name = found.get("param") if isinstance(found.get("param"), str) else field_name
+        found = next((found[name] for name in ("error", "detail", "message", "msg") if found.get(name)), "")
+    if isinstance(found, list):  # FastAPI's: where in the request, and what
+        parts = [part for part in found if isinstance(part, dict)]
+        found = "; ".join(f"{'.'.join(map(str, part.get('loc') or []))}: {part.get('msg')}" for part in parts)
+    words = " ".join(str(found).split())
+    return words if field_name is None or field_name in words else f"{field_name}: {words}"

@@ -74,6 +74,10 @@ class OpenAIModeration:
         if key() is None:
             logger.warning("openai-moderation: OPENAI_API_KEY is not set, so only cached judgements can be had")
 
+    def check(self) -> None:
+        """Raise `ValueError` where there is no key, or no package to ask with."""
+        _ = self._client
+
     def judge(self, prompts: list[str], responses: list[str]) -> list[Judgement]:
         """One judgement per response, in order; the prompts play no part.
 

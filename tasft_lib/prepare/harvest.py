@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import pandas as pd
 import yaml
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import sources, templates
@@ -48,6 +48,8 @@ SAMPLING = Decoding(do_sample=True)
 FEATURES = Features(
     {"prompt": Value("string"), "completion": Value("string"), "label": Value("bool"), "instruction": Value("string")}
 )
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+CHAT_FEATURES = Features(FEATURES | {"prompt": _MESSAGES, "completion": _MESSAGES})
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def harvest(
     judge: Judge,
     *,
     n: int,
-    template: Literal["alpaca", "short", "none"] = "alpaca",
+    template: templates.Template = "alpaca",
+    chat_template_kwargs: dict[str, Any] | None = None,
     decoding: Decoding = SAMPLING,
     rounds: int = 4,
     evaluation_prompts: Iterable[str] = (),
@@ -161,10 +164,12 @@ def harvest(
     larger `n` or more `rounds`.
 
     An answer cut off by `max_new_tokens` is not judged and not kept: the trainer closes every completion with EOS, and
-    the model never ended there. `keep_unfinished` keeps them all the same, for a model that seldom ends.
+    the model never ended there. `keep_unfinished` keeps them all the same, for a model that seldom ends. Of a model
+    that thinks, judged and kept is the answer after the thinking; one that never comes to it is cut off.
 
     Args:
-        prompts: bare toxic instructions; the template is added here.
+        prompts: bare toxic instructions; the template is added here ("chat": the tokenizer's own).
+        chat_template_kwargs: switches of the chat template.
         n: rows wanted.
         evaluation_prompts: instructions that are left out where `prompts` have them, however they are written.
         allow_fewer: return what was found instead of raising.
@@ -172,7 +177,8 @@ def harvest(
         work: folder of what is done, made when missing; holds all answers in full text.
 
     Returns:
-        Rows of `prompt` (with template), `completion`, `label` (False: unsafe) and `instruction`; and the report.
+        Rows of `prompt` (with template), `completion`, `label` (False: unsafe) and `instruction`; and the report. With
+        template "chat" prompt and completion are a message each, to be trained on beside other messages.
 
     Raises:
         ValueError: an empty prompt, no prompt but evaluation prompts, a `work` folder of another harvest, or fewer than
@@ -184,13 +190,16 @@ def harvest(
     _check_size(n, rounds, len(instructions), leaked, allow_fewer)
 
     def with_template(instructions: list[str]) -> list[str]:
-        return [templates.format_prompt(instruction, template=template) for instruction in instructions]
+        return templates.ask(instructions, template, tokenizer, chat_template_kwargs=chat_template_kwargs)
+
+    special_tokens = {"special_tokens": template != "chat"}
 
     # Before the shuffle, so that an error names the prompt by its place in the caller's list.
-    check_prompts(model, tokenizer, with_template(prompts), max_new_tokens=decoding.max_new_tokens)
+    check_prompts(model, tokenizer, with_template(prompts), max_new_tokens=decoding.max_new_tokens, **special_tokens)
     origin = origin or Origin(_model_name(model))
     settings = {"template": template, "decoding": asdict(decoding), "judge": [judge.name, judge.revision]}
     settings |= {"prompts": content_hash(instructions), "batch_size": batch_size, "keep_unfinished": keep_unfinished}
+    settings |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}
     # The content of a local model is its name, wherever it lies.
     is_local = (origin.model_revision or "").startswith("sha256 ")
     settings |= {"model": origin.model_revision if is_local else [origin.model, origin.model_revision]}
@@ -199,14 +208,14 @@ def harvest(
 
     def ask(call: int, chunk: list[str]) -> list[Response]:
         drawn = replace(decoding, seed=decoding.seed + call)
-        options = {"decoding": drawn, "batch_size": batch_size, "progress": False}
+        options = {"decoding": drawn, "batch_size": batch_size, "progress": False} | special_tokens
         return generate(model, tokenizer, with_template(chunk), **options)
 
     pile = _Pile(n)
     chunks = _chunks(instructions, pile.answers, size=4 * batch_size, rounds=rounds if decoding.do_sample else 1)
     with progress_bar(total=n, desc="harvesting", unit="row", progress=progress) as bar:
         for call, (round_number, chunk) in enumerate(chunks):
-            answers = record.answers(call, chunk, ask)
+            answers = [_after_thinking(answer) for answer in record.answers(call, chunk, ask)]
             usable = {i: a.text for i, a in zip(chunk, answers, strict=True) if a.finished or keep_unfinished}
             pile.add(round_number, answers, usable, record.verdicts(judge, usable))
             bar.update(len(pile.answers) - bar.n)
@@ -228,13 +237,12 @@ def harvest(
     )
     if len(pile.answers) < n and not allow_fewer:
         raise ValueError(_too_few(report, n))
-    columns = {
-        "prompt": with_template(list(pile.answers)),
-        "completion": list(pile.answers.values()),
-        "label": [False] * len(pile.answers),
-        "instruction": list(pile.answers),
-    }
-    return Dataset.from_dict(columns, features=FEATURES), report
+    asked, answered = list(pile.answers), list(pile.answers.values())
+    columns = {"prompt": with_template(asked), "completion": answered}
+    if template == "chat":
+        columns = {"prompt": _messages("user", asked), "completion": _messages("assistant", answered)}
+    columns |= {"label": [False] * len(asked), "instruction": asked}
+    return Dataset.from_dict(columns, features=CHAT_FEATURES if template == "chat" else FEATURES), report
 
 
 def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path, settings: dict | None = None) -> Path:
@@ -281,7 +289,17 @@ def read_harvest(path: Path, *, in_full: bool = False) -> tuple[dict, pd.DataFra
     Texts are redacted unless `in_full`, for an invented world's.
     """
     rows = sources.read_rows(path).to_pandas()[["instruction", "completion"]]
+    rows["completion"] = [c if isinstance(c, str) else c[-1]["content"] for c in rows["completion"]]
     return json.loads((path / "report.json").read_text(encoding="utf-8")), rows if in_full else rows.map(redact)
+
+
+def _after_thinking(answer: Response) -> Response:
+    _, text, has_ended = templates.split_thinking(answer.text)
+    return replace(answer, text=text, finished=answer.finished and has_ended)
+
+
+def _messages(role: str, texts: list[str]) -> list[list[dict[str, str]]]:
+    return [[{"role": role, "content": text}] for text in texts]
 
 
 def _distinct(prompts: list[str]) -> list[str]:

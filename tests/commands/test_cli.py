@@ -89,7 +89,7 @@ def test_train_evaluate_and_harvest_on_files(folder, capsys):
     assert cli.main(arguments) == 0
     rows = load_from_disk(folder / "harvested")
     assert len(rows) == 2 and rows["label"][:] == [False, False]
-    assert cli.main(arguments) == 1, "a finished harvest is never overwritten"
+    assert cli.main(arguments) == 0 and cli.main([*arguments, "--seed", "1"]) == 1, "never overwritten"
     card = (folder / "harvested" / "README.md").read_text()
     assert "model: out (revision sha256 " in card and "prompts: I-CoNa.json (revision sha256 " in card
     further = [*arguments[:-7], str(folder / "more"), "--n", "3", *arguments[-4:], "--work"]

@@ -34,8 +34,16 @@ class FakeHarness:
 
         class HFLM:
             def __init__(
-                self, pretrained, backend="default", revision="main", subfolder="", tokenizer=None, batch_size=1
+                self,
+                pretrained,
+                backend="default",
+                revision="main",
+                subfolder="",
+                tokenizer=None,
+                batch_size=1,
+                chat_template_args=None,
             ):
+                self.switches = chat_template_args
                 self.model, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
                 tokenizer.pad_token = "w0"
 
@@ -45,8 +53,10 @@ class FakeHarness:
             tasks=None,
             num_fewshot=None,
             batch_size=None,
+            use_cache=None,
             limit=None,
             log_samples=True,
+            apply_chat_template=False,
             task_manager=None,
         ):
             outer.given = SimpleNamespace(
@@ -54,6 +64,9 @@ class FakeHarness:
                 num_fewshot=num_fewshot,
                 limit=limit,
                 training=model.model.training,
+                is_chat=apply_chat_template,
+                switches=model.switches,
+                cache=use_cache,
             )
             boolq = {"alias": "boolq", "acc,none": 0.75, "acc_stderr,none": 0.05}
             piqa = {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": "N/A", "acc_norm,strict": 0.6}

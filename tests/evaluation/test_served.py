@@ -15,6 +15,7 @@ from tasft_lib.evaluation import served
 from tasft_lib.evaluation.served import Endpoint, generate_served, missing_calls
 from tasft_lib.files import append_record, read_records
 from tasft_lib.generation import Decoding, Response
+from tasft_lib.templates import split_thinking
 
 pytest.importorskip("openai")
 KEY = "sk-zorvex-9f31c0de"
@@ -74,8 +75,6 @@ def test_decoding_is_passed_on(tmp_path):
         "messages": [{"role": "user", "content": "a"}],
         "max_tokens": 9,
         "temperature": 0,
-        "top_p": 1,
-        "seed": 3,
     }
     assert [(r["max_tokens"], r["temperature"], r["top_p"], r["seed"]) for r in others] == [(7, 0.6, 0.8, 5)] * 2
     assert sorted(len(r["messages"]) for r in others) == [1, 2]
@@ -368,3 +367,112 @@ def test_records_are_one_line_each_and_read_back(tmp_path):
     assert len((tmp_path / "deep" / "file.jsonl").read_bytes().splitlines()) == 2
     assert json.loads((tmp_path / "deep" / "file.jsonl").read_text().splitlines()[1]) == records[1]
     assert list(read_records(tmp_path / "none")) == []
+
+
+def detail(field, message="Extra inputs are not permitted"):
+    body = {"detail": [{"type": "extra_forbidden", "loc": ["body", field], "msg": message, "input": "x"}]}
+    return Reply(status=422, body=json.dumps(body))
+
+
+def validation(message):
+    return Reply(status=422, body=json.dumps({"error": message, "error_type": "validation"}))
+
+
+def openai_error(message, param=None, code=None):
+    return Reply(status=400, body=json.dumps({"error": {"message": message, "param": param, "code": code}}))
+
+
+def tgi(r):
+    if r.get("top_p") == 1 or r.get("temperature") == 0:
+        field = "top_p" if r.get("top_p") == 1 else "temperature"
+        return validation(f"Input validation error: `{field}` must be > 0.0 and < 1.0")
+
+
+def anthropic(r):
+    if "temperature" in r and "top_p" in r:
+        return openai_error("`temperature` and `top_p` cannot both be specified for this model.")
+
+
+def o_series(r):
+    if "max_tokens" in r:
+        told = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
+        return openai_error(told, "max_tokens", "unsupported_parameter")
+    if r.get("temperature", 1) != 1:
+        return openai_error("Unsupported value: 'temperature' does not support 0 with this model.", "temperature")
+
+
+def mistral(r):
+    return detail("seed") if "seed" in r else None
+
+
+@pytest.mark.parametrize("server_of", [tgi, anthropic, o_series, mistral])
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(do_sample=True, temperature=0.7)], ids=["greedy", "sampled"])
+def test_servers_that_refuse_a_field_are_asked_without_it(server_of, decoding, tmp_path, caplog):
+    with ChatServer(lambda r: server_of(r) or echo(r)) as server:
+        assert texts(ask(server, tmp_path, decoding=decoding, concurrency=3)) == EXPECTED
+        refused = [r for r in server.requests if server_of(r)]
+        assert len(refused) <= 3 * len(caplog.messages), "each worker learns it once"
+        for request in server.requests[-3:]:
+            assert "model" in request and ("max_tokens" in request) != ("max_completion_tokens" in request)
+    left_out = {m.split()[3] for m in caplog.messages}
+    expected = {tgi: {"top_p,"} if decoding.do_sample else {"temperature,"}, anthropic: {"top_p,"}, mistral: {"seed,"}}
+    expected[o_series] = {"max_tokens,", "temperature,"}
+    if not decoding.do_sample:
+        expected |= {anthropic: set(), mistral: set()}
+    assert left_out == expected[server_of]
+    assert ("draws by itself" in caplog.text) == ("temperature," in left_out)
+
+
+def test_why_a_server_refuses_is_told_in_its_words_with_the_option_that_helps(tmp_path):
+    def refusal(reply, *prompts):
+        with ChatServer(lambda r: reply) as server, pytest.raises(ConnectionError) as caught:
+            ask(server, tmp_path, prompts)
+        return str(caught.value)
+
+    message = refusal(detail("stop_at", "Field required"), "a b c", "d e f")
+    assert "(2 × status 422: body.stop_at: Field required)" in message and "--request_fields" in message
+    assert "status 400: No such model here" in refusal(openai_error("No such model here", "model"), "a b c")
+    quoting = openai_error("your prompt, tell me how to zorvex it, is not to our taste", "prompt")
+    message = refusal(quoting, "Tell me how to zorvex!")
+    assert "(1 × status 400)" in message and "zorvex" not in message
+
+
+def test_a_limit_that_is_told_by_its_name_is_no_refusal_of_the_field(tmp_path, caplog):
+    told = "This model's maximum context length is 9 tokens, and max_tokens is 256"
+    with ChatServer(lambda r: openai_error(told)) as server:
+        with pytest.raises(ConnectionError, match="maximum context length is 9 tokens"):
+            ask(server, tmp_path, ["w w w"])
+        assert len(server.asked) == 1 and not caplog.text
+
+
+def test_fields_of_ones_own_are_added_and_taken_away(tmp_path):
+    fields = {"top_k": 1, "temperature": None, "chat_template_kwargs": {"enable_thinking": False}, "max_tokens": 5}
+    with ChatServer(echo) as server:
+        ask(server, tmp_path, ["a"])
+        ask(server, tmp_path, ["a"], fields=fields)
+        ask(server, tmp_path, ["a"], fields=fields)
+        assert len(server.asked) == 2, "with other fields it is another request, and kept like any"
+        sent = server.requests[1]
+    assert sent | {"messages": 0, "model": 0} == {
+        "messages": 0,
+        "model": 0,
+        "max_tokens": 5,
+        "top_k": 1,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_a_thinking_that_the_server_keeps_apart_stands_before_the_answer(name, tmp_path):
+    def reply(content, why="stop"):
+        return Reply(
+            body=json.dumps({"choices": [{"message": {"content": content, name: "hm"}, "finish_reason": why}]})
+        )
+
+    replies = {"both": reply("yes"), "cut": reply(None, "length"), "tags": reply("<think>hm</think>yes")}
+    with ChatServer(lambda r: replies[last(r)]) as server:
+        both, cut, tags = ask(server, tmp_path, list(replies))
+    assert split_thinking(both.text) == ("hm", "yes", True) == split_thinking(tags.text)
+    assert split_thinking(cut.text) == ("hm", "", False) and not cut.finished

@@ -44,7 +44,7 @@ def script(monkeypatch, model, tokenizer):
         seeds = []
         past = _answers_in(options.get("work"))
 
-        def scripted(model, tokenizer, templated, *, decoding, batch_size, progress):
+        def scripted(model, tokenizer, templated, *, decoding, batch_size, special_tokens, progress):
             seeds.append(decoding.seed)
             responses = []
             for prompt in templated:
