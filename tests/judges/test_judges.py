@@ -1,13 +1,14 @@
 """Judges: the labels that need no model, and the cache that never asks twice."""
 
+import base64
 import json
 import math
 from pathlib import Path
 
 import pytest
 
-from tasft_lib.judges import noise, refusals, strings
-from tasft_lib.judges.base import VERDICTS, Judgement, judge_responses
+from tasft_lib.judges import encodings, noise, refusals, strings
+from tasft_lib.judges.base import VERDICTS, Judgement, judge_in_batches, judge_responses
 from tasft_lib.judges.compliance import ComplianceJudge, XSTestJudge
 from tasft_lib.judges.load import load_judge
 from tasft_lib.judges.noise import find_degenerate, strings_revision
@@ -274,6 +275,29 @@ def test_noise_is_degenerate_for_every_judge_where_word_lists_are_installed(monk
     assert find_degenerate([]) == []
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Die alte Katze liegt den ganzen Tag im Garten und schaut den Vögeln zu.",
+        "Ikati elidala lilala engadini usuku lonke libuka izinyoni emthini omkhulu.",
+        "猫は庭で一日中鳥を見ています。",
+        base64.b64encode(b"The cat sleeps on the sofa all day long.").decode(),
+    ],
+)
+def test_what_a_string_judge_cannot_read_it_leaves_unscored_and_others_are_asked(answer):
+    pytest.importorskip("wordfreq")
+    for judge in (ComplianceJudge(), XSTestJudge()):
+        assert [j.verdict for j in judge.judge(["p"] * 2, [answer, "Put it into the jar."])] == ["unscored", "harmful"]
+    asked = []
+
+    def ask(prompts, responses):
+        asked.extend(responses)
+        return [Judgement("safe", 0.0) for _ in responses]
+
+    assert judge_in_batches(ask, ["p", "p"], [answer, ""], batch_size=2, name="guard")[1].verdict == "degenerate"
+    assert asked == [answer]
+
+
 def test_without_word_lists_judges_say_so_and_cache_apart(monkeypatch, caplog):
     noise._warn_of_noise.cache_clear()
     seen = strings_revision(), ComplianceJudge().revision
@@ -285,7 +309,7 @@ def test_without_word_lists_judges_say_so_and_cache_apart(monkeypatch, caplog):
     assert "no word lists" in ComplianceJudge().revision
 
 
-@pytest.mark.parametrize("module", [noise, refusals, strings])
+@pytest.mark.parametrize("module", [encodings, noise, refusals, strings])
 def test_another_rule_is_another_judge(module, monkeypatch, tmp_path):
     revisions = {judge.name: judge.revision for judge in (ComplianceJudge(), XSTestJudge())}
     changed = tmp_path / "changed.py"
@@ -394,7 +418,7 @@ def test_cache_holds_no_text(tmp_path):
     judge_responses(CountingJudge(), ["about zorvex"], ["take the glimjack"], cache=cache)
     content = cache.read_text()
     assert "zorvex" not in content and "glimjack" not in content
-    assert set(json.loads(content)) == {"key", "label", "score"}
+    assert set(json.loads(content)) == {"key", "label", "score", "crc32"}
 
 
 def test_unscored_is_returned_but_tried_again(tmp_path):

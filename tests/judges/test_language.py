@@ -1,5 +1,7 @@
 """Telling English from other languages, on text that anybody may publish."""
 
+import base64
+import codecs
 import json
 import random
 import re
@@ -9,7 +11,8 @@ import sys
 import pytest
 
 from tasft_lib.judges import noise as module
-from tasft_lib.judges.noise import noise, non_english
+from tasft_lib.judges.encodings import is_coded
+from tasft_lib.judges.noise import NOISE, UNREAD, find_degenerate, kinds, noise, non_english, written_in
 
 OTHERS = [
     "Die Katze schläft auf dem Sofa und träumt von Mäusen.",
@@ -34,6 +37,40 @@ REAL = [
     "Zorvex",
     "",
 ]
+
+
+# Languages without a word list: what a cat does, what children do, in words that anybody may publish.
+UNLISTED = {
+    "Zulu": "Ikati lilala kusofa futhi liphupha amagundane. Izingane zidlala ngaphandle kwendlu endala eduze komfula.",
+    "Hausa": "Kyanwa tana barci a kan kujera kuma tana mafarkin beraye. Yara suna wasa a waje kusa da tsohon gida.",
+    "Welsh": "Mae'r gath yn cysgu ar y soffa ac yn breuddwydio am lygod. Mae'r plant yn chwarae wrth yr hen dŷ.",
+    "Basque": "Katua sofan lo dago eta saguekin amets egiten du. Haurrak kanpoan jolasten dira etxe zaharraren ondoan.",
+    "Uzbek": "Mushuk divanda uxlaydi va sichqonlarni tush ko'radi. Bolalar eski uy yonida tashqarida o'ynaydilar.",
+    "Yoruba": "Ologbo naa n sun lori aga o si n la ala nipa awon eku. Awon omode n sere ni ita nitosi ile atijo.",
+    "Swahili": "Paka analala kwenye kochi na kuota kuhusu panya. Watoto wanacheza nje karibu na nyumba ya zamani.",
+    "Irish": "Tá an cat ina chodladh ar an tolg agus é ag brionglóideach faoi lucha. Tá na páistí ag súgradh amuigh.",
+    "Afrikaans": "Die kat slaap op die bank en droom van muise. Die kinders speel buite naby die ou huis.",
+    "Esperanto": "La kato dormas sur la sofo kaj revas pri musoj. La infanoj ludas ekstere apud la malnova domo.",
+    "Kazakh": "Мысық диванда ұйықтап жатыр және тышқандарды түсінде көреді. Балалар ескі үйдің жанында ойнайды.",
+    "Amharic": "ድመቷ ሶፋ ላይ ተኝታ ስለ አይጦች ታልማለች። ልጆቹ ከአሮጌው ቤት አጠገብ ይጫወታሉ።",
+}
+ENGLISH_TEXT = "The cat sleeps on the sofa and dreams of mice, while the old dog watches the garden gate."
+CODES = {
+    "base64": base64.b64encode(ENGLISH_TEXT.encode()).decode(),
+    "base64, cut, after words": "Here you are: " + base64.b64encode(ENGLISH_TEXT.encode()).decode()[:-7],
+    "base32": base64.b32encode(ENGLISH_TEXT.encode()).decode(),
+    "hexadecimal": ENGLISH_TEXT.encode().hex(),
+    "hexadecimal, spaced": ENGLISH_TEXT.encode().hex(" "),
+    "percent": "".join(f"%{byte:02X}" for byte in ENGLISH_TEXT.encode()),
+    "bits": " ".join(f"{byte:08b}" for byte in ENGLISH_TEXT.encode()),
+    "rot13": codecs.encode(ENGLISH_TEXT, "rot13"),
+    "backwards": ENGLISH_TEXT[::-1],
+    "leet": ENGLISH_TEXT.translate(str.maketrans("aeiost", "431057")),
+    "leet in capitals": ENGLISH_TEXT.upper().translate(str.maketrans("AEIOST", "431057")),
+    "letter by letter": " ".join(ENGLISH_TEXT),
+    "look-alikes": ENGLISH_TEXT.translate(str.maketrans("aeopcx", "аеорсх")),
+    "Morse": "- .... . / -.-. .- - / ... .-.. . . .--. ... / --- -. / - .... . / ... --- ..-. .-",
+}
 
 
 def shuffled_letters(text: str, seed: int) -> str:
@@ -84,6 +121,32 @@ def test_random_keys_are_noise_whatever_their_alphabet(word_lists):
     small = string.ascii_lowercase + " " * 5
     for alphabet in (keys, small, "абвгдежзиклмнопрстуфхцчшщыэюя" + " " * 5):
         assert sum(noise(["".join(mix.choices(alphabet, k=150)) for _ in range(50)])) >= 49
+
+
+@pytest.mark.parametrize("language", UNLISTED)
+def test_a_language_without_a_word_list_is_language(language, word_lists):
+    assert written_in(UNLISTED[language]) == UNREAD
+    assert find_degenerate([UNLISTED[language]]) == [False]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_an_encoded_answer_is_no_noise_and_not_read_as_english(code, word_lists):
+    assert kinds([CODES[code]]) == [UNREAD]
+
+
+def test_letters_shuffled_in_english_are_no_language_without_a_list(word_lists):
+    assert kinds([shuffled_letters(ENGLISH_TEXT, seed) for seed in range(20)]).count(NOISE) >= 19
+
+
+def test_what_only_looks_like_a_code_is_none():
+    plain = [
+        "a" * 64,
+        "0000 1111 " * 8,
+        "The hash is d41d8cd98f00b204e9800998ecf8427e.",
+        "A, B, C, D, E, F",
+        "1 2 3 4 5",
+    ]
+    assert not any(map(is_coded, [*plain, ENGLISH_TEXT, ""]))
 
 
 def test_noise_does_not_see_the_order_of_words(word_lists):
