@@ -90,12 +90,9 @@ def environment() -> dict[str, Any]:
 
 def read_object(path: Path) -> dict:
     """The JSON object in a file; raises `ValueError` where it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no valid JSON ({error}); fetch or save it again.") from None
+    value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no JSON object; fetch or save it again.")
+        raise ValueError(f"{path}: holds no JSON object, so it is damaged; fetch or make it again.")
     return value
 
 
@@ -117,7 +114,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON, so it is damaged ({error!s:.80}).") from error
+        raise ValueError(f"{path}: no JSON, so it is damaged ({error!s:.80}); fetch or make it again.") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -106,11 +106,9 @@ def load_weights(
         options["device_map"] = {"": device}
     elif torch.accelerator.is_available():
         options["device_map"] = "auto"
-    options["dtype"] = torch_dtype(dtype)
+    options |= {"dtype": torch_dtype(dtype), "output_loading_info": True, "trust_remote_code": False}
     with _told(model):
-        weights, info = architecture.from_pretrained(
-            model, revision=revision or "main", output_loading_info=True, **options
-        )
+        weights, info = architecture.from_pretrained(model, revision=revision or "main", **options)
     _check_whole(model, weights, info)
     return weights
 
@@ -140,12 +138,14 @@ def check_weights(
     if is_adapter(model, revision):
         raise ValueError(f"{model}: holds an adapter, not a model; merge it into its base with tasft export first.")
     config = _read_config(model, revision, architecture)
-    paths = _weight_files(model, revision)
+    with _told(model):
+        paths = _weight_files(model, revision)
     wrong = [(path, name) for path in paths for name, tensor in _tensors(path) if not _is_finite(tensor)]
     unread = set()
     # What is stored quantised is given its shapes by its own library.
     if getattr(config, "quantization_config", None) is None:
         options = {"device_map": "meta", "ignore_mismatched_sizes": True, "output_loading_info": True}
+        options["trust_remote_code"] = False
         with _told(model), _silent():
             empty, info = architecture.from_pretrained(model, revision=revision or "main", **options)
         _check_whole(model, empty, info)
@@ -163,13 +163,13 @@ def _read_config(model: str | Path, revision: str | None, architecture: type):
         raise OSError(f"{model}: no config.json here, so no model; check the path, or fetch or save the model again.")
     settings = files.read_object(path)
     kind = settings.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if "auto_map" in settings:
             raise ValueError(f"{path}: {kind!r} needs code of its own, which is never run; use a model without.")
         version = transformers.__version__
         raise ValueError(f"{path}: model_type {kind!r} is unknown to transformers {version}; a newer one may know it.")
     with _told(path):
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         if type(config) not in architecture._model_mapping:
             wanted = architecture.__name__.removeprefix("AutoModelFor")
             raise ValueError(f"{path}: a {kind} model is of another kind than is needed here ({wanted}).")
@@ -232,8 +232,9 @@ def _check_whole(model: str | Path, weights: PreTrainedModel, info: dict) -> Non
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{model}: lacks {', '.join(missing[:3])}; give a checkpoint that holds the whole model.")
 
-    # Others are heads and buffers that this architecture does without.
-    if more := _further(info["unexpected_keys"], weights.state_dict()):
+    # Others are heads and buffers that this architecture does without, or layers that guess further tokens.
+    more = _further(info["unexpected_keys"], weights.state_dict())
+    if more and not getattr(weights.config, "num_nextn_predict_layers", None):
         raise ValueError(f"{model}: config.json leaves out {more[0]}; give weights and config.json of one model.")
 
 
@@ -249,17 +250,21 @@ def _further(names: Iterable[str], own: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def _told(source: str | Path) -> Iterator[None]:
-    """Whatever the libraries underneath raise on a file that is none of theirs, as one line."""
+def _told(source: str | Path, part: str = "") -> Iterator[None]:
+    """Whatever the libraries underneath raise on a file that is none of theirs, as one line with its name."""
     try:
         yield
-    except (OSError, ValueError, ImportError):
-        raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{source}: cannot be loaded ({type(error).__name__}: {reason}); fetch or save it again."
-        ) from error
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ValueError(f"{source}: needs code of its own, which is never run; use a model without.") from None
+        if isinstance(error, (OSError, ValueError)) and str(source) in reason:
+            raise
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise ValueError(f"{source}: does not fit into memory ({reason[:100]}); try a smaller dtype.") from error
+        kind = type(error)
+        told = f"{source}: {part}cannot be loaded ({kind.__name__}: {reason[:200]}); fetch or save it again."
+        raise (kind if kind in (OSError, ImportError) else ValueError)(told) from error
 
 
 @contextmanager
@@ -356,11 +361,18 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
         folder = fetch(model, revision)
         has_own = (folder / "tokenizer_config.json").is_file()
         model, revision = (folder, None) if has_own else adapter_base(model, revision)
-    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
-        if path := _file(model, name, revision):
-            files.read_object(path)
-    with _told(f"{model}: its tokenizer"):
-        return AutoTokenizer.from_pretrained(model, revision=revision or "main")
+    try:
+        with _told(model, "its tokenizer "):
+            tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError):
+        for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
+            if path := _file(model, name, revision):
+                files.read_object(path)
+        raise
+    # What transformers makes of a tokenizer_config.json alone.
+    if set(tokenizer.get_vocab()) <= {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}:
+        raise ValueError(f"{model}: its tokenizer has no words (is tokenizer.json missing?); fetch or save it again.")
+    return tokenizer
 
 
 def check_tokens(weights: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str | Path) -> None:

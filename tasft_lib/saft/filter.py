@@ -326,6 +326,8 @@ class SAFTFilter:
         """What `save` wrote. Raises `ValueError` where it did not."""
         try:
             arrays = load_file(folder / "saft_filter.safetensors")
+            if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+                raise ValueError(f"{broken[0]} is not finite")
             rest = json.loads((folder / "saft_filter.json").read_text(encoding="utf-8"))
             rest["threshold"] = float(rest["threshold"])
             rest["chosen_with_labels"] = tuple(rest["chosen_with_labels"])

@@ -73,6 +73,14 @@ def another_kind(folder):
     edit_config(folder, model_type="vit")
 
 
+def index_of(weight_map):
+    def spoil(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    return spoil
+
+
 class Evil:
     """Unpickled, it would run a command."""
 
@@ -98,10 +106,16 @@ SPOILT = {
     "own code": (lambda f: edit_config(f, model_type="mine", auto_map={"AutoConfig": "m.C"}), "code of its own"),
     "unknown architecture": (lambda f: edit_config(f, model_type="mine"), "model_type 'mine' is unknown"),
     "no architecture": (lambda f: edit_config(f, model_type=None), "model_type None is unknown"),
+    "a list as architecture": (lambda f: edit_config(f, model_type=["llama"]), "is unknown"),
+    "an index of nothing": (index_of({}), "names no weights"),
+    "an index of numbers": (index_of({"lm_head.weight": 1}), "cannot be loaded"),
     "another kind": (another_kind, "of another kind"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds no JSON object"),
-    "config is torn": (lambda f: (f / "config.json").write_text('{"a": 1'), "config.json: no valid JSON"),
-    "config is no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json: no valid JSON"),
+    "config is torn": (lambda f: (f / "config.json").write_text('{"a": 1'), "config.json: no JSON, so it is damaged"),
+    "config is no text": (
+        lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
+        "config.json: no JSON, so it is damaged",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "nonsense in config": (lambda f: edit_config(f, num_hidden_layers="two"), "model"),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
@@ -194,7 +208,7 @@ SPOILT_ADAPTERS = {
     "NaN": (edit_adapter(lambda w: [v.view(-1)[:1].fill_(float("nan")) for v in w.values()]), "holds NaN"),
     "no weights": (lambda a: (a / "adapter_model.safetensors").unlink(), "an adapter without weights"),
     "a list as configuration": (lambda a: (a / "adapter_config.json").write_text("[]"), "holds no JSON object"),
-    "torn configuration": (lambda a: (a / "adapter_config.json").write_text('{"r": '), "no valid JSON"),
+    "torn configuration": (lambda a: (a / "adapter_config.json").write_text('{"r": '), "no JSON, so it is damaged"),
     "no kind": (lambda a: edit_json(a / "adapter_config.json", peft_type=None), "knows no adapter None"),
     "an unknown kind": (
         lambda a: edit_json(a / "adapter_config.json", peft_type="NONE_SUCH"),
@@ -292,10 +306,37 @@ def test_the_tokenizer_of_an_adapter_without_one_is_its_bases(folder, tmp_path):
     assert load_tokenizer(tmp_path / "adapter").get_vocab() == load_tokenizer(folder).get_vocab()
 
 
-def test_a_torn_tokenizer_is_named(folder):
-    (folder / "tokenizer.json").write_text('{"version": "1.0", ')
-    with pytest.raises(ValueError, match=r"tokenizer\.json: no valid JSON"):
+SPOILT_TOKENIZERS = {
+    "torn": (lambda f: (f / "tokenizer.json").write_text('{"version": "1.0", '), "tokenizer.json: no JSON"),
+    "a list": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: holds no JSON object"),
+    "empty": (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer cannot be loaded"),
+    "lost": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
+    "lost, and guessed": (
+        lambda f: [
+            (f / "tokenizer.json").unlink(),
+            edit_json(f / "tokenizer_config.json", tokenizer_class="LlamaTokenizer"),
+        ],
+        "has no words",
+    ),
+    "own code": (
+        lambda f: edit_json(
+            f / "tokenizer_config.json", tokenizer_class="C", auto_map={"AutoTokenizer": ["a.C", None]}
+        ),
+        "needs code of its own",
+    ),
+    "a configuration that is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds no JSON"),
+    "a torn configuration": (lambda f: (f / "config.json").write_text("{"), "config.json: no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT_TOKENIZERS)
+def test_a_spoilt_tokenizer_is_named(name, folder):
+    spoil, told = SPOILT_TOKENIZERS[name]
+    spoil(folder)
+    with pytest.raises((ValueError, OSError)) as error:
         load_tokenizer(folder)
+    assert told in str(error.value) and str(folder) in str(error.value)
+    assert "trust_remote_code" not in str(error.value)
 
 
 def test_tokens_beyond_the_embedding_are_refused_unless_nothing_writes_them(folder):

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from datasets import Dataset
+from safetensors.numpy import load_file, save_file
 from sklearn.metrics import f1_score, roc_auc_score
 
 from tasft_lib.saft.filter import SCORE, SAFTFilter, SAFTFitter
@@ -401,6 +402,10 @@ def test_what_is_no_filter_is_said(tmp_path):
     with pytest.raises(ValueError, match="no filter that"):
         SAFTFilter.load(tmp_path)
     fit(noise()).save(tmp_path)
+    arrays = load_file(tmp_path / "saft_filter.safetensors")
+    save_file(arrays | {"mean": np.full_like(arrays["mean"], np.nan)}, tmp_path / "saft_filter.safetensors")
+    with pytest.raises(ValueError, match="mean is not finite"):
+        SAFTFilter.load(tmp_path)
     (tmp_path / "saft_filter.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="no filter that"):
         SAFTFilter.load(tmp_path)
