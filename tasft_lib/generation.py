@@ -86,7 +86,7 @@ def generate(
 
     Raises:
         ValueError: a prompt has no token or does not fit the model's context together with `max_new_tokens`, or the
-            tokenizer has neither EOS nor pad token.
+            tokenizer has neither EOS nor pad token; the model gives NaN.
     """
     if answers is not None and decoding.do_sample:
         raise ValueError("answers: a draw depends on those before it, so sampled answers are not kept batch by batch")
@@ -120,6 +120,7 @@ def generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 generation_config=config,
+                logits_processor=[_refuse_nan],
             )
             for i, new_ids in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 responses[i] = _response(tokenizer, new_ids, eos_ids, turn, opens_thinking(prompts[i]))
@@ -128,6 +129,13 @@ def generate(
                 append_records(answers, [checked(a | asdict(responses[i])) for a, i in zip(asked, batch, strict=True)])
             bar.update(len(batch))
     return [responses[i] for i in range(len(prompts))]
+
+
+def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Greedy decoding would take NaN for the first token of the vocabulary."""
+    if scores.isnan().any():
+        raise ValueError("the model gives NaN: too large numbers for its dtype, or broken weights; load it in float32.")
+    return scores
 
 
 def check_prompts(

@@ -342,3 +342,12 @@ def test_a_killed_run_goes_on_batch_by_batch_and_ends_the_same(model, tokenizer,
     assert generate(model, tokenizer, others, answers=file, **options) != whole and calls
     with pytest.raises(ValueError, match="not kept batch by batch"):
         generate(model, tokenizer, prompts, decoding=SAMPLED, answers=file)
+
+
+@pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=3), Decoding(max_new_tokens=3, do_sample=True)], ids=str)
+def test_a_model_that_gives_nan_is_refused(decoding, model, tokenizer):
+    """As one does in float16 whose activations are too large for it."""
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(ValueError, match="the model gives NaN"):
+        generate(model, tokenizer, ["w1 w2", "w3"], decoding=decoding)
