@@ -107,7 +107,7 @@ def load_weights(
     elif torch.accelerator.is_available():
         options["device_map"] = "auto"
     options |= {"dtype": torch_dtype(dtype), "output_loading_info": True, "trust_remote_code": False}
-    with _told(model):
+    with _told(model), _silent(bars=True):
         weights, info = architecture.from_pretrained(model, revision=revision or "main", **options)
     _check_whole(model, weights, info)
     return weights
@@ -268,17 +268,18 @@ def _told(source: str | Path, part: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """transformers' reports and bars off; what they say is checked here."""
+def _silent(*, bars: bool = False) -> Iterator[None]:
+    """transformers' reports off, and its bars unless asked for; what the reports say is checked here."""
     logs = transformers.utils.logging
-    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    level, shown = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
-    logs.disable_progress_bar()
+    if not bars:
+        logs.disable_progress_bar()
     try:
         yield
     finally:
         logs.set_verbosity(level)
-        if bars:
+        if shown:
             logs.enable_progress_bar()
 
 
@@ -444,13 +445,16 @@ def adapter_base(
     base = base or config.get("base_model_name_or_path") or ""
     if os.path.isdir(base):
         return base, None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+        place = f"its base {base!r} is not there" if base else "adapter_config.json names no base"
+        raise ValueError(f"{adapter}: {place}; write the base's folder into adapter_config.json.")
     remedy = "give the base's commit as --model_revision"
     commit = config.get("revision")
     if os.path.isdir(adapter):
         commit = revision or commit
     else:
         remedy = f"bring it here (hf download {adapter} --revision {revision} --local-dir FOLDER) and {remedy} with it"
-    if not base or commit in (None, "main"):
+    if commit in (None, "main"):
         raise ValueError(
             f"{adapter}: its base {base!r} is no folder here, and adapter_config.json names no commit of a hub id; "
             f"{remedy}."

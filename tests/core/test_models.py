@@ -214,6 +214,15 @@ SPOILT_ADAPTERS = {
         lambda a: edit_json(a / "adapter_config.json", peft_type="NONE_SUCH"),
         "knows no adapter 'NONE_SUCH'",
     ),
+    "no base": (lambda a: edit_json(a / "adapter_config.json", base_model_name_or_path=None), "names no base"),
+    "base elsewhere": (
+        lambda a: edit_json(a / "adapter_config.json", base_model_name_or_path="/gone/base"),
+        "its base '/gone/base' is not there",
+    ),
+    "base of no commit": (
+        lambda a: edit_json(a / "adapter_config.json", base_model_name_or_path="owner/base"),
+        "give the base's commit as --model_revision",
+    ),
     "base is no text": (lambda a: edit_json(a / "adapter_config.json", base_model_name_or_path=[1]), "is no text"),
     "a wider base": (edit_adapter(wider), "is [4, 32] and not [4, 40]"),
     "a deeper base": (edit_adapter(with_layer), "which has no base_model.model.model.layers.2."),
