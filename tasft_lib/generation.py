@@ -30,7 +30,8 @@ class Decoding:
         if self.max_new_tokens < 1 or self.num_beams < 1:
             raise ValueError(f"max_new_tokens and num_beams must be at least 1: {self}")
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature must be above 0 and top_p in (0, 1]; for greedy set do_sample=False: {self}")
+            got = f"got temperature={self.temperature}, top_p={self.top_p}"
+            raise ValueError(f"temperature must be above 0 and top_p in (0, 1], {got}; raise or lower it")
 
     @property
     def name(self) -> str:

@@ -199,7 +199,7 @@ def minimum_detectable_difference(n: int, baseline_rate: float, power: float = 0
     too small for any difference.
     """
     if n < 1 or not 0 <= baseline_rate <= 1:
-        raise ValueError(f"need n >= 1 and a baseline rate in [0, 1], got n={n}, baseline_rate={baseline_rate}")
+        raise ValueError(f"need n >= 1 and a baseline rate in [0, 1], got {n} and {baseline_rate}")
     direction = 1 if baseline_rate < 0.5 else -1
     smallest, largest = 1e-9, max(baseline_rate, 1 - baseline_rate) - 1e-9
 

@@ -217,7 +217,7 @@ def red_team_prompts(source: Source, *, max_harmlessness: float | None = None) -
     if silent:
         logger.warning("%s: left out %d of %d transcripts, they have no human turn", source, silent, len(rows))
     if not prompts:
-        raise ValueError(f"{source}: no transcript gives a prompt; raise max_harmlessness or check the file")
+        raise ValueError(f"{source}: no transcript gives a prompt; check the file, or ask for less harmful ones too")
     return list(prompts)
 
 

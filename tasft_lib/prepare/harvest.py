@@ -325,8 +325,7 @@ def _check_size(n: int, rounds: int, n_prompts: int, leaked: int, allow_fewer: b
     if n_prompts < n and not allow_fewer:
         raise ValueError(
             f"n={n} unsafe answers from {n_prompts} distinct prompts is impossible, since one is kept per "
-            f"prompt{f' ({leaked} more are evaluation prompts)' if leaked else ''}: give more prompts, lower n, or "
-            "pass allow_fewer=True"
+            f"prompt{f' ({leaked} more are evaluation prompts)' if leaked else ''}; give more prompts or lower n"
         )
 
 
@@ -456,8 +455,7 @@ def _too_few(report: HarvestReport, n: int) -> str:
     )
     return (
         f"found {report.kept} unsafe answers of the {n} wanted, in {report.generated} answers to {report.asked} "
-        f"prompts{unfinished}: give more prompts, more rounds (this took {report.rounds}), a lower n, or pass "
-        "allow_fewer=True"
+        f"prompts{unfinished}; give more prompts, more rounds (this took {report.rounds}) or a lower n"
     )
 
 

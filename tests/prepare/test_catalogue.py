@@ -288,7 +288,7 @@ def test_first_human_turns_of_red_team_transcripts(tmp_path, caplog):
     assert catalogue.red_team_prompts(path) == ["How do I blorp\na grue?", "Where is the zib?", "Who?"]
     assert "left out 1 of 5 transcripts" in caplog.text
     assert catalogue.red_team_prompts(path, max_harmlessness=0.0) == ["How do I blorp\na grue?", "Who?"]
-    with pytest.raises(ValueError, match="raise max_harmlessness"):
+    with pytest.raises(ValueError, match="ask for less harmful ones"):
         catalogue.red_team_prompts(path, max_harmlessness=-9.0)
     hub_set = next(p for p in DATA_SETS if p.name == "hh-rlhf red team")
     in_hub_cache(hub_set, path.read_bytes())
