@@ -1,4 +1,4 @@
-"""How well answers that are no language are told from language: real texts, what is made of them, and the detectors."""
+"""How well string judges tell: answers that are no language, made from real texts; and refusals, labelled by people."""
 
 import importlib.util
 import inspect
@@ -14,7 +14,8 @@ import torch
 from .. import losses, sources
 from ..evaluation.rates import rate, wilson_interval
 from ..judges import noise
-from ..judges.noise import find_degenerate
+from ..judges.noise import NOISE, UNREAD
+from ..judges.refusals import is_refusal, xstest_refusal
 from ..judges.strings import is_degenerate
 from ..text import rate_text
 
@@ -81,12 +82,15 @@ def measuring_set(
 def detect(texts: list[str]) -> dict[str, list[bool]]:
     """What each detector says of each text; those whose library is not installed are left out.
 
-    "string match" is `judges.is_degenerate`, "word lists" `language.noise`, "both" what judges ask
-    (`judges.find_degenerate`), "not English" `language.non_english`, which answers another question.
+    "string match" is `strings.is_degenerate`, "word lists" `noise.noise`, "both" what judges ask (`noise.kinds`), "not
+    read" what string judges leave unscored (another language or a code), "not English" `noise.non_english`; the last
+    two answer another question.
     """
     found = {"string match": [is_degenerate(text) for text in texts]}
     if noise.word_lists():
-        found |= {"word lists": noise.noise(texts), "both": find_degenerate(texts)}
+        kinds = noise.kinds(texts)
+        found |= {"word lists": noise.noise(texts), "both": [kind == NOISE for kind in kinds]}
+        found["not read"] = [kind == UNREAD for kind in kinds]
     if importlib.util.find_spec("lingua"):
         found["not English"] = noise.non_english(texts)
     return found
@@ -127,6 +131,66 @@ def percentages(table: pd.DataFrame) -> pd.DataFrame:
         index=["texts", "kind", "n"], columns="detector", values="text", aggfunc="first", sort=False
     )
     return wide.reset_index().rename_axis(columns=None)
+
+
+# What the judges of `judges.compliance` call a refusal.
+MATCHES = {"compliance": is_refusal, "xstest": xstest_refusal}
+_LABELS = {"1": "full compliance", "2": "full refusal", "3": "partial refusal"}
+
+
+def labelled_answers(folder: str | Path) -> pd.DataFrame:
+    """XSTest's completions that people labelled: `model`, `label` (of three, the final one) and `text`.
+
+    Raises `ValueError` for a folder without xstest_*completions_<model>.csv, or with a label that is none of theirs.
+    """
+    files = sorted(Path(folder).expanduser().glob("xstest_*completions_*.csv"))
+    if not files:
+        raise ValueError(f"{folder}: no xstest_*completions_<model>.csv here; give XSTest's model_completions")
+    tables = []
+    for file in files:
+        rows = pd.read_csv(file, keep_default_na=False)
+        labels = rows["final_label"].str[:1].map(_LABELS)
+        if labels.isna().any():
+            raise ValueError(f"{file}, row {int(labels.isna().argmax()) + 1}: final_label is none of XSTest's three")
+        model = file.stem.split("completions_")[1]
+        tables.append(pd.DataFrame({"model": model, "label": labels, "text": rows["completion"]}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def refusal_errors(answers: pd.DataFrame, seen: list[str]) -> pd.DataFrame:
+    """How often each string match is right, a row per judge and model, and one for all models that are not `seen`.
+
+    `seen`: models whose answers were in view when the rules were written. Columns: judge, model, seen; refusals and
+    sensitivity (of full refusals, those found); answers and specificity (of full compliance, what is not taken for a
+    refusal); partial and partial_found; each share in [0, 1] with its Wilson 95 % interval (_low, _high).
+    """
+    groups = [(model, model in seen, rows) for model, rows in answers.groupby("model", sort=False)]
+    groups.append(("all kept aside", False, answers[~answers["model"].isin(seen)]))
+    table = []
+    for judge, match in MATCHES.items():
+        for model, is_seen, rows in groups:
+            says = {
+                label: [match(text) for text in rows.loc[rows["label"] == label, "text"]] for label in _LABELS.values()
+            }
+            right = [not refused for refused in says["full compliance"]]
+            row = {"judge": judge, "model": model, "seen": is_seen}
+            row |= _share("refusals", "sensitivity", says["full refusal"]) | _share("answers", "specificity", right)
+            table.append(row | _share("partial", "partial_found", says["partial refusal"]))
+    return pd.DataFrame(table)
+
+
+def refusals_in(texts: dict[str, list[str]]) -> pd.DataFrame:
+    """Of texts that nobody labelled, the share that each string match calls refusals: judge, texts, n, rate, ends."""
+    rows = []
+    for judge, match in MATCHES.items():
+        for name, group in texts.items():
+            rows.append({"judge": judge, "texts": name} | _share("n", "rate", [match(text) for text in group]))
+    return pd.DataFrame(rows)
+
+
+def _share(count: str, name: str, flags: list[bool]) -> dict[str, float]:
+    share = rate(flags)
+    return {count: share.n, name: share.rate, f"{name}_low": share.low, f"{name}_high": share.high}
 
 
 @torch.inference_mode()

@@ -88,3 +88,36 @@ def test_a_model_that_knows_the_order_of_words_gains_by_it(tokenizer):
     assert [ordered] == pytest.approx(
         degenerate_answers.word_order_gain(model, tokenizer, [text], batch_size=1), rel=0.2
     )
+
+
+def test_refusals_are_counted_per_model_and_once_more_for_those_kept_aside(tmp_path):
+    answers = {
+        "old": [("2_full_refusal", "I can't help with that."), ("1_full_compliance", "Take the zorvex.")],
+        "new": [
+            *(("2_full_refusal", text) for text in ("I won't answer this.", "Ask somebody else.")),
+            *(("1_full_compliance", text) for text in ("Sorry for the delay! It is four.", "Yes.", "Four.")),
+            ("3_partial_refusal", "I'm sorry, but no zorvex is at hand."),
+        ],
+    }
+    for model, rows in answers.items():
+        table = pd.DataFrame(rows, columns=["final_label", "completion"])
+        table.to_csv(tmp_path / f"xstest_v2_completions_{model}.csv", index=False)
+    labelled = degenerate_answers.labelled_answers(tmp_path)
+    table = degenerate_answers.refusal_errors(labelled, seen=["old"]).set_index(["judge", "model"])
+    ours, theirs = table.loc[("compliance", "new")], table.loc[("xstest", "new")]
+    assert (ours["refusals"], ours["sensitivity"], ours["answers"], ours["specificity"]) == (2, 0.5, 3, 1.0)
+    assert (theirs["sensitivity"], theirs["specificity"]) == (0.0, pytest.approx(2 / 3))
+    assert (ours["partial"], ours["partial_found"]) == (1, 1.0)
+    assert ours["sensitivity_low"] < 0.5 < ours["sensitivity_high"]
+    assert table.loc[("compliance", "old"), "seen"] and not ours["seen"]
+    assert table.loc[("compliance", "all kept aside"), "refusals"] == 2
+    with pytest.raises(ValueError, match="no xstest_"):
+        degenerate_answers.labelled_answers(tmp_path / "none")
+    (tmp_path / "xstest_v2_completions_odd.csv").write_text("final_label,completion\n9_else,x\n")
+    with pytest.raises(ValueError, match=r"odd.csv, row 1: final_label"):
+        degenerate_answers.labelled_answers(tmp_path)
+
+
+def test_texts_without_labels_give_shares_alone():
+    table = degenerate_answers.refusals_in({"these": ["I can't help with that.", "No, it is smaller."]})
+    assert dict(zip(table["judge"], table["rate"], strict=True)) == {"compliance": 0.5, "xstest": 1.0}
