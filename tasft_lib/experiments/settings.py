@@ -136,8 +136,13 @@ def declared_in(path: Path) -> dict[str, tuple[type, Any]]:
 
 
 def profiles() -> dict[str, list[str]]:
-    """Profile -> its notebooks in reading order: those with a `params/<profile>/<notebook>.yaml`."""
+    """Profile -> its notebooks in reading order: those with a `params/<profile>/<notebook>.yaml`.
+
+    Raises `ValueError` outside the project.
+    """
     folders = sorted(path.parent for path in (project_root() / "params").glob("*/common.yaml"))
+    if not folders:
+        raise ValueError(f"{project_root()}: no profiles in params/; run this inside a checkout of the project.")
     return {folder.name: [name for name in notebooks() if (folder / f"{name}.yaml").exists()] for folder in folders}
 
 

@@ -128,6 +128,12 @@ def test_a_plan_of_nothing_is_refused_in_one_line(notebook, change, message):
         reproduce.plan("smoke", [notebook], change)
 
 
+def test_outside_the_project_it_is_said_where_to_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="run this inside a checkout of the project"):
+        reproduce.jobs_of("mini")
+
+
 def test_many_notebooks_of_one_profile_wait_for_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
     locked = []
