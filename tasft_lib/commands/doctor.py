@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import files
 from ..templates import TEMPLATES
-from .flags import add_source, check_data, source_options
+from .flags import add_source, at_least, check_data, source_options
 from .train import _read_config
 
 
@@ -23,13 +23,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--evaluation_prompts", nargs="*", default=[], help="files of prompts that must not be asked")
     parser.add_argument("--tokenizer", help="model whose tokens are counted, with --max_length")
     parser.add_argument("--model_revision", help="commit of a tokenizer from the hub")
-    parser.add_argument("--max_length", type=int, help="tokens that training keeps of a row")
+    parser.add_argument("--max_length", type=at_least(1), help="tokens that training keeps of a row")
     parser.add_argument("--prompt_template", choices=TEMPLATES, help="of training (default: alpaca)")
     parser.add_argument(
         "--config", type=Path, help="of `tasft train`, whose model, lengths and template are the default"
     )
-    parser.add_argument("--show", type=int, default=0, help="show the tokens of so many unsafe and benign rows, and "
-                        "which are learnt or penalised")  # fmt: skip
+    parser.add_argument("--show", type=at_least(0), default=0, help="show the tokens of so many unsafe and benign rows"
+                        ", and which are learnt or penalised")  # fmt: skip
     parser.add_argument("--output", type=Path, help="write the report to this .md file")
     args = parser.parse_args(argv)
     config = _of_training(args)
