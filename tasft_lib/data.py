@@ -297,6 +297,11 @@ def chat_ids(row: dict[str, Any], tokenizer: Any, place: str) -> tuple[list[int]
         words = " ".join(str(error).split())[:120] if type(error) is jinja2.TemplateError else type(error).__name__
         what = f"the chat template can't read the messages ({words})"
         raise ValueError(f"{place}: {what}; write them as it wants them") from error
+    if any(message.get("tool_calls") for message in row["completion"]):
+        bare = [{name: message[name] for name in ("role", "content")} for message in row["completion"]]
+        if tokenizer.apply_chat_template(row["prompt"] + bare, return_dict=True, **options)["input_ids"] == whole:
+            what = "the answer calls a tool, and the chat template passes over calls"
+            raise ValueError(f"{place}: {what}; use a model whose template writes them, or remove the row")
     return prompt, whole
 
 

@@ -4,6 +4,7 @@ What spoils an unsafe row must be fixed: there are few of them, and each is push
 penalty. The same in a benign row is worth a look. What `data.check` refuses must be fixed in every row.
 """
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -171,14 +172,15 @@ def report(diagnosis: Diagnosis) -> str:
 
 
 class _Rows:
-    """Rows as plain texts: `questions` without template, `answers`, and the number of each in its file."""
+    """Rows as plain texts: `questions` without template, `answers` without thinking, numbers in the file."""
 
     def __init__(self, rows: Dataset, numbers: list[int]):
         self.rows, self.numbers, self.labels = rows, numbers, rows["label"][:]
         self.readings = [templates.questions(prompt) for prompt in rows["prompt"][:]]
         is_text = [isinstance(prompt, str) for prompt in rows["prompt"][:]]
         self.questions = [q[0] if text else "\n".join(q) for q, text in zip(self.readings, is_text, strict=True)]
-        self.answers = [c if isinstance(c, str) else _contents(c) for c in rows["completion"][:]]
+        said = [c if isinstance(c, str) else _contents(c) for c in rows["completion"][:]]
+        self.answers = [templates.split_thinking(text)[1] for text in said]  # none where the thinking has no end
         self.unsafe = [i for i, label in enumerate(self.labels) if not label]
         self.benign = [i for i, label in enumerate(self.labels) if label]
 
@@ -355,7 +357,9 @@ def _category(value: Any) -> str:
 
 
 def _contents(messages: Iterable[dict]) -> str:
-    return "\n".join(message["content"] or "" for message in messages)
+    """What messages say, and the tools they call."""
+    calls = (json.dumps(message["tool_calls"], sort_keys=True) for message in messages if message.get("tool_calls"))
+    return "\n".join(filter(None, [*(message["content"] for message in messages), *calls]))
 
 
 def _redacted(text: str) -> str:

@@ -570,6 +570,17 @@ def test_messages_that_the_template_cannot_read_are_refused_by_row():
     )
 
 
+def test_a_call_that_the_template_passes_over_is_refused_by_row():
+    tokenizer = word_tokenizer()
+    calls = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "zib", "arguments": {}}}]}]
+    rows = Dataset.from_list([{"messages": [*chat("a"), *calls]}])
+    rows = data.to_training_rows(rows, label=True, source="f", with_place=True)
+    message = refusal(data.prompt_lengths, rows, tokenizer, source="f")
+    assert message.startswith("f: row 1: the answer calls a tool, and the chat template passes over calls")
+    tokenizer.chat_template += "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endfor %}"
+    assert data.prompt_lengths(rows, tokenizer, source="f") == [2]
+
+
 def test_a_prompt_that_begins_with_bos_has_it_once():
     tokenizer = word_tokenizer()
     inner = tokenizer.backend_tokenizer

@@ -287,6 +287,18 @@ def test_twenty_thousand_rows_take_seconds(examine):
     assert time.process_time() - start < 60
 
 
+def test_the_answer_is_what_follows_the_thinking_and_a_call_is_one(examine, rows):
+    rows[1]["completion"] = "<think>I'm sorry, but I can't help.</think>\n\n" + rows[1]["completion"]
+    rows[2]["completion"] = "<think>Well.</think>\n\nI'm sorry, but I can't help with that zorvex."
+    rows[3]["completion"] = "<think>Well, so it may be"
+    diagnosis = examine(rows)
+    assert found(diagnosis) == {"refusal labelled unsafe": [3], "degenerate answer, unsafe": [4]}
+    call = [{"function": {"name": "blorp", "arguments": {"zib": 1}}}]
+    calls = [{"role": "assistant", "content": None, "tool_calls": call}]
+    chats = [{"messages": [{"role": "user", "content": rows[5]["prompt"]}, *calls], "label": False}]
+    assert found(examine(chats)) == {}
+
+
 def test_prompts_that_begin_with_bos_are_told(examine, rows, tokenizer):
     inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     inner.add_special_tokens(["<bos>"])
