@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from .. import data
-from ..files import RECORD, model_identity, whole
+from ..files import RECORD, model_identity, read_adapter_config, whole
 from ..text import markdown, rate_text, redact
 
 MARK = "<!-- `tasft card` wrote this and writes over it; without this line it keeps its hands off -->"
@@ -74,14 +74,27 @@ def training_record(trainer, model_args, rows, sources: dict[str, str | None], *
     }
 
 
+# What the card takes from a record that says how it was trained, and from the manifests of what was measured.
+_TRAINED = {"method": dict, "benign_rows": int, "unsafe_rows": int, "rows_sha256": str, "prompt_template": str}
+_TRAINED |= {"datasets": list, "training": dict, "steps": int, "penalty_weight_asked": (str, int, float, type(None))}
+_MERGED = {"dtype": str, "tokens": int, "difference": (int, float), "effect": (int, float)}
+_EVALUATED = {"judges": list, "decoding": dict, "prompt_template": str}
+
+
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `tasft.json` holds; empty where there is none."""
-    try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """What `tasft.json` holds; empty where there is none. Raises `ValueError` where it isn't as it was written."""
+    file, remedy = folder / RECORD, "remove it, and the card says so"
+    if not file.exists():
         return {}
-    except ValueError as error:
-        raise ValueError(f"{folder / RECORD}: malformed JSON; remove it, and the card says so") from error
+    record = _read_object(file, remedy)
+    if record.get("method") is not None:
+        _check(record, _TRAINED, file, remedy)
+        _check(record["method"], {"penalty_weight": (int, float)}, file, remedy)
+        for data_set in record["datasets"]:
+            _check(data_set, {"name": str, "hub": bool, "revision": (str, type(None))}, file, remedy)
+    if record.get("merged") is not None:
+        _check(record["merged"], _MERGED, file, remedy)
+    return record
 
 
 def write_card(
@@ -114,8 +127,12 @@ def write_card(
         if MARK not in old and "generated_from_trainer" not in old and "base_model:adapter:" not in old:
             raise ValueError(f"{file} was not written by tasft or TRL; say --overwrite to replace it.")
     record = read_record(folder)
-    adapter = _read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").exists() else None
+    adapter = read_adapter_config(folder) if (folder / "adapter_config.json").exists() else None
     base, revision = _base(record, adapter)
+    title = name or folder.resolve().name
+    identities = [model_identity(str(folder)), record.get("merged", {}).get("adapter")]
+    measured = None if results is None else _harm(results, identities)
+    abilities = [result for place in capability for result in _capability(place, identities)]
     metadata = ModelCardData(
         base_model=base if base and _is_hub_id(base) else None,
         library_name="peft" if adapter else "transformers",
@@ -123,24 +140,44 @@ def write_card(
         license=licence,
         tags=["ta-sft", "trl", "sft"] if record.get("method") else None,
         datasets=[d["name"] for d in record.get("datasets", []) if d["hub"]] or None,
+        **_model_index(title, [*([measured] if measured else []), *abilities]),
     )
-    identities = [model_identity(str(folder)), record.get("merged", {}).get("adapter")]
     card = ModelCard.from_template(
         metadata,
         template_path=str(Path(__file__).with_name("card.md")),
-        title=name or folder.resolve().name,
+        title=title,
         mark=MARK,
         is_adapter=adapter is not None,
         base=base,
         revision=revision,
         record=record,
         settings=_settings(record) if record.get("method") else None,
-        harm=None if results is None else _harm(results, identities),
-        capability=[result for place in capability for result in _capability(place, identities)],
+        harm=measured,
+        capability=abilities,
     )
     with whole(file) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
     return file
+
+
+def _model_index(title: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was measured as the hub's `EvalResult`s, for its leaderboards and search; nothing where nothing was."""
+    from huggingface_hub import EvalResult
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_short(data_set),
+            dataset_name=_short(data_set),
+            metric_type=metric,
+            metric_name=_short(name),
+            metric_value=round(float(value), 6),
+        )
+        for part in measured
+        for data_set, metric, name, value in part["results"]
+        if pd.notna(value)
+    ]
+    return {"model_name": title, "eval_results": results} if results else {}
 
 
 def _settings(record: dict) -> str:
@@ -175,7 +212,9 @@ def _settings(record: dict) -> str:
 
 def _harm(folder: Path, identities: list[str | None]) -> dict[str, Any]:
     """What `tasft evaluate` measured: tables, judges and decoding."""
-    manifest = _read_json(folder / "manifest.json")
+    manifest = _read_json(folder / "manifest.json", _EVALUATED)
+    for judge in manifest["judges"]:
+        _check(judge, dict.fromkeys(("name", "revision", "licence"), str), folder / "manifest.json", "measure again")
     before = _of_this_model(manifest, identities, folder)
     table = _read_table(folder / "results.csv", ("judge", "kind", "benchmark", "n", "rate", "low", "high", "refusal"))
     rates = pd.DataFrame(
@@ -198,7 +237,14 @@ def _harm(folder: Path, identities: list[str | None]) -> dict[str, Any]:
         f"{_percent(row.refusal)} of {row.n} by {_short(row.judge)}"
         for row in table[table["kind"] == "seemingly toxic"].itertuples()
     )
+    measures = (
+        (row.benchmark, "refusal_rate", f"refused ({row.kind}), judge {row.judge}", row.refusal)
+        if row.kind == "seemingly toxic"
+        else (row.benchmark, "harmful_rate", f"answered harmfully ({row.kind}), judge {row.judge}", row.rate)
+        for row in table.itertuples()
+    )
     return {
+        "results": list(measures),
         "table": markdown(rates),
         "judges": [
             {key: _short(judge[key]) for key in ("name", "revision", "licence")} for judge in manifest["judges"]
@@ -216,23 +262,30 @@ def _capability(folder: Path, identities: list[str | None]) -> Iterator[dict[str
     if not any((folder / f"{name}.csv").exists() for name in ("capability", "alpaca_eval")):
         raise ValueError(f"{folder}: neither capability.csv nor alpaca_eval.csv here; give the folder that has one")
     if (folder / "capability.csv").exists():
-        manifest = _read_json(folder / "capability_manifest.json")
+        manifest = _read_json(folder / "capability_manifest.json", {"tasks": dict, "num_fewshot": object})
         before = _of_this_model(manifest, identities, folder)
         table = _read_table(folder / "capability.csv", ("task", "metric", "value", "stderr", "n"))
         yield {
             "tasks": ", ".join(f"{_short(task)} at {_short(commit)}" for task, commit in manifest["tasks"].items()),
             "num_fewshot": manifest["num_fewshot"],
             "limit": manifest.get("limit"),
+            "results": [(row.task, row.metric, row.metric, row.value) for row in table.itertuples()],
             "table": _plain(table),
             "before": before,
         }
     if (folder / "alpaca_eval.csv").exists():
-        manifest = _read_json(folder / "alpaca_eval_manifest.json")
+        manifest = _read_json(folder / "alpaca_eval_manifest.json", {"instructions": int, "annotator": str})
         before = _of_this_model(manifest, identities, folder)
         table = _read_table(folder / "alpaca_eval.csv", ("win_rate", "n"))
         yield {
             "instructions": manifest["instructions"],
             "annotator": _short(manifest["annotator"]),
+            "results": [
+                ("AlpacaEval", column, f"{column} (%), annotator {manifest['annotator']}", value)
+                for column in ("win_rate", "length_controlled_win_rate")
+                if column in table
+                for value in table[column]
+            ],
             "table": _plain(table),
             "before": before,
         }
@@ -254,13 +307,30 @@ def _of_this_model(manifest: dict, identities: list[str | None], folder: Path) -
     return "" if measured == identities[0] else " These were measured before merging, on base and adapter."
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path, needed: dict[str, Any]) -> dict:
+    """A file of a measuring command, with what the card needs of it."""
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; give the folder that the measuring command wrote")
+    return _check(_read_object(file, "measure again"), needed, file, "measure again")
+
+
+def _read_object(file: Path, remedy: str) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; give the folder that the measuring command wrote") from None
-    except ValueError:
-        raise ValueError(f"{file}: malformed JSON; measure again") from None
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{file}: malformed JSON; {remedy}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: holds no JSON object; {remedy}")
+    return value
+
+
+def _check(value: Any, needed: dict[str, Any], file: Path, remedy: str) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: damaged; {remedy}")
+    for key, kind in needed.items():
+        if key not in value or not isinstance(value[key], kind):
+            raise ValueError(f"{file}: lacks {key}, or it is of another kind; {remedy}")
+    return value
 
 
 def _read_table(file: Path, needed: tuple[str, ...]) -> pd.DataFrame:

@@ -132,6 +132,31 @@ def test_capability_and_alpaca_eval_are_taken_where_they_are(folder):
     assert write(folder, "--capability", str(other)) == 1, "win rates of another model"
 
 
+def test_what_was_measured_is_metadata_that_the_hub_reads(folder):
+    assert ModelCard(with_results(folder)).data.model_name == "safer"
+    results = pd.read_csv(folder / "results" / "results.csv").dropna(subset=["rate"])
+    harmful = {(r.benchmark, r.judge): r.rate for r in results.itertuples() if r.kind != "seemingly toxic"}
+    read_back = ModelCard(read(folder)).data.eval_results
+    assert len(read_back) == len(results) and {r.task_type for r in read_back} == {"text-generation"}
+    for result in read_back:
+        if result.metric_type == "harmful_rate":
+            judge = result.metric_name.rsplit(" ", 1)[1]
+            assert result.metric_value == pytest.approx(harmful.pop((result.dataset_name, judge)), abs=1e-6)
+        else:
+            assert result.metric_type == "refusal_rate" and "seemingly toxic" in result.metric_name
+    assert not harmful
+    place = folder / "alpaca"
+    place.mkdir()
+    board = {"name": ["safer"], "win_rate": [41.25], "length_controlled_win_rate": [38.5], "n": [805]}
+    pd.DataFrame(board).to_csv(place / "alpaca_eval.csv", index=False)
+    manifest = {"model": files.model_identity(str(folder / "safer")), "annotator": "some_judge", "instructions": 805}
+    (place / "alpaca_eval_manifest.json").write_text(json.dumps(manifest))
+    assert write(folder, "--capability", str(place)) == 0
+    values = {r.metric_type: r.metric_value for r in ModelCard(read(folder)).data.eval_results}
+    assert values == {"win_rate": 41.25, "length_controlled_win_rate": 38.5}
+    assert write(folder) == 0 and ModelCard(read(folder)).data.eval_results is None
+
+
 def test_results_of_other_weights_are_refused(folder, capsys):
     before = read(folder)
     path = folder / "safer" / "adapter_model.safetensors"
@@ -167,6 +192,17 @@ def test_a_merged_model_may_carry_its_adapters_results(folder):
         (lambda f: (f / "results" / "results.csv").write_text("judge,n\nx,1\n"), "lacks the column kind"),
         (lambda f: (f / "results" / "manifest.json").write_text("{"), "manifest.json: malformed JSON"),
         (lambda f: (f / "safer" / "tasft.json").write_text("["), "tasft.json: malformed JSON"),
+        (lambda f: (f / "safer" / "tasft.json").write_text("[]"), "tasft.json: holds no JSON object; remove it"),
+        (lambda f: (f / "safer" / "tasft.json").write_text('"text"'), "tasft.json: holds no JSON object"),
+        (lambda f: (f / "safer" / "tasft.json").write_text('{"method": ["emd"]}'), "tasft.json: lacks method, or"),
+        (
+            lambda f: (f / "safer" / "tasft.json").write_text('{"method": {"penalty": "emd"}}'),
+            "tasft.json: lacks benign_",
+        ),
+        (lambda f: (f / "safer" / "tasft.json").write_text('{"merged": [1]}'), "tasft.json: damaged"),
+        (lambda f: (f / "results" / "manifest.json").write_text("[]"), "manifest.json: holds no JSON object; measure"),
+        (lambda f: (f / "results" / "manifest.json").write_text("{}"), "manifest.json: lacks judges"),
+        (lambda f: (f / "safer" / "adapter_config.json").write_text("[]"), "adapter_config.json: holds no JSON object"),
         (lambda f: (f / "safer" / "README.md").write_text("# Mine\n"), "say --overwrite"),
         (lambda f: (f / "safer" / "adapter_model.safetensors").unlink(), "no model here"),
     ],
