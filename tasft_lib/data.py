@@ -160,6 +160,7 @@ def draw(
     evaluation_prompts: Iterable[str] = (),
     tokenizer: Any = None,
     max_length: int | None = None,
+    with_place: bool = False,
 ) -> Dataset:
     """The rows of one run, as `mix` draws and shuffles them, checked (see `check`); without `unsafe` benign ones alone.
 
@@ -181,7 +182,7 @@ def draw(
         tokenizer=tokenizer,
         max_length=max_length,
     )
-    return rows.remove_columns("place") if "place" in rows.column_names else rows
+    return rows.remove_columns("place") if "place" in rows.column_names and not with_place else rows
 
 
 def mix(

@@ -97,6 +97,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def is_generated(card: Path) -> bool:
+    """Whether tasft, TRL or PEFT wrote the card."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return any(mark in text for mark in (MARK, "generated_from_trainer", "base_model:adapter:"))
+
+
 def write_card(
     folder: Path,
     *,
@@ -122,10 +128,8 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     file = folder / "README.md"
-    if file.exists() and not overwrite:
-        old = file.read_text(encoding="utf-8", errors="replace")
-        if MARK not in old and "generated_from_trainer" not in old and "base_model:adapter:" not in old:
-            raise ValueError(f"{file} was not written by tasft or TRL; say --overwrite to replace it.")
+    if file.exists() and not overwrite and not is_generated(file):
+        raise ValueError(f"{file} was not written by tasft or TRL; say --overwrite to replace it.")
     record = read_record(folder)
     adapter = read_adapter_config(folder) if (folder / "adapter_config.json").exists() else None
     base, revision = _base(record, adapter)

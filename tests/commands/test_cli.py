@@ -13,7 +13,7 @@ import pytest
 from conftest import build_model, make_rows
 from datasets import Dataset, load_from_disk
 
-from tasft_lib import cli
+from tasft_lib import cli, files
 from tasft_lib.evaluation import prompts as prompts_module
 from tasft_lib.evaluation import worlds
 from tasft_lib.generation import Response
@@ -203,12 +203,12 @@ def test_what_is_wrong_is_said_in_one_line_before_a_model_is_loaded(change, mess
 
 
 def test_a_csv_with_a_missing_column(folder, capsys):
-    (folder / "rows.csv").write_text("prompt,completion\nw1,w2\n")
+    (folder / "rows.csv").write_text("prompt,answer\nw1,w2\n")
     edit(folder, dataset_name=folder / "rows.csv")
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text("\n".join(x for x in text.splitlines() if not x.startswith("unsafe_")))
     assert cli.main(["train", "--config", str(folder / "config.yaml")]) == 1
-    assert "rows.csv: has the columns prompt, completion; lacks label" in capsys.readouterr().err
+    assert "rows.csv: has the columns prompt, answer; lacks completion" in capsys.readouterr().err
 
 
 def test_help_is_short_and_exit_codes_are_usual(capsys):
@@ -216,7 +216,7 @@ def test_help_is_short_and_exit_codes_are_usual(capsys):
     capsys.readouterr()
     assert cli.main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--penalty_weight" in text and "--unsafe_dataset_name" in text and text.count("\n") < 70
+    assert "--penalty_weight" in text and "--unsafe_dataset_name" in text and text.count("\n") < 80
 
 
 def test_the_installed_command_reports_the_environment():
@@ -293,6 +293,9 @@ def test_saft_gives_training_its_unsafe_rows(folder, capsys):
 
     # Found again, so a resumed run trains on the same rows.
     file.write_text(json.dumps([i < 3 for i in range(len(rows))]))
+    files.seal(file)
+    assert cli.main(train) == 1 and "a training with other rows" in capsys.readouterr().err
+    train.append("--overwrite")
     assert cli.main(train) == 0
     assert "and 3 unsafe rows" in capsys.readouterr().out
 

@@ -1,0 +1,144 @@
+"""The folder of a training: what it holds, the checkpoint to go on from, and what in it is the user's."""
+
+import json
+import re
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .. import files
+
+# Trainer uploads nothing that begins with "_".
+SETTINGS = "_settings.json"
+# What a training leaves beside checkpoints and model.
+LEFT = (files.RECORD, SETTINGS, "training_args.bin", "adapter_model.bin", "_samples.jsonl")
+# Options, or how their names begin, that change nothing in what is trained; data options are in the hash of the rows.
+WITHOUT_EFFECT = (
+    "output_dir", "overwrite", "resume_from_checkpoint", "logging_", "log_", "report_to", "run_name", "project",
+    "trackio_", "disable_tqdm", "hub_", "push_to_hub", "save_", "dataloader_", "dataset_num_proc", "local_rank",
+    "ddp_timeout", "skip_memory_metrics", "do_", "per_device_eval_batch_size", "eval_accumulation_steps",
+    "ignore_data_skip", "restore_callback_states", "model_name_or_path",
+)  # fmt: skip
+
+
+class Seal(TrainerCallback):
+    """Checksums in each checkpoint when all else is in it, so a torn one is known."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        args.distributed_state.wait_for_everyone()  # each process writes its own random state
+        if args.should_save:
+            files.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def settings(args: Any, model_args: Any, rows_hash: str, base: str) -> dict[str, Any]:
+    """What decides on the outcome of a training, as JSON has it; tokens are hidden."""
+    options = vars(model_args) | args.to_dict() | {"world_size": args.world_size}
+    kept = {name: value for name, value in options.items() if not name.startswith(WITHOUT_EFFECT)}
+    return json.loads(json.dumps(kept | {"rows": rows_hash, "base_model": base}, sort_keys=True, default=str))
+
+
+def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str | bool | None) -> Path | None:
+    """Take the folder for a training with these settings; the checkpoint to go on from, None where there is none.
+
+    Args:
+        overwrite: what another training left is removed; the user's own files are not.
+        resume: a checkpoint that the user names; False not to go on from any, None for the newest whole one.
+
+    Raises:
+        ValueError: the folder holds a training or model of other settings, or a checkpoint that was named is torn.
+    """
+    held = _held(folder)
+    if overwrite and (held != asked or is_finished(folder, asked) or resume is False):
+        _remove_training(folder)
+        held = None
+    if held is None and not resume and (names := _left(folder)):
+        what = f"holds {names[0]} of another training"
+        raise ValueError(f"{folder}: {what}; give another output_dir, or --overwrite to replace it")
+    _refuse_other(folder, held, asked)
+    if resume:
+        checkpoint = Path(resume)
+        _refuse_other(checkpoint.parent, _held(checkpoint.parent), asked)
+        if torn := _torn(checkpoint):
+            remedy = "leave out resume_from_checkpoint to take the newest whole one"
+            raise ValueError(f"{checkpoint}: torn ({', '.join(torn)}); {remedy}")
+    else:
+        checkpoint = _newest_whole(folder)
+        if resume is False and checkpoint is not None:
+            what = f"holds {checkpoint.name}, and resume_from_checkpoint is false"
+            raise ValueError(f"{folder}: {what}; leave it out to go on, or give --overwrite to begin anew")
+    if held is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / SETTINGS, asked | {"own_readme": _has_own_readme(folder)})
+    return checkpoint
+
+
+def is_finished(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether the folder holds the model of a training with these settings."""
+    return _held(folder) == asked and (folder / files.RECORD).exists()
+
+
+def keep_readme(trainer: Any) -> None:
+    """Leave a README.md alone that lay in the folder before training; TRL and PEFT would write over it."""
+    file = Path(trainer.args.output_dir) / SETTINGS
+    if file.exists() and files.read_object(file).get("own_readme"):
+        trainer.create_model_card = lambda *_, **__: None
+        if hasattr(trainer.model, "create_or_update_model_card"):
+            trainer.model.create_or_update_model_card = lambda *_, **__: None
+
+
+def _held(folder: Path) -> dict[str, Any] | None:
+    """The settings of the training in the folder."""
+    if not (folder / SETTINGS).exists():
+        return None
+    held = files.read_object(folder / SETTINGS)
+    return {name: value for name, value in held.items() if name != "own_readme"}
+
+
+def _refuse_other(folder: Path, held: dict[str, Any] | None, asked: dict[str, Any]) -> None:
+    if held is not None and held != asked:
+        names = sorted(name for name in held | asked if held.get(name) != asked.get(name))
+        what = f"holds a training with other {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        raise ValueError(f"{folder}: {what}; give another output_dir, or --overwrite to begin anew")
+
+
+def _left(folder: Path) -> list[str]:
+    """What trainings and models leave in a folder, by name."""
+    patterns = (*LEFT, *files.MODEL_FILES, "checkpoint-*")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def _remove_training(folder: Path) -> None:
+    for name in _left(folder):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (folder / "README.md").exists() and not _has_own_readme(folder):
+        (folder / "README.md").unlink()
+
+
+def _has_own_readme(folder: Path) -> bool:
+    from ..publish.card import is_generated
+
+    return (folder / "README.md").exists() and not is_generated(folder / "README.md")
+
+
+def _torn(checkpoint: Path) -> list[str]:
+    """What in a checkpoint is damaged or was never written, nothing where it is whole."""
+    if not (checkpoint / "trainer_state.json").is_file():
+        return ["trainer_state.json is missing"]
+    return files.damage(checkpoint)
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; newer ones are set aside, with a word."""
+    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*"))
+    for number in sorted((int(name[1]) for name in names if name), reverse=True):
+        path = folder / f"checkpoint-{number}"
+        torn = _torn(path) or ([] if files.is_sealed(path) else ["not written to its end"])
+        if not torn:
+            return path
+        files.set_aside(path, torn)
+    return None

@@ -1,0 +1,350 @@
+"""`tasft train` on files: plain SFT, going on after a kill, options honoured or refused, what is the user's stays."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from conftest import build_model, make_rows
+from datasets import DatasetDict
+from safetensors.torch import load_file
+from trl import ScriptArguments
+
+from tasft_lib import cli
+from tasft_lib.trainer import TASFTTrainer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w1' if m['role'] == 'user' else 'w2' }} {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}w2 {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "base"
+    build_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def train(base, tmp_path, capsys):
+    """Runs `tasft train` on rows.jsonl with options, as YAML has them; gives exit code, stdout and stderr."""
+    write(tmp_path / "rows.jsonl", make_rows(12))
+
+    def run(*flags, **options):
+        settings = {
+            "model_name_or_path": base, "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out",
+            "max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
+        }  # fmt: skip
+        lines = [f"{name}: {json.dumps(value, default=str)}\n" for name, value in (settings | options).items()]
+        (tmp_path / "config.yaml").write_text("".join(lines))
+        code = cli.main(["train", "--config", str(tmp_path / "config.yaml"), *flags])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def refused(result, *words):
+    code, _, error = result
+    error = error.replace("\r", "\n").strip().splitlines()[-1]  # before it there may be bars
+    assert code == 1 and error.startswith("tasft train: "), error
+    assert all(word in error for word in words), error
+    return True
+
+
+def killed_at(step, monkeypatch):
+    """Ctrl-C in the step after `step`."""
+    compute_loss = TASFTTrainer.compute_loss
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(TASFTTrainer, "compute_loss", stop)
+
+
+def weights(folder):
+    return {name: tensor.tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def test_plain_sft_by_every_way_and_a_missing_unsafe_file(train, tmp_path):
+    benign = make_rows(12, unsafe_every=None)
+    write(tmp_path / "bare.jsonl", benign.remove_columns("label"))
+    write(tmp_path / "true.jsonl", benign)
+    write(tmp_path / "unsafe.jsonl", make_rows(12, seed=1).filter(lambda row: not row["label"]))
+    plain = {"max_steps": 1, "save_strategy": "no"}
+    results = {}
+    for name, options in {
+        "bare": {"dataset_name": tmp_path / "bare.jsonl"},
+        "true": {"dataset_name": tmp_path / "true.jsonl", "penalty_weight": 0},
+        "none drawn": {"dataset_name": tmp_path / "bare.jsonl", "unsafe_dataset_name": tmp_path / "unsafe.jsonl"}
+        | {"n_unsafe": 0},
+    }.items():
+        code, out, _ = train(output_dir=tmp_path / name, **plain, **options)
+        assert code == 0 and "nothing is penalised" in out
+        results[name] = weights(tmp_path / name)
+    assert results["bare"] == results["true"] == results["none drawn"]
+    code, out, _ = train(penalty_weight=0, output_dir=tmp_path / "zero", **plain)
+    assert code == 0 and "λ = 0: nothing is penalised" in out
+    assert refused(train(unsafe_dataset_name=tmp_path / "gone.jsonl"), "gone.jsonl: no such file")
+
+
+def test_the_same_command_goes_on_and_ends_where_an_undisturbed_one_ends(train, tmp_path, monkeypatch, caplog):
+    code, out, _ = train(output_dir=tmp_path / "straight")
+    assert code == 0 and "going on" not in out
+    with monkeypatch.context() as patch:
+        killed_at(3, patch)
+        assert train()[0] == 130
+    code, out, _ = train()
+    assert code == 0 and f"going on from {tmp_path / 'out' / 'checkpoint-2'}" in out
+    assert weights(tmp_path / "out") == weights(tmp_path / "straight")
+
+    # Finished: nothing is done, whatever the other words for going on.
+    for flags in ([], ["--resume_from_checkpoint", "true"], ["--resume_from_checkpoint", "True"]):
+        code, out, _ = train(*flags)
+        assert code == 0 and "holds this training, finished" in out and "λ" not in out
+    # What has no effect on the result may change.
+    assert "finished" in train(logging_steps=2, save_total_limit=3)[1]
+    assert refused(train("--penalty", "nlcl", learning_rate=1.0), "other learning_rate, penalty", "--overwrite")
+    write(tmp_path / "rows.jsonl", make_rows(12, seed=5))
+    assert refused(train(), "other rows", "--overwrite")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    code, out, _ = train("--overwrite", save_steps=3)
+    assert code == 0 and "going on" not in out and weights(tmp_path / "out") != weights(tmp_path / "straight")
+    assert not (tmp_path / "out" / "checkpoint-2").exists() and (tmp_path / "out" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "tear", ["trainer_state.json", "model.safetensors", "optimizer.pt", "unsealed", "nothing left"]
+)
+def test_a_torn_checkpoint_is_named_and_set_aside(tear, train, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        killed_at(3, patch)
+        assert train(save_steps=1)[0] == 130
+    newest = tmp_path / "out" / "checkpoint-3"
+    if tear == "unsealed":
+        (newest / "SHA256SUMS").unlink()
+    elif tear == "nothing left":
+        for number in (1, 2, 3):
+            (tmp_path / "out" / f"checkpoint-{number}" / "trainer_state.json").unlink()
+    else:
+        file = newest / tear
+        file.write_bytes(file.read_bytes()[:-9])
+    with monkeypatch.context() as patch:
+        killed_at(3, patch)
+        code, out, _ = train("--resume_from_checkpoint", "true", save_steps=1)
+    assert code == 130 and str(newest) in caplog.text
+    assert tear in caplog.text or tear in ("unsealed", "nothing left")
+    assert ("going on from" in out) == (tear != "nothing left")
+    assert tear == "nothing left" or f"{tmp_path / 'out' / 'checkpoint-2'}" in out
+    assert (tmp_path / "out" / "checkpoint-3.damaged").exists() and newest.exists()
+
+
+def test_a_checkpoint_may_be_named_and_must_be_whole_and_of_these_settings(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed_at(3, patch)
+        assert train(save_steps=1)[0] == 130
+    first = tmp_path / "out" / "checkpoint-1"
+    assert refused(train("--resume_from_checkpoint", "gone"), "gone: no such checkpoint")
+    elsewhere = {"output_dir": tmp_path / "elsewhere"}
+    assert refused(train("--resume_from_checkpoint", str(first), "--penalty", "nlcl", **elsewhere), "other penalty")
+    assert refused(train("--resume_from_checkpoint", "false"), "resume_from_checkpoint is false", "--overwrite")
+    code, out, _ = train("--resume_from_checkpoint", str(first))
+    assert code == 0 and f"going on from {first}" in out
+    (first / "model.safetensors").write_bytes(b"")
+    assert refused(train("--resume_from_checkpoint", str(first), **elsewhere), "checkpoint-1: torn (model.safetensors)")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_folder_with_a_model_is_refused_and_the_base_is_never_written_over(train, base, tmp_path):
+    shutil.copytree(base, tmp_path / "out")
+    before = (base / "model.safetensors").read_bytes()
+    assert refused(train(), "out: holds config.json", "--overwrite")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert refused(train("--overwrite", output_dir=base), "the base model's own folder")
+    assert train("--overwrite", max_steps=1)[0] == 0
+    assert (base / "model.safetensors").read_bytes() == before != (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_peft": True, "lora_target_modules": ["q_proj"]}])
+def test_a_readme_of_the_users_stays_as_it_is(options, train, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("my notes")
+    with monkeypatch.context() as patch:
+        killed_at(3, patch)
+        assert train(**options)[0] == 130
+    assert (tmp_path / "out" / "README.md").read_text() == "my notes"
+    assert train(**options)[0] == 0
+    assert (tmp_path / "out" / "README.md").read_text() == "my notes"
+    assert train("--overwrite", seed=3, **options)[0] == 0
+    assert (tmp_path / "out" / "README.md").read_text() == "my notes"
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "q_proj", "q_proj, v_proj", ["q_proj", "v_proj"], ".*q_proj"])
+def test_lora_modules_are_taken_as_they_are_written(targets, train, tmp_path):
+    assert train(use_peft=True, lora_target_modules=targets, max_steps=1)[0] == 0
+    names = {name.split(".")[-3] for name in load_file(tmp_path / "out" / "adapter_model.safetensors")}
+    assert names == ({"q_proj", "v_proj"} if "v_proj" in targets else {"q_proj"})
+
+
+def test_every_script_argument_of_trl_is_honoured_or_refused(train, tmp_path):
+    """A flag that is accepted and ignored is a surprise."""
+    halves = DatasetDict(train=make_rows(12), test=make_rows(8, seed=2), other=make_rows(12, seed=3))
+    halves.save_to_disk(tmp_path / "saved")
+    effects = {
+        "dataset_name": lambda: refused(train(dataset_name="gone.jsonl"), "gone.jsonl"),
+        "dataset_config": lambda: refused(train(dataset_config="none-such"), "rows.jsonl", "configuration"),
+        "dataset_train_split": lambda: (
+            refused(train(dataset_train_split="none-such"), "none-such")
+            and refused(train(dataset_name=tmp_path / "saved", dataset_train_split="none-such"), "no split 'none-such'")
+        ),
+        "dataset_test_split": lambda: (
+            refused(train(dataset_test_split="none-such"), "eval_strategy")
+            and refused(train(eval_strategy="steps"), "rows.jsonl: a file has no split 'test'")
+            and refused(
+                train(dataset_name=tmp_path / "saved", dataset_test_split="none-such", eval_strategy="steps"),
+                "no split 'none-such'",
+            )
+        ),
+        "dataset_streaming": lambda: refused(train(dataset_streaming=True), "dataset_streaming"),
+        "ignore_bias_buffers": lambda: refused(train(ignore_bias_buffers=True), "ignore_bias_buffers"),
+    }
+    assert set(effects) == {argument.name for argument in dataclasses.fields(ScriptArguments)}
+    assert all(effect() for effect in effects.values())
+    for name in ("unsafe_dataset_split", "unsafe_dataset_config", "unsafe_dataset_revision"):
+        assert refused(train(**{name: "none-such"}), f"{name} needs unsafe_dataset_name")
+    saved = {"unsafe_dataset_name": tmp_path / "saved", "dataset_name": tmp_path / "bare.jsonl"}
+    write(tmp_path / "bare.jsonl", make_rows(12, unsafe_every=None).remove_columns("label"))
+    assert refused(train(unsafe_dataset_split="none-such", **saved), "no split 'none-such'")
+
+
+def test_the_test_split_is_evaluated_and_the_best_step_kept(train, tmp_path):
+    DatasetDict(train=make_rows(12), test=make_rows(8, seed=2).remove_columns("label")).save_to_disk(tmp_path / "saved")
+    options = {
+        "dataset_name": tmp_path / "saved", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 9,
+        "load_best_model_at_end": True, "learning_rate": 3.0, "early_stopping_patience": 2,
+    }  # fmt: skip
+    code, _, error = train(**options)
+    assert code == 0, error
+    states = sorted((tmp_path / "out").glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
+    state = json.loads(states[-1].read_text())
+    evaluated = [log for log in state["log_history"] if "eval_loss" in log]
+    assert evaluated and all(log["eval_unsafe_rows"] == 0 for log in evaluated)
+    assert state["global_step"] < 9 and state["best_global_step"] < state["global_step"]
+    best = tmp_path / "out" / f"checkpoint-{state['best_global_step']}"
+    assert weights(tmp_path / "out") == weights(best)
+    assert refused(train(early_stopping_patience=2, output_dir=tmp_path / "new"), "load_best_model_at_end")
+
+
+def test_a_chat_template_of_another_model_is_seen_by_the_checks_as_by_trl(train, tokenizer, tmp_path):
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    other = tmp_path / "chat"
+    build_model(tokenizer).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    (other / "chat_template.jinja").write_text(TEMPLATE)
+    messages = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"].strip()}],
+            "completion": [{"role": "assistant", "content": row["completion"].strip()}],
+            "label": row["label"],
+        }
+        for row in make_rows(12)
+    ]
+    write(tmp_path / "messages.jsonl", messages)
+    chat = {"dataset_name": tmp_path / "messages.jsonl", "max_steps": 1, "save_strategy": "no"}
+    assert refused(train(**chat), "messages.jsonl: messages, and the model", "give chat_template_path")
+    for name, path in {"file": tmp_path / "chat.jinja", "folder": other}.items():
+        code, _, error = train(chat_template_path=path, output_dir=tmp_path / name, **chat)
+        assert code == 0, error
+        assert (tmp_path / name / "chat_template.jinja").read_text() == TEMPLATE
+    assert refused(train(chat_template_path="owner/model", **chat), "owner/model: chat_template_path is neither")
+    assert refused(train(chat_template_path=other, max_length=4, **chat), "fills max_length=4")
+
+
+SECRET = "hf_canary77"
+
+
+@pytest.mark.parametrize(
+    "options, flags, words",
+    [
+        ({"hub_tokn": SECRET}, [], ("config.yaml: hub_tokn is no option", "did you mean hub_token?")),
+        ({"qqqq": {"deep": [SECRET]}}, [], ("config.yaml: qqqq is no option", "--help_all")),
+        ({}, ["--hub_tokn", SECRET], ("--hub_tokn is no option", "did you mean hub_token?")),
+        ({}, [f"--hub-tokn={SECRET}"], ("--hub-tokn is no option",)),
+        ({}, [SECRET], ("a value without its option",)),
+    ],
+)
+def test_an_unknown_option_is_told_by_its_name_without_its_value(options, flags, words, train):
+    result = train(*flags, **options)
+    assert refused(result, *words) and SECRET not in "".join(result[1:])
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a: &a [x, x, x]\n" + "".join(
+            f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
+        ), "aliases"),
+        ("a: &a {x: 1}\n" + "".join(
+            f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [{', '.join([f'*{chr(97 + i)}'] * 9)}]}}\n" for i in range(9)
+        ), "aliases"),
+        ("a: &a [*a]\n", "aliases"),
+        ("- a\n", "holds no options"),
+        ("", "holds no options"),
+        ("a: \x00\n", "no readable YAML"),
+        ("a: [" * 5000, "no readable YAML"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_explodes_or_holds_nothing_is_refused_at_once(text, words, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    code = cli.main(["train", "--config", str(tmp_path / "config.yaml")])
+    assert refused((code, *capsys.readouterr()), "config.yaml: ", words)
+
+
+def test_a_few_aliases_are_read_and_the_file_may_follow_an_equals_sign(train, tmp_path, capsys):
+    assert train(max_steps=1, save_strategy="no")[0] == 0
+    text = (tmp_path / "config.yaml").read_text().replace("output_dir: ", "output_dir: &place ")
+    (tmp_path / "config.yaml").write_text(text + "run_name: *place\n")
+    assert cli.main(["train", f"--config={tmp_path / 'config.yaml'}"]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_names_the_files_rows(train, tokenizer, tmp_path, monkeypatch):
+    compute_loss = TASFTTrainer.compute_loss
+    monkeypatch.setattr(TASFTTrainer, "compute_loss", lambda self, *a, **k: compute_loss(self, *a, **k) * float("nan"))
+    code, _, error = train(per_device_train_batch_size=2)
+    assert code == 1 and "step 1: loss or gradient is not finite" in error.splitlines()[-1]
+    assert error.splitlines()[-1].count("rows.jsonl: row ") == 2
+
+
+def test_tools_and_template_switches_reach_the_template(train, base, tokenizer, tmp_path):
+    template = "{{ 'w7 ' * (tools or []) | length }}{{ 'w8 ' if polite else '' }}" + TEMPLATE
+    (tmp_path / "tools.jinja").write_text(template)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"w{i}"}],
+            "completion": [{"role": "assistant", "content": f"w{i} w3"}],
+            "label": i % 3 > 0,
+        }
+        for i in range(12)
+    ]
+    tools = [{"type": "function", "function": {"name": "w9", "parameters": {}}}] * 2
+    counts = []
+    for name, extra in {
+        "bare": {}, "tools": {"tools": tools}, "both": {"tools": tools, "chat_template_kwargs": {"polite": True}}
+    }.items():  # fmt: skip
+        write(tmp_path / f"{name}.jsonl", [row | extra for row in rows])
+        code, out, error = train(
+            dataset_name=tmp_path / f"{name}.jsonl", chat_template_path=tmp_path / "tools.jinja", max_steps=1,
+            per_device_train_batch_size=12, output_dir=tmp_path / name,
+        )  # fmt: skip
+        assert code == 0, error
+        counts.append(int(float(out.split("'num_tokens': '")[1].split("'")[0])))
+    assert counts[1] == counts[0] + 2 * 12 and counts[2] == counts[1] + 12
