@@ -433,7 +433,7 @@ def _labels(rows: Dataset, label: bool | None, source: Source, *, as_text: bool 
         return [label] * len(rows)
     values = rows["label"][:]
     if as_text:
-        values = [_CSV_BOOLEANS.get(str(value).lower(), value) for value in values]
+        values = [_CSV_BOOLEANS.get(str(value).strip().lower(), value) for value in values]
     for row, value in enumerate(values, start=1):
         if not isinstance(value, bool):
             raise ValueError(f"{source}: row {row}: label is {shown(value)}; write true (benign) or false (unsafe)")

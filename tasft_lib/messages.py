@@ -34,6 +34,8 @@ def read(value: Any, *, by_arrow: bool = False) -> list[dict[str, Any]]:
         ValueError: what is wrong, to follow a row's and a column's name.
     """
     if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
+        if len({len(part) for part in value.values()}) > 1:
+            raise ValueError("has not as many roles as contents; write {role, content} messages")
         value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         raise ValueError(f"is {shown(value)}; write text or a list of {{role, content}} messages")
@@ -102,6 +104,9 @@ def _message(message: Any, by_arrow: bool) -> dict[str, Any]:
             raise ValueError(f"has a message from {_shown_role(speaker)}; write one of {', '.join(_SPEAKERS)}")
     if not isinstance(role, str) or not role:
         raise ValueError(f"has a message whose role is {_shown_role(role)}; write user, assistant, system or tool")
+    calls = rest.get("tool_calls", [])
+    if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise ValueError("has a message whose tool_calls are no list of objects; write them as OpenAI does")
     return {"role": role, "content": _text(content)} | rest
 
 

@@ -163,7 +163,7 @@ def _reader(file: TextIO, suffix: str, path: Path) -> csv.DictReader:
     header = file.readline()
     told = re.fullmatch(r"sep=(.)\s*", header)  # Excel's first line
     header = file.readline() if told else header
-    marks = told[1] if told else "\t" if suffix == ".tsv" else _DELIMITERS
+    marks = told[1] if told else f"\t{_DELIMITERS}" if suffix == ".tsv" else _DELIMITERS
     delimiter = max(marks, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
     file.seek(0)
     if told:

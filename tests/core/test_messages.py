@@ -120,6 +120,8 @@ def test_any_text_and_list_of_arrow_is_read(text, kind):
         ({"messages": [{"content": "a"}, assistant("b")]}, "messages has a message whose role is None"),
         ({"messages": [user(3), assistant("b")]}, "messages has a message whose content is 3"),
         ({"messages": [user([{"type": "image_url"}]), assistant("b")]}, "a part of image_url; training is on text"),
+        ({"messages": {"role": ["user"], "content": ["a", "b"]}}, "row 2: messages"),
+        ({"messages": [user("a"), assistant(None, tool_calls="zib")]}, "whose tool_calls are no list of objects"),
         ({"messages": ["a b", "c d"]}, "messages holds the text … ["),
         ({"messages": [user("a"), assistant("b")], "tools": "zib"}, "tools is the text … ["),
         ({"messages": [user("a"), assistant("b")], "chat_template_kwargs": [1]}, "chat_template_kwargs is a list"),
