@@ -146,16 +146,21 @@ def check_prompts(
     *,
     max_new_tokens: int,
     special_tokens: bool = True,
+    source: str = "",
 ) -> None:
-    """Raise ValueError naming the first prompt that is empty or, with its answer, longer than the model's context."""
+    """Raise ValueError naming the first prompt that is empty or, with its answer, longer than the model's context.
+
+    `source` is the file whose rows the prompts are, for the message.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for number, ids in enumerate(_encode(tokenizer, prompts, special_tokens), start=1):
+        place = f"{source}: row {number}: the prompt" if source else f"prompt {number}"
         if not ids:
-            raise ValueError(f"prompt {number} is empty: a model needs at least one token to start from")
+            raise ValueError(f"{place} is empty; a model needs at least one token to start from, so remove it")
         if context is not None and len(ids) + max_new_tokens > context:
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} is more than the "
-                f"model's context of {context}: shorten the prompt or lower max_new_tokens"
+                f"{place} has {len(ids)} tokens, which with max_new_tokens={max_new_tokens} is more than the "
+                f"model's context of {context}; shorten the prompt or allow fewer new tokens"
             )
 
 

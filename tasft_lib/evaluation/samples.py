@@ -53,7 +53,8 @@ class SampleCallback(TrainerCallback):
         self.tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self.file = Path(trainer.args.output_dir) / FILE
         self.last_step = None
-        check_prompts(trainer.model, self.tokenizer, asked, max_new_tokens=decoding.max_new_tokens)
+        limits = {"max_new_tokens": decoding.max_new_tokens, "source": "sample_prompts"}
+        check_prompts(trainer.model, self.tokenizer, asked, **limits)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero or not self.file.exists():

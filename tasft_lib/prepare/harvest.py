@@ -195,8 +195,9 @@ def harvest(
     special_tokens = {"special_tokens": template != "chat"}
 
     # Before the shuffle, so that an error names the prompt by its place in the caller's list.
-    check_prompts(model, tokenizer, with_template(prompts), max_new_tokens=decoding.max_new_tokens, **special_tokens)
     origin = origin or Origin(_model_name(model))
+    limits = {"max_new_tokens": decoding.max_new_tokens, "source": origin.prompts}
+    check_prompts(model, tokenizer, with_template(prompts), **limits, **special_tokens)
     settings = {"template": template, "decoding": asdict(decoding), "judge": [judge.name, judge.revision]}
     settings |= {"prompts": content_hash(instructions), "batch_size": batch_size, "keep_unfinished": keep_unfinished}
     settings |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}

@@ -120,7 +120,6 @@ def test_any_text_and_list_of_arrow_is_read(text, kind):
         ({"messages": [{"content": "a"}, assistant("b")]}, "messages has a message whose role is None"),
         ({"messages": [user(3), assistant("b")]}, "messages has a message whose content is 3"),
         ({"messages": [user([{"type": "image_url"}]), assistant("b")]}, "a part of image_url; training is on text"),
-        ({"messages": {"role": ["user"], "content": ["a", "b"]}}, "row 2: messages"),
         ({"messages": [user("a"), assistant(None, tool_calls="zib")]}, "whose tool_calls are no list of objects"),
         ({"messages": ["a b", "c d"]}, "messages holds the text … ["),
         ({"messages": [user("a"), assistant("b")], "tools": "zib"}, "tools is the text … ["),
@@ -131,6 +130,11 @@ def test_flawed_conversations_are_refused_by_row(read, row, expected):
     sound = {"messages": [user("q"), assistant("r")]}
     message = read(sound, row)
     assert message.startswith("row 2: ") and expected in message
+
+
+def test_as_many_roles_as_contents(read):
+    message = read({"messages": {"role": ["user"], "content": ["a", "b"]}})
+    assert message == "row 1: messages has not as many roles as contents; write {role, content} messages"
 
 
 def test_messages_written_as_text_are_refused(read, tmp_path):

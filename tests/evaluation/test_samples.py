@@ -117,7 +117,7 @@ def test_a_resumed_run_adds_and_repeats_no_step(folder, prompts):  # noqa: F811
     "flags, message",
     [
         (["--sample_steps", "0"], "sample_steps=0"),
-        (["--sample_max_new_tokens", "500"], "prompt 1 has 6 tokens"),
+        (["--sample_max_new_tokens", "500"], "sample_prompts: row 1: the prompt has 6 tokens"),
         (["--sample_prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )
