@@ -25,6 +25,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--annotator", required=True, help="a name that alpaca_eval knows, or a YAML file")
     add_template(parser)
     parser.add_argument("--limit", type=at_least(1), help="only the first so many instructions")
+    parser.add_argument(
+        "--length_controlled",
+        action="store_true",
+        help="also the win rate at the references' length; takes AlpacaEval's 805 and a file of the hub",
+    )
     parser.add_argument("--max_new_tokens", type=at_least(1), default=256)
     parser.add_argument("--batch_size", type=at_least(1), default=32)
     parser.add_argument("--price_per_million_in", type=float, help="of the annotator's tokens, in your currency")
@@ -55,6 +60,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     rows = sources.read_rows(args.references)
     if missing := {"instruction", "output"} - set(rows.column_names):
         raise ValueError(f"{args.references}: no column {missing.pop()}; it takes rows of instruction and output")
+    if args.length_controlled and not alpaca.is_alpaca_eval(list(rows["instruction"])):
+        raise ValueError(
+            f"{args.references}: not AlpacaEval's 805 instructions in their order, the only ones whose difficulty is "
+            "known; leave --length_controlled out"
+        )
     references = rows.select_columns(["instruction", "output"]).to_list()[: args.limit]
     decoding = Decoding(max_new_tokens=args.max_new_tokens)
     template = template_of(args, args.model, load_tokenizer(args.model, args.model_revision))
@@ -88,7 +98,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         plan = alpaca.alpaca_eval_plan(outputs, references, annotator=annotator, folder=folder)
         _tell(plan, annotator, args)
     name = args.name or Path(args.model).name
-    table = alpaca.alpaca_eval_score(outputs, references, annotators_config=annotator.config, name=name, folder=folder)
+    options = {"annotators_config": annotator.config, "length_controlled": args.length_controlled}
+    table = alpaca.alpaca_eval_score(outputs, references, name=name, folder=folder, **options)
     table = table.rename(columns={"model": "name"}).assign(annotator=annotator.name, judge_model=annotator.models)
     files.write_text(args.output_dir / "alpaca_eval.csv", table.to_csv(index=False))
     record = settings | {

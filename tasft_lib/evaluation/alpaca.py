@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 CHARACTERS_PER_TOKEN = 4
 ANNOTATIONS = "alpaca_eval_annotations.json"
 ANNOTATIONS_AT_ONCE = 16
+# Of AlpacaEval's 805 instructions in their order: by it the length-controlled rate knows how difficult each one is.
+INSTRUCTIONS = "c5770d532bf3"
+MIN_CONTROLLED = 20  # judged answers, for a regression that says anything
 
 
 def alpaca_eval_cost(reference_outputs: list[dict], outputs: list[str]) -> dict[str, int]:
@@ -131,6 +135,7 @@ def alpaca_eval_score(
     name: str,
     folder: Path,
     max_tokens: int | None = None,
+    length_controlled: bool = False,
 ) -> pd.DataFrame:
     """AlpacaEval's win rate of `outputs` against the references, by an annotator of your choice.
 
@@ -145,12 +150,16 @@ def alpaca_eval_score(
             absolute path). An API annotator reads its key from the environment.
         name: of the model, for the table.
         max_tokens: refuse before anything is paid for, if the estimate is above this.
+        length_controlled: also the win rate that answers of the references' length would have (Dubois et al., 2024),
+            by alpaca_eval's own code. The references must be AlpacaEval's, the first of them in their order; what the
+            code compares with comes from the hub (tatsu-lab/alpaca_eval), before anything is paid for.
 
     Returns:
         One row: `model`, `win_rate` and `stderr` in percent, a draw being half a win, `n` annotations with a preference
-        and `unscored` without.
+        and `unscored` without; with `length_controlled` also `length_controlled_win_rate` and its `_stderr`.
 
-    Raises ValueError where `alpaca_eval` is missing, answers and references do not match, or it would cost too much.
+    Raises ValueError where `alpaca_eval` is missing, answers and references do not match, or it would cost too much;
+    with `length_controlled` where its data cannot be had or too few answers were judged.
     """
     cost = alpaca_eval_cost(reference_outputs, outputs)
     if max_tokens is not None and cost["tokens"] > max_tokens:
@@ -164,6 +173,8 @@ def alpaca_eval_score(
     except ImportError as error:
         # Among others pkg_resources, which setuptools 81 has dropped.
         raise ValueError(f"alpaca_eval is missing ({error.name}): pip install 'tasft[alpaca_eval]'") from error
+    if length_controlled:
+        _check_length_control()
     logger.warning(
         "AlpacaEval: %d annotations, about %d tokens and the annotator's prompts", cost["annotations"], cost["tokens"]
     )
@@ -207,18 +218,65 @@ def alpaca_eval_score(
             "again; finished annotations are kept"
         ) from None
     preferences = pd.to_numeric(pd.Series([row["preference"] for row in annotations]), errors="coerce")
-    return pd.DataFrame(
-        [
-            {
-                "model": name,
-                "win_rate": board.loc[name, "win_rate"],
-                "stderr": board.loc[name, "standard_error"],
-                "n": int(preferences.notna().sum()),
-                # Those the annotator said nothing readable about, and those that AlpacaEval dropped.
-                "unscored": len(outputs) - int(preferences.notna().sum()),
-            }
-        ]
+    row = {
+        "model": name,
+        "win_rate": board.loc[name, "win_rate"],
+        "stderr": board.loc[name, "standard_error"],
+        "n": int(preferences.notna().sum()),
+        # Those the annotator said nothing readable about, and those that AlpacaEval dropped.
+        "unscored": len(outputs) - int(preferences.notna().sum()),
+    }
+    return pd.DataFrame([row | (_length_controlled(annotations, instructions) if length_controlled else {})])
+
+
+def is_alpaca_eval(instructions: list[str]) -> bool:
+    """Whether these are AlpacaEval's 805 instructions in their order, which the length-controlled rate needs."""
+    return content_hash(instructions) == INSTRUCTIONS
+
+
+def _check_length_control() -> None:
+    """Fetch what it compares with; raises ValueError where that or the code cannot be had."""
+    try:
+        with _quiet():
+            from alpaca_eval import constants
+            from alpaca_eval.metrics import glm_winrate
+
+            place = {"token": constants.DATASETS_TOKEN, "cache_dir": constants.DEFAULT_CACHE_DIR}
+            glm_winrate.hf_hub_download("tatsu-lab/alpaca_eval", "df_gamed.csv", repo_type="dataset", **place)
+    except ImportError as error:
+        raise ValueError(f"the length-controlled rate needs {error.name}: pip install 'tasft[alpaca_eval]'") from error
+    except Exception as error:  # of the hub's client, the network, the disk
+        raise ValueError(
+            f"tatsu-lab/alpaca_eval on the hub cannot be read ({type(error).__name__}), which the length-controlled "
+            "rate needs; check the network, or leave --length_controlled out"
+        ) from None
+
+
+def _length_controlled(annotations: list[dict], instructions: list[str]) -> dict[str, float]:
+    """Rate and standard error in percent."""
+    from alpaca_eval.metrics import glm_winrate
+
+    # It takes the position in the table for the number of the instruction.
+    table = pd.DataFrame(annotations)
+    table.index = pd.Index([instructions.index(instruction) for instruction in table["instruction"]])
+    table = table[pd.to_numeric(table["preference"], errors="coerce").notna()].sort_index()
+    few = ValueError(
+        f"{len(table)} judged answers are too few or too alike for the length-controlled rate; leave "
+        "--length_controlled out, or raise --limit"
     )
+    if len(table) < MIN_CONTROLLED:
+        raise few
+    try:
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            metrics = glm_winrate.get_length_controlled_winrate(
+                table, save_weights_dir=None, is_add_glm_preference_inplace=False
+            )
+    except (ValueError, KeyError):
+        raise few from None
+    names = {"length_controlled_win_rate": "length_controlled_winrate"}
+    names["length_controlled_stderr"] = "lc_standard_error"
+    return {ours: float(metrics[theirs]) for ours, theirs in names.items()}
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Capability by others' harnesses: what they are given and what is made of what they return; no network, no judge."""
 
 import json
+import random
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,6 +12,7 @@ import yaml
 from chat_server import ChatServer, error, last
 
 from tasft_lib import cli
+from tasft_lib.evaluation import alpaca
 from tasft_lib.evaluation.alpaca import alpaca_eval_cost, alpaca_eval_score, read_annotator
 from tasft_lib.evaluation.lm_eval import TASKS, harness_scores
 
@@ -232,6 +234,72 @@ def test_alpaca_eval_is_asked_as_it_should_be(tmp_path, monkeypatch, caplog):
     assert given["reference_outputs"] == REFERENCES and given["precomputed_leaderboard"] is None
     assert given["is_return_instead_of_print"] is True and given["fn_metric"] == "get_winrate"
     assert given["output_path"] is None and str(tmp_path / "alpaca") in given["annotator_kwargs"]["caching_path"]
+
+
+@pytest.fixture
+def gamed(tmp_path, monkeypatch) -> list[str]:
+    """What AlpacaEval keeps on the hub, made up, for 805 instructions; what was asked of the hub."""
+    glm_winrate = pytest.importorskip("alpaca_eval.metrics.glm_winrate")
+    mix = random.Random(0)
+    rows = [
+        {"model": model, "index": i, "preference": float(length < 0), "std_delta_len": length * mix.random()}
+        for model, length in (("concise", 1), ("verbose", -1))
+        for i in range(805)
+    ]
+    table = pd.DataFrame(rows).assign(not_gamed_baseline=False)
+    table["instruction_difficulty"] = table["index"].map(lambda i: (i % 7) / 7)
+    table.to_csv(tmp_path / "df_gamed.csv", index=False)
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(glm_winrate, "hf_hub_download", download)
+    return asked
+
+
+def annotated(answer: str, n: int = 200) -> tuple[list[dict], list[str]]:
+    """Judged answers against references of one length each; a judge that likes the longer of the two, mostly."""
+    instructions = [f"w{i}" for i in range(n)]
+    mix = random.Random(1)
+    sides = {"generator_1": "reference", "generator_2": "safer", "annotator": "a"}
+    rows = []
+    for instruction in instructions:
+        reference, output = "w " * mix.randint(10, 30), answer * mix.randint(5, 14)
+        longer = len(output) > len(reference)
+        preference = 1.0 + (longer if mix.random() < 0.9 else not longer)
+        rows.append(
+            sides | {"instruction": instruction, "output_1": reference, "output_2": output} | {"preference": preference}
+        )
+    return rows, instructions
+
+
+def test_the_length_controlled_rate_takes_back_what_length_alone_won(gamed):
+    rows, instructions = annotated("long ")
+    won = 100 * sum(row["preference"] == 2 for row in rows) / len(rows)
+    controlled = alpaca._length_controlled(rows[::-1], instructions)
+    assert set(controlled) == {"length_controlled_win_rate", "length_controlled_stderr"}
+    assert won > 60 and 40 < controlled["length_controlled_win_rate"] < won - 5
+    assert controlled == pytest.approx(alpaca._length_controlled(rows, instructions)), "whatever the order"
+    with pytest.raises(ValueError, match="2 judged answers are too few"):
+        alpaca._length_controlled(rows[:2], instructions)
+
+
+def test_what_the_length_controlled_rate_needs_is_fetched_before_anything_is_paid_for(gamed, monkeypatch, tmp_path):
+    from alpaca_eval.metrics import glm_winrate
+
+    monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda *args, **options: 1 / 0)
+    options = {"annotators_config": "x", "name": "safer", "folder": tmp_path / "alpaca", "length_controlled": True}
+    with pytest.raises(ValueError, match=r"hub cannot be read .* leave --length_controlled out"):
+        alpaca_eval_score(OUTPUTS, REFERENCES, **options)
+    assert not (tmp_path / "alpaca").exists()
+
+
+def test_alpaca_evals_own_instructions_are_known(shared):
+    rows = json.loads((shared / "data" / "alpaca_eval" / "text_davinci_003_model_outputs.json").read_text())
+    instructions = [row["instruction"] for row in rows]
+    assert alpaca.is_alpaca_eval(instructions) and not alpaca.is_alpaca_eval(instructions[::-1])
 
 
 @pytest.fixture
