@@ -4,11 +4,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from .. import files
 from ..templates import TEMPLATES
 from .flags import add_source, at_least, check_data, source_options
-from .train import _read_config
+from .train import _as_trl_has_it, _read_config
 
 
 def main(argv: list[str]) -> int:
@@ -54,15 +55,17 @@ def main(argv: list[str]) -> int:
 
     print(f"reading {args.data}", file=sys.stderr, flush=True)
     tokenizer = args.tokenizer and load_tokenizer(args.tokenizer, args.model_revision)
+    # The trainer gives the tokenizer the template of chat_template_path itself; checks need it at once.
+    checked_by = tokenizer and _as_trl_has_it(tokenizer, SimpleNamespace(chat_template_path=args.chat_template_path))
     if args.show:
-        _show(args, config, tokenizer)
+        _show(args, config, tokenizer, checked_by)
     diagnosis = doctor.examine(
         args.data,
         **source_options(args),
         template=args.prompt_template,
         label=args.label == "true",
         evaluation_prompts={file: data.read_prompts(file) for file in args.evaluation_prompts},
-        tokenizer=tokenizer,
+        tokenizer=checked_by,
         max_length=args.max_length,
     )
     if args.output is None:
@@ -81,6 +84,7 @@ def _of_training(args: argparse.Namespace) -> dict:
         if getattr(args, flag) is None:
             setattr(args, flag, config.get(option))
     args.model_revision = args.model_revision or config.get("model_revision")
+    args.chat_template_path = config.get("chat_template_path")
     args.prompt_template = args.prompt_template or "alpaca"
     if args.max_length is None and args.tokenizer is not None and (args.show or args.config is not None):
         from ..config import TASFTConfig
@@ -89,7 +93,7 @@ def _of_training(args: argparse.Namespace) -> dict:
     return config
 
 
-def _show(args: argparse.Namespace, config: dict, tokenizer) -> None:
+def _show(args: argparse.Namespace, config: dict, tokenizer, checked_by) -> None:
     """Print the masks of the first rows, as the trainer itself makes them; only here a command prints texts."""
     from .. import data, sources
     from ..prepare.masks import OPTIONS, first_of_each, masks
@@ -105,7 +109,7 @@ def _show(args: argparse.Namespace, config: dict, tokenizer) -> None:
     )
     options = {name: config[name] for name in OPTIONS if name in config} | {"max_length": args.max_length}
     rows = first_of_each(rows, args.show)
-    data.prompt_lengths(rows, tokenizer, source=args.data)  # messages that the template can't read are told by row
+    data.prompt_lengths(rows, checked_by, source=args.data)  # messages that the template can't read are told by row
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for row in masks(rows, tokenizer, model=args.tokenizer, revision=args.model_revision, **options):
         print(row.text(colours=colours), end="\n\n")
