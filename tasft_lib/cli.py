@@ -22,6 +22,9 @@ COMMANDS = {
     "env": "versions and hardware, for a bug report",
 }
 
+# What loads for seconds before it can say anything of its own.
+SLOW = ("doctor", "harvest", "filter", "train", "evaluate", "capability", "alpaca_eval", "attack", "export")
+
 # Package -> the extra that brings it.
 EXTRAS = {
     "matplotlib": "notebooks",
@@ -52,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"tasft: no command {argv[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    if argv[0] in SLOW and sys.stderr.isatty() and not {"-h", "--help", "--help_all"} & set(argv):
+        print(f"tasft {argv[0]}: loading", file=sys.stderr, flush=True)
     if not sys.warnoptions:  # of other libraries, about what no user can do anything
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="'pin_memory' argument is set")

@@ -242,7 +242,7 @@ def check(
     if leaks := _leaks(rows, evaluation_prompts):
         what = "the prompt is an evaluation prompt; remove the row"
         raise ValueError(f"{_list(row_places, leaks)}: {what}")
-    if tokenizer is not None:
+    if tokenizer is not None and (max_length is not None or is_chat(rows)):
         lengths = prompt_lengths(rows, tokenizer, source=source)
         if full := [i for i, length in enumerate(lengths) if max_length is not None and length >= max_length]:
             what = f"the prompt alone fills max_length={max_length}, the completion is cut away"

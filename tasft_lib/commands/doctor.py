@@ -53,7 +53,6 @@ def main(argv: list[str]) -> int:
     from ..models import load_tokenizer
     from ..prepare import doctor
 
-    print(f"reading {args.data}", file=sys.stderr, flush=True)
     tokenizer = args.tokenizer and load_tokenizer(args.tokenizer, args.model_revision)
     # The trainer gives the tokenizer the template of chat_template_path itself; checks need it at once.
     checked_by = tokenizer and _as_trl_has_it(tokenizer, SimpleNamespace(chat_template_path=args.chat_template_path))

@@ -99,3 +99,22 @@ def test_a_package_of_an_extra_is_named_with_the_extra(capsys, monkeypatch):
     monkeypatch.setattr("tasft_lib.commands.report.main", main)
     assert cli.main(["report"]) == 1
     assert capsys.readouterr().err == "tasft report: seaborn is not installed: pip install 'tasft[notebooks]'\n"
+
+
+def test_a_slow_command_says_on_a_terminal_that_it_is_loading(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(["doctor", "nowhere.json"]) == 1
+    assert capsys.readouterr().err.splitlines()[0] == "tasft doctor: loading"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert cli.main(["doctor", "nowhere.json"]) == 1 and "loading" not in capsys.readouterr().err
+
+
+def test_warnings_of_other_libraries_do_not_open_a_run():
+    import warnings
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.resetwarnings()
+        cli.main(["doctor", "nowhere.json"])
+        warnings.warn("an option of theirs is old", FutureWarning, stacklevel=1)
+        warnings.warn("a warning of ours", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["a warning of ours"]
