@@ -79,7 +79,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         "decoding": vars(decoding),
         # not of the references: with another --limit the first answers stay
     } | {name: value for name, value in optional.items() if value}
-    check_folder(args.output_dir / MANIFEST, settings)
+    check_folder(args.output_dir / MANIFEST, dict.fromkeys(optional) | settings)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     answers_file = args.output_dir / f"answers-{files.content_hash(settings)}.jsonl"
     # Another judge is asked anew, though it has the same name.

@@ -57,7 +57,8 @@ def _score(args: argparse.Namespace) -> None:
     settings = {"model": files.model_identity(args.model), "revision": args.model_revision, "tasks": tasks}
     if args.dtype != "auto":
         settings["dtype"] = args.dtype
-    check_folder(args.output_dir / MANIFEST, settings | options)
+    optional = dict.fromkeys(("dtype", "apply_chat_template", "chat_template_kwargs"))
+    check_folder(args.output_dir / MANIFEST, optional | settings | options)
     # What the harness has asked it keeps, by the question as the model is given it.
     cache = args.output_dir / f"asked-{files.content_hash([settings['model'], args.model_revision, args.dtype])}"
     scores = lm_eval.harness_scores(model, tokenizer, tasks, batch_size=args.batch_size, cache=cache, **options)

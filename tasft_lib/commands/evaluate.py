@@ -112,7 +112,8 @@ def _evaluate(args) -> None:
     if args.attacks:
         settings |= {"attacks": args.attacks, "asked": files.content_hash(asked)}
     # Other judges may look at the same answers.
-    check_folder(args.output_dir / "manifest.json", {n: value for n, value in settings.items() if n != "judges"})
+    answered = dict.fromkeys([*optional, "attacks", "asked"]) | settings
+    check_folder(args.output_dir / "manifest.json", {n: value for n, value in answered.items() if n != "judges"})
     args.output_dir.mkdir(parents=True, exist_ok=True)
     name = files.content_hash(settings | {"judges": None})
     file, partial = args.output_dir / f"responses-{name}.jsonl", args.output_dir / f"partial-{name}.jsonl"

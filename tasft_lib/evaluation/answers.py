@@ -44,10 +44,9 @@ def read_or_ask(prompts: pd.DataFrame, ask: Callable[[], list[Response]], file: 
         return answers
     answers = ask()
     table = prompts.assign(response=[a.text for a in answers], finished=[a.finished for a in answers])
-    text = table.to_json(orient="records", lines=True, force_ascii=False)
-    write_text(file, text)
+    write_text(file, table.to_json(orient="records", lines=True, force_ascii=False))
     seal(file)
-    return pd.read_json(file, orient="records", lines=True, dtype=False)
+    return table
 
 
 def read_answers(file: Path, prompts: pd.DataFrame) -> pd.DataFrame | None:
@@ -57,7 +56,9 @@ def read_answers(file: Path, prompts: pd.DataFrame) -> pd.DataFrame | None:
     if wrong := _damage(file, prompts["prompt"].tolist()):
         set_aside(file, [wrong])
         return None
-    return pd.read_json(file, orient="records", lines=True, dtype=False)
+    answers = pd.read_json(file, orient="records", lines=True, dtype=False)
+    # Whose benchmark and kind a prompt is, may have been said otherwise.
+    return prompts.assign(response=answers["response"].tolist(), finished=answers["finished"].tolist())
 
 
 def judge_answers(answers: pd.DataFrame, judges: list[Judge], *, cache: Path | None = None) -> pd.DataFrame:

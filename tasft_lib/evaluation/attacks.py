@@ -39,9 +39,11 @@ def chosen(
         answers: unsafe answer per prompt, for "prefill"; toxic prompts without one are not prefilled.
         tokenizer: whose tokens those are.
 
-    Raises `ValueError` for an unknown name, and for "prefill" without an answer to any of the prompts.
+    Raises `ValueError` for an unknown name, without a toxic prompt, and for "prefill" without an answer to any of them.
     """
     toxic, parts = prompts[prompts["kind"] == "toxic"].reset_index(drop=True), []
+    if toxic.empty and set(names) != {"none"}:
+        raise ValueError(f"attacks {' '.join(names)}: none of the prompts is toxic, and no other is attacked")
     for name in names:
         if name == "none":
             parts.append(direct(prompts))

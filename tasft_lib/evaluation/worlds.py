@@ -137,7 +137,7 @@ def asked_for(
     for given in sources:
         if given in ("stl", MiniWorld.name):
             tables.append(load(given).evaluation_prompts())
-        elif (name := _PART_NAMES.get(given.lower())) is not None:
+        elif (name := _PART_NAMES.get(given.lower())) is not None and not Path(given).exists():
             tables.append(_published(name, prompts.locate("stl", prompts.BENCHMARKS[name][1])))
         elif files := _published_files(Path(given).expanduser()):
             tables += [_published(name, file) for name, file in files.items()]
