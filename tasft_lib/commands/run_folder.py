@@ -1,6 +1,7 @@
 """The folder of a training: what it holds, the checkpoint to go on from, and what in it is the user's."""
 
 import json
+import logging
 import re
 import shutil
 from fnmatch import fnmatch
@@ -22,6 +23,9 @@ WITHOUT_EFFECT = (
     "ddp_timeout", "skip_memory_metrics", "do_", "per_device_eval_batch_size", "eval_accumulation_steps",
     "ignore_data_skip", "restore_callback_states", "model_name_or_path",
 )  # fmt: skip
+
+# How long it lasts; may change while it is unfinished.
+LENGTH = ("max_steps", "num_train_epochs")
 
 
 class Seal(TrainerCallback):
@@ -69,9 +73,10 @@ def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str |
         if resume is False and checkpoint is not None:
             what = f"holds {checkpoint.name}, and resume_from_checkpoint is false"
             raise ValueError(f"{folder}: {what}; leave it out to go on, or give --overwrite to begin anew")
-    if held is None:
+    if held != asked:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / SETTINGS, asked | {"own_readme": _has_own_readme(folder)})
+        own = _has_own_readme(folder) if held is None else files.read_object(folder / SETTINGS)["own_readme"]
+        files.write_json(folder / SETTINGS, asked | {"own_readme": own})
     return checkpoint
 
 
@@ -98,8 +103,10 @@ def _held(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_other(folder: Path, held: dict[str, Any] | None, asked: dict[str, Any]) -> None:
-    if held is not None and held != asked:
-        names = sorted(name for name in held | asked if held.get(name) != asked.get(name))
+    names = sorted(name for name in (held or asked) | asked if (held or asked).get(name) != asked.get(name))
+    if not (folder / files.RECORD).exists():
+        names = [name for name in names if name not in LENGTH]
+    if names:
         what = f"holds a training with other {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         raise ValueError(f"{folder}: {what}; give another output_dir, or --overwrite to begin anew")
 
@@ -138,7 +145,11 @@ def _newest_whole(folder: Path) -> Path | None:
     for number in sorted((int(name[1]) for name in names if name), reverse=True):
         path = folder / f"checkpoint-{number}"
         torn = _torn(path) or ([] if files.is_sealed(path) else ["not written to its end"])
-        if not torn:
+        if torn:
+            files.set_aside(path, torn)
+        elif any(path.glob("optimizer*")) or any(path.glob("global_step*")):
             return path
-        files.set_aside(path, torn)
+        else:
+            what = "%s holds no optimizer (save_only_model), so nothing can go on from it"
+            logging.getLogger(__name__).warning(what, path)
     return None

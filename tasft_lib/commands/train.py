@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import logging
 import os
 import re
+import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -135,8 +137,25 @@ def main(argv: list[str]) -> None:
     if args.hub_token is not None:
         # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads.
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
-    with files.folder_lock(Path(args.output_dir)):
-        _train(script_args, data_args, args, model_args)
+    # TRL warns with the end of a prompt where its tokens are others before an answer than alone.
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(_without_text)
+    folder = Path(args.output_dir)
+    try:
+        with files.folder_lock(folder):
+            _train(script_args, data_args, args, model_args)
+    except Exception as error:
+        # Of a full disk each library has an error of its own.
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        if "No space left" not in str(error) and shutil.disk_usage(there).free > 2**20:
+            raise
+        raise OSError(f"{folder}: no space left on the disk; make room, and run the same command again") from error
+
+
+def _without_text(record: logging.LogRecord) -> bool:
+    record.msg = re.sub(
+        r"(left out of the training sequence: ).*(\. The model is)", r"\1(not shown)\2", str(record.msg)
+    )
+    return True
 
 
 def _train(script_args, data_args, args, model_args) -> None:
@@ -331,6 +350,9 @@ def _read_rows(script_args, data_args, args, model_args) -> tuple:
     benign, unsafe = data.by_label(rows)
     if data_args.unsafe_dataset_name is None:
         return benign, unsafe, "labels by SAFT" if _by_saft(data_args) else "its own labels"
+    if len(unsafe):
+        what = "%s: left out %d rows labelled false, since unsafe_dataset_name gives the unsafe rows"
+        logging.getLogger(__name__).warning(what, script_args.dataset_name, len(unsafe))
     unsafe = data.read_training_rows(
         data_args.unsafe_dataset_name,
         label=False,

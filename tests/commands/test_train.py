@@ -102,6 +102,9 @@ def test_the_same_command_goes_on_and_ends_where_an_undisturbed_one_ends(train, 
     with monkeypatch.context() as patch:
         killed_at(3, patch)
         assert train()[0] == 130
+    with monkeypatch.context() as patch:
+        killed_at(3, patch)
+        assert train(max_steps=9)[0] == 130  # how long it lasts may change while it is unfinished
     code, out, _ = train()
     assert code == 0 and f"going on from {tmp_path / 'out' / 'checkpoint-2'}" in out
     assert weights(tmp_path / "out") == weights(tmp_path / "straight")
@@ -113,6 +116,7 @@ def test_the_same_command_goes_on_and_ends_where_an_undisturbed_one_ends(train, 
     # What has no effect on the result may change.
     assert "finished" in train(logging_steps=2, save_total_limit=3)[1]
     assert refused(train("--penalty", "nlcl", learning_rate=1.0), "other learning_rate, penalty", "--overwrite")
+    assert refused(train(max_steps=5), "other max_steps", "--overwrite")
     write(tmp_path / "rows.jsonl", make_rows(12, seed=5))
     assert refused(train(), "other rows", "--overwrite")
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -161,6 +165,42 @@ def test_a_checkpoint_may_be_named_and_must_be_whole_and_of_these_settings(train
     (first / "model.safetensors").write_bytes(b"")
     assert refused(train("--resume_from_checkpoint", str(first), **elsewhere), "checkpoint-1: torn (model.safetensors)")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_checkpoints_without_an_optimizer_are_not_gone_on_from(train, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        killed_at(3, patch)
+        assert train(save_only_model=True)[0] == 130
+    code, out, _ = train(save_only_model=True)
+    assert code == 0 and "going on" not in out and "checkpoint-2 holds no optimizer" in caplog.text
+    assert train(output_dir=tmp_path / "straight")[0] == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "straight")
+
+
+def test_a_full_disk_is_one_line_whoever_notices_it(train, tmp_path, monkeypatch):
+    class TokenizersError(Exception):
+        pass
+
+    def full(*_, **__):
+        raise TokenizersError("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TASFTTrainer, "save_model", full)
+        assert refused(train(), "out: no space left on the disk", "run the same command again")
+    assert train()[0] == 0
+
+
+def test_rows_labelled_unsafe_beside_a_file_of_unsafe_rows_are_counted(train, tmp_path, caplog):
+    write(tmp_path / "unsafe.jsonl", make_rows(12, seed=1).filter(lambda row: not row["label"]))
+    code, out, _ = train(unsafe_dataset_name=tmp_path / "unsafe.jsonl", max_steps=1)
+    assert code == 0 and "rows.jsonl: left out 4 rows labelled false" in caplog.text and "8 benign and 4 unsafe" in out
+
+
+def test_no_warning_shows_the_end_of_a_prompt(train, tmp_path, caplog):
+    rows = [{"prompt": f"w{i} w1", "completion": "2 w3", "label": i % 3 > 0} for i in range(20, 32)]
+    write(tmp_path / "rows.jsonl", rows)
+    assert train(max_steps=1)[0] == 0
+    assert "left out of the training sequence: (not shown). The model" in caplog.text
 
 
 def test_a_folder_with_a_model_is_refused_and_the_base_is_never_written_over(train, base, tmp_path):
