@@ -192,3 +192,13 @@ def test_windows_has_all_that_is_imported_and_text_is_read_as_utf_8(file):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "read_text":
             in_proc = "/proc/" in ast.unparse(node)
             assert node.keywords or in_proc, f"line {node.lineno}: Windows reads another encoding than UTF-8"
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "commands").glob("*.py")), ids=lambda file: file.stem)
+def test_a_command_that_fills_a_folder_works_alone_in_it(file):
+    source = file.read_text(encoding="utf-8")
+    fills = "output_dir" in source and file.stem not in (
+        "flags",
+        "card",
+    )  # the first is no command, the second one file
+    assert "folder_lock(" in source or not fills
