@@ -88,6 +88,14 @@ def load_model(
     return weights, tokenizer
 
 
+def sort_targets(model: PreTrainedModel) -> None:
+    """Sort what PEFT keeps as sets and saves in any order, so that equal trainings save equal files."""
+    for config in getattr(model, "peft_config", {}).values():
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(modules := getattr(config, name, None), set):
+                setattr(config, name, sorted(modules))
+
+
 def load_weights(
     model: str | Path,
     revision: str | None = None,

@@ -86,7 +86,21 @@ def is_finished(folder: Path, asked: dict[str, Any]) -> bool:
 
 
 def keep_readme(trainer: Any) -> None:
-    """Leave a README.md alone that lay in the folder before training; TRL and PEFT would write over it."""
+    """Leave a README.md alone that lay in the folder before training; TRL and PEFT would write over it.
+
+    In TRL's own the tags, a set, are sorted: equal trainings leave equal files.
+    """
+    write = trainer.create_model_card
+
+    def write_sorted(*args: Any, **options: Any) -> None:
+        write(*args, **options)
+        card = Path(trainer.args.output_dir) / "README.md"
+        if trainer.is_world_process_zero() and card.exists():
+            text = card.read_text(encoding="utf-8")
+            by_tag = re.sub(r"(?m)(?<=^tags:\n)(- .*\n)+", lambda tags: "".join(sorted(tags[0].splitlines(True))), text)
+            files.write_text(card, by_tag)
+
+    trainer.create_model_card = write_sorted
     file = Path(trainer.args.output_dir) / SETTINGS
     if file.exists() and files.read_object(file).get("own_readme"):
         trainer.create_model_card = lambda *_, **__: None

@@ -165,7 +165,7 @@ def _train(script_args, data_args, args, model_args) -> None:
     from .. import data
     from ..evaluation.samples import SampleCallback
     from ..generation import Decoding
-    from ..models import check_weights, load_tokenizer
+    from ..models import check_weights, load_tokenizer, sort_targets
     from ..publish.card import training_record
     from ..trainer import TASFTTrainer
     from . import run_folder
@@ -228,6 +228,7 @@ def _train(script_args, data_args, args, model_args) -> None:
     )
     trainer.row_names = row_names
     trainer.add_callback(run_folder.Seal())
+    sort_targets(trainer.model)
     run_folder.keep_readme(trainer)
     if data_args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(data_args.early_stopping_patience))

@@ -132,6 +132,7 @@ def train(spec: ArmSpec) -> Path:
         )
         trainer.remove_callback(PrinterCallback)  # the log history goes into the manifest
         trainer.add_callback(_Seal())
+        models.sort_targets(trainer.model)
         resumed = _last_checkpoint(folder)
         trainer.train(resume_from_checkpoint=resumed and str(resumed))
         manifest = {

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import build_model, make_rows
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from trl import ScriptArguments
 
 from tasft_lib import cli
+from tasft_lib.commands import run_folder
 from tasft_lib.trainer import TASFTTrainer
 
 TEMPLATE = (
@@ -388,3 +390,22 @@ def test_tools_and_template_switches_reach_the_template(train, base, tokenizer, 
         assert code == 0, error
         counts.append(int(float(out.split("'num_tokens': '")[1].split("'")[0])))
     assert counts[1] == counts[0] + 2 * 12 and counts[2] == counts[1] + 12
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_trls_card_has_its_tags_in_order_and_the_users_is_left(own, tmp_path):
+    card = "---\nname: x\ntags:\n- trl\n- sft\n- ta-sft\n- generated_from_trainer\nlicence: y\n---\n\n- z\n- a\n"
+    (tmp_path / "_settings.json").write_text(json.dumps({"own_readme": own}))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+        model=None,
+        is_world_process_zero=lambda: True,
+        create_model_card=lambda name: (tmp_path / "README.md").write_text(card),
+    )
+    run_folder.keep_readme(trainer)
+    trainer.create_model_card("x")
+    if own:
+        assert not (tmp_path / "README.md").exists()
+    else:
+        text = (tmp_path / "README.md").read_text()
+        assert "tags:\n- generated_from_trainer\n- sft\n- ta-sft\n- trl\nlicence" in text and "- z\n- a\n" in text

@@ -362,6 +362,13 @@ def test_an_apple_gpu_is_a_gpu(gpu, on_cuda, spec, monkeypatch):
     assert defaults["bf16"] == defaults["dataloader_pin_memory"] == on_cuda
 
 
+def test_equal_arms_save_equal_adapter_configs(spec):
+    modules = ["v_proj", "up_proj", "q_proj", "o_proj", "k_proj", "gate_proj", "down_proj"]
+    folder = arms.train(replace(spec, lora=spec.lora | {"target_modules": modules}))
+    config = json.loads((folder / "trainer" / "checkpoint-6" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(modules)
+
+
 def test_a_failing_arm_is_named_and_the_others_are_finished(spec, tmp_path):
     broken = replace(spec, n_benign=10_000)
     with pytest.raises(ValueError, match=r"1 of 2 failed.*n_benign=10000"):
