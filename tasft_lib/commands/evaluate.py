@@ -166,6 +166,7 @@ def _attacked(prompts, args, tokenizer):
     """The prompts under the attacks of `--attacks`; answers to begin with come from `--prefill_answers`."""
     from .. import sources
     from ..evaluation import attacks, worlds
+    from ..templates import split_thinking
 
     answers = None
     if "prefill" in args.attacks:
@@ -176,6 +177,7 @@ def _attacked(prompts, args, tokenizer):
         rows = sources.read_rows(args.prefill_answers)
         if missing := {"prompt", "response"} - set(rows.column_names):
             raise ValueError(f"{args.prefill_answers}: lacks {', '.join(sorted(missing))}; give a responses-*.jsonl.")
-        answers = {p: r for p, r in zip(rows["prompt"][:], rows["response"][:], strict=True) if r.strip()}
+        responses = [split_thinking(response)[1] for response in rows["response"][:]]
+        answers = {p: r for p, r in zip(rows["prompt"][:], responses, strict=True) if r.strip()}
     options = {"wrappers": worlds.load(args.benchmarks[0]).wrappers, "prefix": args.prefix or attacks.PREFIX}
     return attacks.chosen(prompts, args.attacks, answers=answers, tokenizer=tokenizer, **options)

@@ -167,6 +167,7 @@ def _train(script_args, data_args, args, model_args) -> None:
     from ..generation import Decoding
     from ..models import check_weights, load_tokenizer, sort_targets
     from ..publish.card import training_record
+    from ..templates import ask
     from ..trainer import TASFTTrainer
     from . import run_folder
 
@@ -233,11 +234,13 @@ def _train(script_args, data_args, args, model_args) -> None:
     if data_args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(data_args.early_stopping_patience))
     if sample_prompts:
-        templated = _with_template(sample_prompts, trainer.processing_class, mixed, data_args.prompt_template)
+        # As the training rows have theirs: in the chat template, or in ours.
+        template = data_args.prompt_template if isinstance(mixed[0]["prompt"], str) else "chat"
+        processor = trainer.processing_class
+        templated = ask(sample_prompts, template, getattr(processor, "tokenizer", processor))
+        options = {"steps": data_args.sample_steps, "special_tokens": template != "chat"}
         decoding = Decoding(max_new_tokens=data_args.sample_max_new_tokens)
-        trainer.add_callback(
-            SampleCallback(trainer, sample_prompts, templated, steps=data_args.sample_steps, decoding=decoding)
-        )
+        trainer.add_callback(SampleCallback(trainer, sample_prompts, templated, decoding=decoding, **options))
     n_unsafe = mixed["label"][:].count(False)
     method = f"{args.penalty}, λ = {trainer.penalty_weight:.4g}, reduction {args.penalty_reduction}"
     if n_unsafe == 0:
@@ -497,14 +500,3 @@ def _labelled_by_saft(rows, source: str, data_args, args, model_args):
         identity=model_args.model_name_or_path,
         max_length=args.max_length,
     )
-
-
-def _with_template(prompts: list[str], tokenizer, rows, template: str) -> list[str]:
-    """Bare prompts as the training rows have theirs: in the chat template, or in ours."""
-    from .. import templates
-
-    if isinstance(rows[0]["prompt"], str):
-        return [templates.format_prompt(prompt, template=template) for prompt in prompts]
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)

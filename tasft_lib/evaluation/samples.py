@@ -10,6 +10,7 @@ from ..files import append_record, read_records, write_text
 from ..generation import GREEDY, Decoding, check_prompts, generate
 from ..judges.refusals import is_refusal
 from ..judges.strings import is_degenerate
+from ..templates import split_thinking
 from ..text import redact
 
 # Trainer never uploads what begins with an underscore: `push_to_hub` must not publish what an unsafe model says.
@@ -20,15 +21,16 @@ class SampleCallback(TrainerCallback):
     """Lets the model answer `prompts`, greedily, every `steps` optimizer steps (None: at every save) and at the end.
 
     `<output_dir>/_samples.jsonl` gets one object per prompt and step: `step`, `prompt` (bare), `response`, `finished`,
-    `refusal` and `degenerate` (string matches of `judges`). What is printed is redacted. `sample_refusal` and
-    `sample_degenerate`, rates in [0, 1], go to the trackers. The main process answers, the others wait; the random
-    state and the metrics of training are left alone, so losses are those of a run without samples.
+    `refusal` and `degenerate` (string matches of `judges`, on the answer after a thinking). What is printed is
+    redacted. `sample_refusal` and `sample_degenerate`, rates in [0, 1], go to the trackers. The main process answers,
+    the others wait; the random state and the metrics of training are left alone, so losses are those of a run without
+    samples.
 
     A resumed run keeps the samples up to its checkpoint and adds to them; any other begins the file anew.
 
     Args:
         prompts: bare, as they are shown and stored.
-        asked: the same with template, as the model gets them.
+        asked: the same with template, as the model gets them; `special_tokens` as in `generate`.
 
     Raises:
         ValueError: parameters are sharded (FSDP, ZeRO-3), a prompt does not fit, or `steps` is below 1.
@@ -42,6 +44,7 @@ class SampleCallback(TrainerCallback):
         *,
         steps: int | None = None,
         decoding: Decoding = GREEDY,
+        special_tokens: bool = True,
     ):
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
@@ -53,7 +56,9 @@ class SampleCallback(TrainerCallback):
         self.tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self.file = Path(trainer.args.output_dir) / FILE
         self.last_step = None
+        self.special_tokens = special_tokens
         limits = {"max_new_tokens": decoding.max_new_tokens, "source": "sample_prompts"}
+        limits["special_tokens"] = special_tokens
         check_prompts(trainer.model, self.tokenizer, asked, **limits)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -80,10 +85,12 @@ class SampleCallback(TrainerCallback):
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
-            responses = generate(model, self.tokenizer, self.asked, decoding=self.decoding, progress=False)
+            options = {"decoding": self.decoding, "special_tokens": self.special_tokens, "progress": False}
+            responses = generate(model, self.tokenizer, self.asked, **options)
         rates = {"sample_refusal": 0.0, "sample_degenerate": 0.0}
         for prompt, response in zip(self.prompts, responses, strict=True):
-            found = {"refusal": is_refusal(response.text), "degenerate": is_degenerate(response.text)}
+            answer = split_thinking(response.text)[1]
+            found = {"refusal": is_refusal(answer), "degenerate": is_degenerate(answer)}
             record = {"step": state.global_step, "prompt": prompt, "response": response.text}
             append_record(self.file, record | {"finished": response.finished} | found)
             for name, value in found.items():
