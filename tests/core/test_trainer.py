@@ -275,7 +275,7 @@ def test_packing_keeps_every_row_and_its_label(tokenizer, tmp_path):
     }
     seen = {}
     for batch in trainer.get_train_dataloader():
-        bounds = batch["cu_seq_lens_q"].tolist()
+        bounds = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["position_ids"].size(1)]
         for start, end in pairwise(bounds):
             (is_unsafe,) = set(batch["unsafe"][0, start:end].tolist())
             seen[tuple(batch["input_ids"][0, start:end].tolist())] = not is_unsafe

@@ -26,13 +26,13 @@ BUILT_ON = {
     "Trainer.training_step": (Trainer.training_step, "scaling by accumulation steps"),
     "Trainer._get_grad_norm": (Trainer._get_grad_norm, "a gradient that is not finite stops before it is taken"),
 }
-WRITTEN_AGAINST = {  # TRL 1.16.0, transformers 5.23.0
+WRITTEN_AGAINST = {  # TRL 1.16.0, transformers 5.23.0; where TRL 1.15 has another source, that too
     "SFTTrainer.compute_loss": "ca448211ff653fe6",
     "SFTTrainer._prepare_dataset": "04b668d28493f693",
     "SFTTrainer._set_signature_columns_if_needed": "aaa1b89b48a68db6",
     "SFTTrainer.log": "0d4c8e5d64f894ac",
-    "DataCollatorForLanguageModeling.torch_call": "e9f4cd36d5ba7c3c",
-    "add_fused_lm_head": "422d009f04b66659",
+    "DataCollatorForLanguageModeling.torch_call": ("e9f4cd36d5ba7c3c", "5ed96ab06b4b6070"),
+    "add_fused_lm_head": ("422d009f04b66659", "2722842b5d139e76"),
     "maybe_gather_lm_head_ctx": "d4d59d01150623ce",
     "pack_dataset": "9b34aacf605efa8e",
     "Trainer.get_batch_samples": "0b3727386f73f670",
@@ -45,4 +45,4 @@ WRITTEN_AGAINST = {  # TRL 1.16.0, transformers 5.23.0
 def test_the_source_is_the_one_trainer_py_was_written_against(name):
     function, use = BUILT_ON[name]
     current = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
-    assert current == WRITTEN_AGAINST[name], f"{name} ({use}) changed; see the head of this file. New hash: {current}"
+    assert current in WRITTEN_AGAINST[name], f"{name} ({use}) changed; see the head of this file. New hash: {current}"
