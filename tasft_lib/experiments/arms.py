@@ -66,9 +66,11 @@ TRAINED_BY = (
     "trainer",
     "experiments/methods",
     "data",
+    "messages",
     "sources",
     "templates",
     "text",
+    "files",
 )
 
 

@@ -50,6 +50,26 @@ def test_masks_of_messages_are_in_the_chat_template(tokenizer):
     assert [i for i, use in enumerate(shown.uses) if use == "penalised"] == [6, 7], "neither earlier turns nor the end"
 
 
+def test_tools_and_options_of_a_row_reach_the_template(tokenizer):
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    options = "{% if tools %}w7 {{ tools[0].name }} {% endif %}{% if shy %}w8 {% endif %}"
+    turns = "{% for m in messages %}{{ m.content or m.tool_calls[0].name }} {% endfor %}"
+    tokenizer.chat_template = options + turns
+    asked = {"role": "user", "content": "w1"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "w2", "arguments": {"w": 1}}]}
+    plain = Dataset.from_list([{"prompt": [asked], "completion": [{"role": "assistant", "content": "w3"}]}])
+    called = Dataset.from_list(
+        [{"messages": [asked, call], "tools": [{"name": "w5"}], "chat_template_kwargs": {"shy": True}}]
+    )
+    sides = [
+        data.to_training_rows(rows, label=label, source=f"{label}", with_place=True)
+        for rows, label in ((plain, True), (called, False))
+    ]
+    shown = {row.label: row for row in masks(data.mix(*sides, seed=0), tokenizer, max_length=64)}
+    assert uses(shown[True]) == [("w1", "read"), ("w3", "learnt")]
+    assert uses(shown[False]) == [*((word, "read") for word in ("w7", "w5", "w8", "w1")), ("w2", "penalised")]
+
+
 def test_rows_are_shown_in_colours_in_words_and_in_html(rows, tokenizer):
     shown = masks(first_of_each(rows, 1), tokenizer, max_length=64)
     assert [row.place for row in shown] == ["f.json: row 1", "f.json: row 2"]
