@@ -166,7 +166,7 @@ def check_weights(
 
 
 def _read_config(model: str | Path, revision: str | None, architecture: type):
-    path = _file(model, "config.json", revision)
+    path = find_file(model, "config.json", revision)
     if path is None:
         raise OSError(f"{model}: no config.json here, so no model; check the path, or fetch or save the model again.")
     settings = files.read_object(path)
@@ -187,20 +187,20 @@ def _read_config(model: str | Path, revision: str | None, architecture: type):
 def _weight_files(model: str | Path, revision: str | None) -> list[Path]:
     """The files that transformers reads weights from, brought from the hub where they are not here yet."""
     for whole, index in _WEIGHTS:
-        if path := _file(model, whole, revision):
+        if path := find_file(model, whole, revision):
             return [path]
-        if path := _file(model, index, revision):
+        if path := find_file(model, index, revision):
             parts = files.read_object(path).get("weight_map")
             if not isinstance(parts, dict) or not parts:
                 raise ValueError(f"{path}: names no weights; fetch or save the model again.")
-            paths = {part: _file(model, part, revision) for part in sorted(set(parts.values()))}
+            paths = {part: find_file(model, part, revision) for part in sorted(set(parts.values()))}
             if lost := [part for part, path in paths.items() if path is None]:
                 raise OSError(f"{model}: {lost[0]} of {index} is not there; fetch or save the model again.")
             return list(paths.values())
     raise OSError(f"{model}: no weights here ({_WEIGHTS[0][0]}); fetch or save the model again.")
 
 
-def _file(model: str | Path, name: str, revision: str | None) -> Path | None:
+def find_file(model: str | Path, name: str, revision: str | None = None) -> Path | None:
     """Where a file of the model lies, brought from the hub if need be; None where the model has none of that name."""
     path = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return path and Path(path)
@@ -375,7 +375,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
             tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError):
         for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
-            if path := _file(model, name, revision):
+            if path := find_file(model, name, revision):
                 files.read_object(path)
         raise
     # What transformers makes of a tokenizer_config.json alone.

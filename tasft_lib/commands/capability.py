@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 from .. import files
-from ..templates import default_template
-from .flags import add_dtype, at_least, check_folder, json_object, template_of
+from .flags import add_dtype, at_least, check_folder, json_object, own_template, template_of
 
 MANIFEST = "capability_manifest.json"
 
@@ -48,7 +47,7 @@ def _score(args: argparse.Namespace) -> None:
             raise ValueError(f"task {name}: give the commit of its data set, {name}@<commit>, or --include_path.")
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
     if args.prompt_template is None:
-        args.prompt_template = "chat" if default_template(args.model, tokenizer) == "chat" else "none"
+        args.prompt_template = "chat" if own_template(args.model, args.model_revision, tokenizer) == "chat" else "none"
         print(f"prompt template: {args.prompt_template} (another: --prompt_template)")
     is_chat = template_of(args, args.model, tokenizer) == "chat"
     options = {"num_fewshot": args.num_fewshot, "limit": args.limit, "include_path": args.include_path}

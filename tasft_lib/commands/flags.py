@@ -128,12 +128,20 @@ def add_template(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def own_template(model: str, revision: str | None, tokenizer: Any) -> Template:
+    """`default_template` of a folder, or of a hub id at that commit, whose record lies in the hub's cache."""
+    from ..models import find_file
+
+    record = find_file(model, files.RECORD, revision)
+    return default_template(record.parent if record else model, tokenizer)
+
+
 def template_of(args: argparse.Namespace, model: str, tokenizer: Any) -> Template:
     """The template of `--prompt_template`; without it the model's own, which is told.
 
     Raises `ValueError` for a chat template that is not there, or does not know a switch of `--chat_template_kwargs`.
     """
-    template = args.prompt_template or default_template(model, tokenizer)
+    template = args.prompt_template or own_template(model, getattr(args, "model_revision", None), tokenizer)
     if args.prompt_template is None:
         print(f"prompt template: {template} (another: --prompt_template)")
     source = str(getattr(tokenizer, "chat_template", None) or "")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasft_lib import cli
+from tasft_lib.commands.flags import template_of
 from tasft_lib.models import check_weights, load_model, load_tokenizer, load_weights, torch_dtype
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -386,3 +388,16 @@ def test_a_spoilt_model_is_not_exported(name, folder, tmp_path, capsys):
     SPOILT[name][0](folder)
     assert cli.main(["export", "--model", str(folder), "--output_dir", str(tmp_path / "copy")]) == 1
     assert SPOILT[name][1] in capsys.readouterr().err and not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("record, template", [({"prompt_template": "short"}, "short"), (None, "alpaca")])
+def test_the_template_of_a_model_on_the_hub_is_that_of_its_folder(record, template, folder, hub, capsys):
+    if record is not None:
+        (folder / "tasft.json").write_text(json.dumps(record))
+    args = Namespace(prompt_template=None, chat_template_kwargs=None, model_revision=COMMIT)
+    tokenizer = load_tokenizer(folder)
+    assert (
+        template_of(args, str(folder), tokenizer)
+        == template_of(args, hub(folder, "base", COMMIT), tokenizer)
+        == template
+    )
