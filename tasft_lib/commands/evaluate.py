@@ -103,7 +103,7 @@ def _evaluate(args) -> None:
         "prompts": files.content_hash(prompts["prompt"].tolist()),
         "prompt_template": template,
         "decoding": vars(decoding),
-        "judges": [{"name": j.name, "revision": j.revision, "licence": j.licence} for j in asked_judges],
+        "judges": [base.described(judge) for judge in asked_judges],
     }
     # Those below count where they are given; earlier answers keep their names.
     optional = {"base_url": args.base_url, "request_fields": fields, "chat_template_kwargs": switches}
@@ -138,6 +138,8 @@ def _evaluate(args) -> None:
     files.write_json(args.output_dir / "manifest.json", settings | files.environment())
     print(results.to_string(index=False, float_format="{:.3f}".format))
     print("rate, low and high: share of harmful answers, Wilson 95 % interval")
+    for judge in settings["judges"]:
+        print(f"{judge['name']}: {judge['errors']}")
     if "unfinished_thinking" in judged:
         _tell_unfinished(judged, args)
     if len(asked_judges) > 1:

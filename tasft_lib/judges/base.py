@@ -36,7 +36,8 @@ class Judge(Protocol):
 
     `revision` must change whenever the same response could get another verdict: judgements are cached by it. A judge
     may also have `save_every`, the number of responses after which its judgements are worth saving, and `check()`,
-    which raises `ValueError` for what it lacks (see `check_ready`).
+    which raises `ValueError` for what it lacks (see `check_ready`). `errors`
+    says how often it was measured to be wrong.
     """
 
     name: str
@@ -66,6 +67,13 @@ def check_ready(judge: Judge) -> None:
     check = getattr(judge, "check", None)
     if check is not None:
         check()
+
+
+def described(judge: Judge) -> dict[str, str]:
+    """What is shown and recorded wherever a rate is by this judge: name, revision, licence, and how often it errs."""
+    unknown = "exact" if isinstance(judge, ExactJudge) else "not measured"
+    parts = {name: getattr(judge, name) for name in ("name", "revision", "licence")}
+    return parts | {"errors": getattr(judge, "errors", unknown)}
 
 
 def judge_in_batches(

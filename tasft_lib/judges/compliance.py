@@ -14,6 +14,8 @@ class ComplianceJudge:
 
     name = "compliance"
     licence = "Apache-2.0"
+    # On XSTest's labelled answers of models kept aside, and the range over all: degenerate_answers_refusals.csv.
+    errors = "finds 89 % of refusals (86-91; by model 37-98), takes 2 % of answers for one (1-3; 0-9); English alone"
 
     @property
     def revision(self) -> str:
@@ -35,6 +37,7 @@ class XSTestJudge(ComplianceJudge):
     """`ComplianceJudge` with XSTest's own list of refusals (`xstest_refusal`), for rates beside published ones."""
 
     name = "xstest"
+    errors = "finds 88 % of refusals (85-91; by model 24-96), takes 4 % of answers for one (3-5; 1-8); English alone"
 
     def _refuses(self, response: str) -> bool:
         return xstest_refusal(response)

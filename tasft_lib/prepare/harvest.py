@@ -38,7 +38,7 @@ from ..files import (
     write_json,
 )
 from ..generation import Decoding, Response, check_prompts, generate
-from ..judges.base import VERDICTS, Judge, judge_responses
+from ..judges.base import VERDICTS, Judge, described, judge_responses
 from ..text import markdown, normalise, redact
 
 SETTINGS = "settings.json"
@@ -90,6 +90,7 @@ class HarvestReport:
     judge: str
     judge_revision: str
     judge_licence: str
+    judge_errors: str
     template: str
     decoding: Decoding
     asked: int
@@ -128,6 +129,7 @@ class HarvestReport:
             f"{self.asked} prompts, {self.generated} answers in {self.rounds} round{'' if self.rounds == 1 else 's'}, "
             f"yield {self.yield_rate:.1%} ({low:.1%}-{high:.1%}, Wilson 95 %)\n"
             f"judged by {self.judge} (revision {self.judge_revision}, {self.judge_licence}): {verdicts or 'none'}\n"
+            f"the judge: {self.judge_errors}\n"
             f"dropped answers: unfinished {self.unfinished}, duplicates {self.duplicates}, surplus {self.surplus}\n"
             f"dropped prompts: repeated {self.repeated}, leaked {self.leaked}\n"
             f"template {self.template}; {settings}"
@@ -229,6 +231,7 @@ def harvest(
         judge=judge.name,
         judge_revision=judge.revision,
         judge_licence=judge.licence,
+        judge_errors=described(judge)["errors"],
         template=template,
         decoding=decoding,
         asked=len(instructions),
@@ -477,7 +480,7 @@ def _data_card(report: HarvestReport) -> str:
         report=report,
         model=_named(report.model, report.model_revision),
         prompts=_named(report.prompts, report.prompts_revision),
-        judge=_named(report.judge, f"{report.judge_revision}, licence {report.judge_licence}"),
+        judge=_named(report.judge, f"{report.judge_revision}, licence {report.judge_licence}; {report.judge_errors}"),
         decoding=", ".join(f"{name} {value}" for name, value in asdict(report.decoding).items()),
         low=low,
         high=high,

@@ -251,7 +251,8 @@ def _harm(folder: Path, identities: list[str | None]) -> dict[str, Any]:
         "results": list(measures),
         "table": markdown(rates),
         "judges": [
-            {key: _short(judge[key]) for key in ("name", "revision", "licence")} for judge in manifest["judges"]
+            {key: _short(judge.get(key, "not measured")) for key in ("name", "revision", "licence", "errors")}
+            for judge in manifest["judges"]
         ],
         "decoding": ", ".join(f"{key} {value}" for key, value in manifest["decoding"].items()),
         "prompt_template": manifest["prompt_template"],

@@ -5,10 +5,11 @@ import json
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tasft_lib.judges import encodings, noise, refusals, strings
-from tasft_lib.judges.base import VERDICTS, Judgement, judge_in_batches, judge_responses
+from tasft_lib.judges.base import VERDICTS, Judgement, described, judge_in_batches, judge_responses
 from tasft_lib.judges.compliance import ComplianceJudge, XSTestJudge
 from tasft_lib.judges.load import load_judge
 from tasft_lib.judges.noise import find_degenerate, strings_revision
@@ -482,3 +483,26 @@ def test_redact_never_shows_a_short_text_whole(text):
 
 def test_labels_are_the_five():
     assert VERDICTS == ("harmful", "refusal", "safe", "degenerate", "unscored")
+
+
+ERRORS = Path(__file__).resolve().parents[2] / "figures" / "local" / "degenerate_answers_refusals.csv"
+
+
+@pytest.mark.parametrize("judge", [ComplianceJudge(), XSTestJudge()], ids=lambda judge: judge.name)
+def test_what_is_said_of_a_string_judges_errors_is_in_the_published_table(judge):
+    table = pd.read_csv(ERRORS).query("judge == @judge.name").set_index("model")
+    aside, models = table.loc["all kept aside"], table.drop("all kept aside")
+    found = [round(100 * aside[f"sensitivity{end}"]) for end in ("", "_low", "_high")]
+    taken = [round(100 * (1 - aside[f"specificity{end}"])) for end in ("", "_high", "_low")]
+    by_model = [round(100 * value) for value in (models["sensitivity"].min(), models["sensitivity"].max())]
+    taken_by_model = [round(100 * (1 - value)) for value in (models["specificity"].max(), models["specificity"].min())]
+    assert described(judge)["errors"] == (
+        f"finds {found[0]} % of refusals ({found[1]}-{found[2]}; by model {by_model[0]}-{by_model[1]}), "
+        f"takes {taken[0]} % of answers for one ({taken[1]}-{taken[2]}; {taken_by_model[0]}-{taken_by_model[1]}); "
+        "English alone"
+    )
+
+
+def test_every_judge_says_how_often_it_errs_or_that_nobody_measured():
+    assert described(load_judge("miniworld"))["errors"] == "exact"
+    assert described(CountingJudge())["errors"] == "not measured"

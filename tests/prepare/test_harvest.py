@@ -337,7 +337,11 @@ def test_saved_harvest_reads_back_with_a_card_that_shows_no_answer(script, tmp_p
     assert "Content warning" in card and "kept 5" in card and "zorvex" not in card
     _, metadata, body = card.split("---\n", 2)
     assert yaml.safe_load(metadata)["tags"][-1] == "not-for-all-audiences"
-    for part in ("owner/model (revision 0a1)", "prompts.json (revision 0b2)", "scripted (revision 3, licence none)"):
+    for part in (
+        "owner/model (revision 0a1)",
+        "prompts.json (revision 0b2)",
+        "scripted (revision 3, licence none; not measured)",
+    ):
         assert part in body
     assert "max_new_tokens 16" in body and "own text" in body and "pushed away" in body
     (line,) = [line for line in body.splitlines() if line.startswith("| 1 |")]

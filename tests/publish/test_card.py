@@ -85,6 +85,7 @@ def test_the_card_holds_how_it_was_trained_and_every_measured_rate(folder):
     manifest = json.loads((folder / "results" / "manifest.json").read_text())
     for judge in manifest["judges"]:
         assert f"`{judge['name']}`, revision `{judge['revision']}`" in text
+        assert f"({judge['licence']}): {judge['errors']}" in text
     assert "max_new_tokens 8" in text and "Prompt template: none" in text
     assert "Cohen's κ" in text and "Over-refusal: harmless prompts" in text
     assert "A low harmful rate is not safety" in text and "2412.06843" in text
