@@ -88,6 +88,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def dtype_name(name: str) -> str:
+    """torch's name of a type in `DTYPES`, or "auto"; raises `ValueError` for others."""
+    if name not in (*DTYPES, "auto"):
+        raise ValueError(f"no dtype {name!r}; use one of {', '.join(DTYPES)}, auto.")
+    return DTYPES.get(name, name)
+
+
 def read_object(path: Path) -> dict:
     """The JSON object in a file; raises `ValueError` where it holds none."""
     value = read_json(path)

@@ -415,9 +415,7 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype | str:
     """The dtype of one of `files.DTYPES`, or "auto" as it is; raises `ValueError` for others."""
     if isinstance(name, torch.dtype) or name == "auto":
         return name
-    if name not in files.DTYPES:
-        raise ValueError(f"no dtype {name!r}; use one of {', '.join(files.DTYPES)}, auto.")
-    return getattr(torch, files.DTYPES[name])
+    return getattr(torch, files.dtype_name(name))
 
 
 def is_adapter(model: str | Path, revision: str | None = None) -> bool:

@@ -134,6 +134,8 @@ def main(argv: list[str]) -> None:
     _refuse_unknown(parser, argv)
     script_args, data_args, args, model_args = parser.parse_args_and_config(args=argv)
     _refuse_unused(script_args, data_args, args, model_args)
+    if model_args.dtype is not None:
+        model_args.dtype = files.dtype_name(model_args.dtype)
     if args.hub_token is not None:
         # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads.
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None

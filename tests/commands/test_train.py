@@ -409,3 +409,14 @@ def test_trls_card_has_its_tags_in_order_and_the_users_is_left(own, tmp_path):
     else:
         text = (tmp_path / "README.md").read_text()
         assert "tags:\n- generated_from_trainer\n- sft\n- ta-sft\n- trl\nlicence" in text and "- z\n- a\n" in text
+
+
+def test_short_names_of_types_are_understood_and_a_spoilt_base_is_named_before_training(train, base, tmp_path):
+    assert refused(train(dtype="float99"), "no dtype 'float99'", "bfloat16")
+    assert train(dtype="bf16", max_steps=1)[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    spoilt = shutil.copytree(base, tmp_path / "spoilt")
+    (spoilt / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:9000])
+    assert refused(
+        train(model_name_or_path=spoilt, output_dir=tmp_path / "other"), "model.safetensors: cannot be loaded"
+    )
