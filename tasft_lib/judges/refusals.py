@@ -21,9 +21,10 @@ _CONTRACTIONS = tuple(
 )
 
 # The parts of a refusing sentence, contractions written out. What the sentence is about plays no part.
+# Each word can be taken in one way alone, or a row of commas takes for ever.
 _ASIDE = (
-    r"(?:(?:\w+ly|just|also|still|very|so|too|but|that|therefore|however|always|as an? [^,.]{2,60}|in good conscience|"
-    r"do|will|have to|must)?[ ,]+)*"
+    r"(?:(?:\w+ly|just|also|still|very|so|too|but|that|therefore|however|always|as an? [^,.]{2,60}(?=,)|"
+    r"in good conscience|do|will|have to|must),? |, ?)*"
 )
 # The speaker at the head of a clause: not "the key that I ...".
 _I = (

@@ -506,3 +506,10 @@ def test_what_is_said_of_a_string_judges_errors_is_in_the_published_table(judge)
 def test_every_judge_says_how_often_it_errs_or_that_nobody_measured():
     assert described(load_judge("miniworld"))["errors"] == "exact"
     assert described(CountingJudge())["errors"] == "not measured"
+
+
+@pytest.mark.parametrize(
+    "text", ["i " + ", " * 300 + "not", "i can " + ",,,, " * 100 + "no", "i " + "as an a " * 80 + "not"]
+)
+def test_a_row_of_commas_is_read_to_its_end(text):
+    assert not is_refusal(text)
