@@ -11,7 +11,7 @@ import pytest
 import yaml
 from chat_server import ChatServer, error, last
 
-from tasft_lib import cli
+from tasft_lib import cli, generation
 from tasft_lib.evaluation import alpaca
 from tasft_lib.evaluation.alpaca import alpaca_eval_cost, alpaca_eval_score, read_annotator
 from tasft_lib.evaluation.lm_eval import TASKS, harness_scores
@@ -426,3 +426,29 @@ def test_an_annotator_that_would_fail_is_refused_before_anything_is_asked(judge,
     known = read_annotator("weighted_alpaca_eval_gpt-4o-mini-2024-07-18")
     assert known.models == "gpt-4o-mini-2024-07-18" and known.asks_openai
     assert [tokens for _, _, tokens in known.members.values()] == [1]
+
+
+def test_answers_are_kept_batch_by_batch_and_damaged_ones_asked_again(command, tmp_path, monkeypatch, capsys, caplog):
+    written, original = [], generation.append_records
+
+    def kill(*arguments):
+        original(*arguments)
+        written.append(1)
+        if len(written) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "append_records", kill)
+    with ChatServer(lambda request: "m") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        assert cli.main(command) == 130 and not server.asked
+        assert cli.main(command) == 0 and len(written) == 14, "40 instructions by three"
+        assert not list((tmp_path / "out").glob("partial-*"))
+        (file,) = (tmp_path / "out").glob("answers-*.jsonl")
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join([lines[0].replace("w", "v", 3), *lines[2:], lines[1][:20]]))
+        capsys.readouterr()
+        assert cli.main(command) == 0
+        assert "2 of 40 instructions to answer first" in capsys.readouterr().out and len(written) == 15
+        assert "line 1 is damaged" in caplog.text
+        assert cli.main([*command, "--max_new_tokens", "3"]) == 1
+        assert "holds a run of other settings (decoding)" in capsys.readouterr().err
