@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
     config = _of_training(args)
     if args.show and args.tokenizer is None:
         raise ValueError("--show needs --tokenizer, or the --config of a training.")
-    if (args.tokenizer is None) != (args.max_length is None):
+    as_in_training = args.show or args.config is not None  # a length that is not said is training's own
+    if (args.tokenizer is None) != (args.max_length is None) and not (as_in_training and args.tokenizer):
         raise ValueError("truncation needs both --tokenizer and --max_length; give both or none.")
     if args.output is not None:
         within = args.output.resolve().is_relative_to(Path(args.data).resolve())
@@ -53,6 +54,10 @@ def main(argv: list[str]) -> int:
     from ..models import load_tokenizer
     from ..prepare import doctor
 
+    if args.tokenizer is not None and args.max_length is None:
+        from ..config import TASFTConfig
+
+        args.max_length = config.get("max_length", TASFTConfig.max_length)
     tokenizer = args.tokenizer and load_tokenizer(args.tokenizer, args.model_revision)
     # The trainer gives the tokenizer the template of chat_template_path itself; checks need it at once.
     checked_by = tokenizer and _as_trl_has_it(tokenizer, SimpleNamespace(chat_template_path=args.chat_template_path))
@@ -64,7 +69,7 @@ def main(argv: list[str]) -> int:
         template=args.prompt_template,
         label=args.label == "true",
         evaluation_prompts={file: data.read_prompts(file) for file in args.evaluation_prompts},
-        tokenizer=checked_by,
+        tokenizer=None if args.max_length is None else checked_by,  # without a limit nothing is cut
         max_length=args.max_length,
     )
     if args.output is None:
@@ -85,10 +90,6 @@ def _of_training(args: argparse.Namespace) -> dict:
     args.model_revision = args.model_revision or config.get("model_revision")
     args.chat_template_path = config.get("chat_template_path")
     args.prompt_template = args.prompt_template or "alpaca"
-    if args.max_length is None and args.tokenizer is not None and (args.show or args.config is not None):
-        from ..config import TASFTConfig
-
-        args.max_length = config.get("max_length", TASFTConfig.max_length)
     return config
 
 
