@@ -94,7 +94,7 @@ def _reproduce(profile: str, jobs: list[Job], *, prepare_only: bool) -> list[Pat
                 print(f"{job.source.relative_to(project_root())} ({profile}): {done} -> {job.output}", flush=True)
         if failures:
             raise failures[0]
-    print(report.build(profile))
+    print(report.build(profile, results.folder_of(profile)))
     return [job.output for job in jobs]
 
 

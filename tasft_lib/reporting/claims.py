@@ -23,12 +23,12 @@ class Claim:
     decide: Callable[[Callable[[str], pd.DataFrame]], tuple[str, str]]
 
 
-def claims_table(profile: str) -> pd.DataFrame:
-    """A row per claim: claim, paper, here, verdict.
+def claims_table(profile: str, folder: Path | None = None) -> pd.DataFrame:
+    """A row per claim: claim, paper, here, verdict; from the tables in `folder`, by default `figures/<profile>`.
 
     A verdict is "reproduced", "not reproduced", "partly: ...", "not run" or "can't be tested at this profile".
     """
-    folder = project_root() / "figures" / profile
+    folder = folder or project_root() / "figures" / profile
 
     def read(name: str) -> pd.DataFrame:
         return pd.read_csv(folder / f"{name}.csv")

@@ -23,16 +23,18 @@ text-align: left; vertical-align: top } img { max-width: 100% } code { backgroun
 """
 
 
-def build(profile: str) -> str:
-    """Write `figures/<profile>/report.md` and `.html` from the CSVs and manifests there; returns the verdicts as text.
+def build(profile: str, folder: Path | None = None) -> str:
+    """Write report.md and .html from the CSVs and manifests in `folder`, by default `figures/<profile>`, into it.
+
+    Returns the verdicts as text.
 
     Raises `ValueError` when the profile has no figures yet.
     """
-    folder = project_root() / "figures" / profile
+    folder = folder or project_root() / "figures" / profile
     names = [name for name in notebooks() if (folder / f"{name}_manifest.json").exists()]
     if not names:
         raise ValueError(f"{folder}: no results; run `make reproduce PROFILE={profile}` first.")
-    verdicts = claims_table(profile)
+    verdicts = claims_table(profile, folder)
     parts = [
         f"# Results of profile `{profile}`",
         _preface(profile),

@@ -128,6 +128,16 @@ def test_a_plan_of_nothing_is_refused_in_one_line(notebook, change, message):
         reproduce.plan("smoke", [notebook], change)
 
 
+def test_the_report_is_made_where_the_figures_went(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("TASFT_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setattr(reproduce, "execute", lambda job: None)
+    monkeypatch.setattr(reproduce.report, "build", lambda profile, folder: built.append(folder))
+    built = []
+    reproduce.reproduce("smoke", ["method"])
+    assert built == [tmp_path / "figures" / "smoke"]
+
+
 def test_outside_the_project_it_is_said_where_to_go(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="run this inside a checkout of the project"):
