@@ -208,9 +208,9 @@ def _train(script_args, data_args, args, model_args) -> None:
     if run_folder.is_finished(folder, asked) and not data_args.overwrite:
         print(f"{folder} holds this training, finished; give --overwrite to train it again")
         return
+    check_weights(base, model_args.model_revision, tokenizer=tokenizer)
     with args.main_process_first(local=False):
         resumed = run_folder.begin(folder, asked, overwrite=data_args.overwrite, resume=args.resume_from_checkpoint)
-    check_weights(base, model_args.model_revision, tokenizer=tokenizer)
 
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
