@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import peft
@@ -86,6 +87,25 @@ def load_model(
         weights = put_on(weights, adapter)
     check_tokens(weights, tokenizer, source)
     return weights, tokenizer
+
+
+def train_from(trainer: Any, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint where there is one; `Trainer.train` would take a step beyond the last one.
+
+    Of a checkpoint at the last step the weights are loaded, and nothing is trained.
+    """
+    from transformers import TrainerState
+
+    state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # their weights load into a prepared model alone
+    if not state or sharded or not 0 < state.max_steps <= state.global_step or trainer.args.load_best_model_at_end:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    if losses:  # as training ends, but for steps that are in no window of the log
+        state.log_history.append({"train_loss": sum(losses) / len(losses), "step": state.global_step})
 
 
 def sort_targets(model: PreTrainedModel) -> None:

@@ -167,7 +167,7 @@ def _train(script_args, data_args, args, model_args) -> None:
     from .. import data
     from ..evaluation.samples import SampleCallback
     from ..generation import Decoding
-    from ..models import check_weights, load_tokenizer, sort_targets
+    from ..models import check_weights, load_tokenizer, sort_targets, train_from
     from ..publish.card import training_record
     from ..templates import ask
     from ..trainer import TASFTTrainer
@@ -254,7 +254,7 @@ def _train(script_args, data_args, args, model_args) -> None:
     )
     if resumed is not None:
         trainer.accelerator.print(f"going on from {resumed}")
-    trainer.train(resume_from_checkpoint=resumed and str(resumed))
+    train_from(trainer, resumed)
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         sources = {script_args.dataset_name: data_args.dataset_revision}

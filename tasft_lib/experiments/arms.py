@@ -136,7 +136,7 @@ def train(spec: ArmSpec) -> Path:
         trainer.add_callback(_Seal())
         models.sort_targets(trainer.model)
         resumed = _last_checkpoint(folder)
-        trainer.train(resume_from_checkpoint=resumed and str(resumed))
+        models.train_from(trainer, resumed)
         manifest = {
             "arm": spec.name,
             "spec": describe(spec),

@@ -362,6 +362,16 @@ def test_an_apple_gpu_is_a_gpu(gpu, on_cuda, spec, monkeypatch):
     assert defaults["bf16"] == defaults["dataloader_pin_memory"] == on_cuda
 
 
+def test_an_arm_killed_after_its_last_step_takes_no_further_one(spec):
+    training = spec.training | {"max_steps": 3, "lr_scheduler_type": "constant"}  # within the first epoch
+    spec = replace(spec, training=training)
+    folder, before = arms.train(spec), saved_weights(spec)
+    (folder / "manifest.json").unlink()
+    arms.train(spec)
+    assert saved_weights(spec) == before and list(before) == [2, 3]
+    assert arms.read_manifest(spec)["steps"] == 3 and arms.read_manifest(spec)["resumed_from"] == "checkpoint-3"
+
+
 def test_equal_arms_save_equal_adapter_configs(spec):
     modules = ["v_proj", "up_proj", "q_proj", "o_proj", "k_proj", "gate_proj", "down_proj"]
     folder = arms.train(replace(spec, lora=spec.lora | {"target_modules": modules}))
