@@ -420,3 +420,4 @@ def test_short_names_of_types_are_understood_and_a_spoilt_base_is_named_before_t
     assert refused(
         train(model_name_or_path=spoilt, output_dir=tmp_path / "other"), "model.safetensors: cannot be loaded"
     )
+    assert not [*tmp_path.glob("other/_settings*")], "the folder is free for the whole model"
