@@ -1,6 +1,6 @@
 """`TASFTConfig`: TRL's `SFTConfig` and the options of the penalty, checked before anything is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -116,6 +116,14 @@ class TASFTConfig(SFTConfig):
                 "completion_only_loss=False would penalise the prompts of unsafe rows; leave it unset or True."
             )
         self.completion_only_loss = True  # for rows that are tokenised already TRL would set it to False
+
+
+# The options' texts stand once, in their fields; `TASFTConfig?` shows them too.
+TASFTConfig.__doc__ += "\n\nParameters:\n" + "\n".join(
+    f"    {option.name} (defaults to {option.default!r}): {option.metadata['help']}"
+    for option in fields(TASFTConfig)
+    if option.name not in SFTConfig.__dataclass_fields__
+)
 
 
 def share_of_loss(unsafe_fraction: float, reduction: str, *, micro_batch: float, micro_batches: int) -> float:

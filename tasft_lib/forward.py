@@ -30,6 +30,8 @@ class TASFTOutput(FusedCausalLMOutput):
 
     penalty: Tensor | None = None
     unsafe_log_prob: Tensor | None = None
+    # By `losses.dense_head` from the same hidden states, if asked for: [Σ log p of benign tokens, Σ penalty].
+    dense_sums: Tensor | None = None
 
 
 class TASFTForward:
@@ -72,6 +74,7 @@ class TASFTForward:
         unsafe_sample: Tensor | None = None,
         n_samples: int | None = None,
         reference_log_prob: Tensor | None = None,
+        with_dense: bool = False,
         **kwargs,
     ):
         """A `TASFTOutput` where TRL asks for the fused head and tells unsafe samples; else what TRL's forward returns.
@@ -79,6 +82,7 @@ class TASFTForward:
         Args:
             unsafe_sample: `[B, T]`: index, below `n_samples`, of the unsafe sample of a position; −1 elsewhere.
             reference_log_prob: `[n_samples]`, the `unsafe_log_prob` of NPO's reference model.
+            with_dense: whether `TASFTOutput.dense_sums` is wanted.
         """
         if not fused_lm_head or unsafe_sample is None:
             return self.trl_forward(*inputs, fused_lm_head=fused_lm_head, **kwargs)
@@ -101,10 +105,15 @@ class TASFTForward:
         if self.args.penalty in EMBEDDING_PENALTIES:
             options |= {"unsafe": unsafe, "penalty": self.args.penalty, "embedding": self._embedding(model, weight)}
 
-        output = self._head(hidden, weight, targets, **options)
         samples = (sample[unsafe], n_samples, self.args.penalty_beta, reference_log_prob)
+        output = self._head(hidden, weight, targets, **options)
         tokens = UnsafeTokens(output.log_prob[unsafe], output.penalty[unsafe], *samples)
-        aux_loss = None
+        dense_sums = aux_loss = None
+        if with_dense:
+            dense = _dense_head_in_pieces(hidden, weight, targets, **options)
+            dense_tokens = UnsafeTokens(dense.log_prob[unsafe], dense.penalty[unsafe], *samples)
+            penalty = sample_penalty(self.args.penalty, dense_tokens)
+            dense_sums = torch.stack([dense.log_prob[~unsafe].sum(), penalty.sum()])
         if kwargs.get("output_router_logits"):
             experts = (self.config.num_experts, self.config.num_experts_per_tok)
             aux_loss = load_balancing_loss_func(backbone.router_logits, *experts, kwargs.get("attention_mask"))
@@ -120,6 +129,7 @@ class TASFTForward:
             aux_loss=aux_loss,
             penalty=sample_penalty(self.args.penalty, tokens),
             unsafe_log_prob=tokens.mean_log_prob.detach(),
+            dense_sums=dense_sums,
         )
 
     def _head(self, hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> HeadOutput:
@@ -150,6 +160,20 @@ class TASFTForward:
                 control = torch.randn(head.out_features, head.in_features, generator=generator)
             self.control_embedding = control.to(weight.device)
         return self.control_embedding
+
+
+def _dense_head_in_pieces(hidden, weight, targets, *, unsafe=None, bias=None, embedding=None, **options) -> HeadOutput:
+    """`losses.dense_head` in float32 on numbers as the fused head sees them, without gradient, 256 tokens at a time."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        hidden, weight = (x.to(dtype).to(torch.promote_types(dtype, torch.float32)) for x in (hidden, weight))
+        options |= {"bias": None if bias is None else bias.to(weight.dtype), "embedding": embedding}
+        pieces = [
+            dense_head(hidden[i], weight, targets[i], unsafe=None if unsafe is None else unsafe[i], **options)
+            for i in torch.arange(len(hidden), device=hidden.device).split(256)
+        ]
+    return HeadOutput(*(torch.cat(values) for values in zip(*pieces, strict=True)))
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:

@@ -74,6 +74,19 @@ def unlikelihood(log_prob: Tensor) -> Tensor:
     return nlcl(log_prob)
 
 
+def gradient_ascent(mean_log_prob: Tensor) -> Tensor:
+    """The likelihood itself, mean_t log p_t(y_t) per sample, in (−∞, 0]: descending it ascends the NLL, without end."""
+    return mean_log_prob
+
+
+def imitation(mean_log_prob: Tensor) -> Tensor:
+    """−mean_t log p_t(y_t) per sample, in [0, ∞): pulls towards its rows, where every other penalty pushes away.
+
+    With safe answers in the place of the unsafe ones it is Safety-Tuned LLaMAs (arXiv:2309.07875) with a weight.
+    """
+    return -mean_log_prob
+
+
 def npo(log_ratio: Tensor, beta: float) -> Tensor:
     """Negative preference optimisation, (2/β) log(1 + exp(β r)) per sample, in [0, ∞) (arXiv:2404.05868, eq. 3).
 
@@ -81,6 +94,11 @@ def npo(log_ratio: Tensor, beta: float) -> Tensor:
     gradient ascent.
     """
     return 2 / beta * F.softplus(beta * _at_least_float32(log_ratio))
+
+
+def simnpo(mean_log_prob: Tensor, beta: float) -> Tensor:
+    """NPO of the mean log-probability, without a reference model or margin: [0, 2 log 2 / β] (arXiv:2410.07163)."""
+    return npo(mean_log_prob, beta)
 
 
 def sample_mean(values: Tensor, sample: Tensor, n_samples: int) -> Tensor:
@@ -125,15 +143,11 @@ PENALTIES: dict[str, Callable[[UnsafeTokens], Tensor]] = {
     "emd": lambda unsafe: unsafe.mean(unsafe.distance),
     "emd_exact": lambda unsafe: unsafe.mean(unsafe.distance),
     "nlcl": lambda unsafe: nlcl(unsafe.mean_log_prob),
-    # The likelihood itself, in (−∞, 0]: descending it ascends the NLL, without end.
-    "gradient_ascent": lambda unsafe: unsafe.mean_log_prob,
+    "gradient_ascent": lambda unsafe: gradient_ascent(unsafe.mean_log_prob),
     "unlikelihood": lambda unsafe: unsafe.mean(unlikelihood(unsafe.log_prob)),
     "npo": lambda unsafe: npo(unsafe.log_ratio, unsafe.beta),
-    # Without a reference model or margin, in [0, 2 log 2 / β] (arXiv:2410.07163).
-    "simnpo": lambda unsafe: npo(unsafe.mean_log_prob, unsafe.beta),
-    # In [0, ∞). Pulls towards its rows, where every other penalty pushes away: with safe answers in the place of the
-    # unsafe ones it is Safety-Tuned LLaMAs (arXiv:2309.07875) with a weight.
-    "imitation": lambda unsafe: -unsafe.mean_log_prob,
+    "simnpo": lambda unsafe: simnpo(unsafe.mean_log_prob, unsafe.beta),
+    "imitation": lambda unsafe: imitation(unsafe.mean_log_prob),
 }
 
 

@@ -8,17 +8,13 @@ is an SFTTrainer run up to rounding. This module and `forward` are the only ones
 
 import math
 from collections import defaultdict
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import wraps
 from inspect import signature
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 import trl
-from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -26,35 +22,16 @@ from transformers.utils import logging
 from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import global_then_local_main_first, pad
+from trl.trainer.utils import global_then_local_main_first
 
 from .config import CONTROL_EMBEDDINGS, TABLE_4_PRESSURE, TASFTConfig, share_of_loss
 from .forward import TASFTForward, TASFTOutput
+from .labels import UnsafeLabelCollator, end_of_turn, ends_turn, read_label, require_labels
 
 logger = logging.get_logger(__name__)
 
 # Minor versions of TRL that test_trl_internals.py and the tests of the trainer ran on.
 TESTED_TRL = ("1.15", "1.16")
-
-
-@dataclass
-class UnsafeLabelCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with `unsafe` per token, bool, shaped like `input_ids`, and the numbers `rows` of the rows.
-
-    A packed row has a list of labels and of numbers, one per token.
-    """
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        numbers = [torch.as_tensor(row.get("_tasft_row", [])).flatten().long() for row in examples]
-        batch["rows"] = torch.cat(numbers).unique()
-        lengths = [len(row["input_ids"]) for row in examples]
-        unsafe = [~_label(row.get("label"), "a row", n).expand(n) for row, n in zip(examples, lengths, strict=True)]
-        if self.padding_free:
-            unsafe = [torch.cat(unsafe)]
-        multiple = self.pad_to_multiple_of
-        batch["unsafe"] = pad(unsafe, padding_value=False, padding_side="right", pad_to_multiple_of=multiple)
-        return batch
 
 
 class TASFTTrainer(SFTTrainer):
@@ -101,7 +78,7 @@ class TASFTTrainer(SFTTrainer):
         if not isinstance(args, TASFTConfig):
             options = args.to_dict()  # which hides what is named a token
             args = TASFTConfig(**{name: getattr(args, name) if "token" in name else options[name] for name in options})
-        _require_labels(given.get("train_dataset"), "train_dataset")
+        require_labels(given.get("train_dataset"), "train_dataset")
         self._rows = None
         self.row_names: list[str] | None = None  # of the training rows, for messages; else they have numbers
         super().__init__(**given | {"args": args})
@@ -123,7 +100,9 @@ class TASFTTrainer(SFTTrainer):
         TASFTForward.replace_forward(causal_lm, args)
         eos = causal_lm.generation_config.eos_token_id
         eos = {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self._end_of_turn = torch.tensor(self._find_end_of_turn(), dtype=torch.long)
+        self._end_of_turn = torch.tensor(
+            end_of_turn(self.processing_class, self._tokenizer, self.chat_template), dtype=torch.long
+        )
         added = self._tokenizer.added_tokens_decoder
         eos |= {token for token in self._end_of_turn.tolist() if token in added and added[token].special}
         self._eos_token_ids = torch.tensor(sorted(eos))
@@ -133,15 +112,6 @@ class TASFTTrainer(SFTTrainer):
         self._to_compare = ".".join(trl.__version__.split(".")[:2]) not in TESTED_TRL
         if self._to_compare:
             logger.warning_once(f"TASFTTrainer is tested on TRL {' and '.join(TESTED_TRL)}, not on {trl.__version__}.")
-
-    def _find_end_of_turn(self) -> list[int]:
-        """The tokens by which the chat template ends an assistant's turn; none where there is no template."""
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        try:
-            text = self.processing_class.apply_chat_template(turns, tokenize=False, chat_template=self.chat_template)
-        except (TemplateError, TypeError, ValueError):  # no template, or one for turns of another form
-            return []
-        return self._tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
 
     def _resolve_penalty_weight(self) -> float:
         """λ as a number; "auto" is `penalty_pressure` over the share of the loss that unsafe samples get."""
@@ -171,9 +141,9 @@ class TASFTTrainer(SFTTrainer):
             dataset = dataset.with_format(None)
         if "label" not in get_dataset_column_names(dataset):  # an evaluation set; the training set was checked
             dataset = dataset.map(lambda _: {"label": True})
-        _require_labels(dataset, "the data set")
+        require_labels(dataset, "the data set")
         dataset = dataset.map(
-            lambda row, i: {"label": bool(_label(row["label"], f"row {i + 1}")), "_tasft_row": i}, with_indices=True
+            lambda row, i: {"label": bool(read_label(row["label"], f"row {i + 1}")), "_tasft_row": i}, with_indices=True
         )
         prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         if isinstance(prepared, Dataset) and len(prepared) < len(dataset):
@@ -236,8 +206,8 @@ class TASFTTrainer(SFTTrainer):
         steps = self.current_gradient_accumulation_steps if training else 1
         unsafe, _, (sample, n_samples) = inputs.pop("unsafe"), inputs.pop("rows"), _samples(inputs)
         if not self.args.penalize_eos:
-            ends_turn = _ends_turn(inputs["labels"], self._eos_token_ids, self._end_of_turn)
-            inputs["labels"] = inputs["labels"].masked_fill(ends_turn & unsafe, -100)
+            ends = ends_turn(inputs["labels"], self._eos_token_ids, self._end_of_turn)
+            inputs["labels"] = inputs["labels"].masked_fill(ends & unsafe, -100)
         if self.args.penalty_first_tokens is not None:
             late = _place(inputs["labels"] != -100, sample, n_samples) > self.args.penalty_first_tokens
             inputs["labels"] = inputs["labels"].masked_fill(late & unsafe, -100)
@@ -246,6 +216,7 @@ class TASFTTrainer(SFTTrainer):
             with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
                 reference = model(**inputs, **ours, fused_lm_head=True, use_cache=False)
             ours["reference_log_prob"] = reference.unsafe_log_prob
+        ours["with_dense"] = self._to_compare and not is_deepspeed_zero3_enabled()
         passes = []  # in evaluation TRL makes a second one, for logits
 
         def forward(**kwargs):
@@ -256,9 +227,9 @@ class TASFTTrainer(SFTTrainer):
         result = super().compute_loss(forward, inputs | ours, return_outputs, num_items)
         nll, model_outputs = result if return_outputs else (result, None)
         outputs = passes[0]
-        if self._to_compare:
-            self._compare_with_formula(inputs, nll, outputs, ranks / benign_tokens.clamp(min=1), steps)
-            self._to_compare = not local[0] > 0
+        if ours["with_dense"]:
+            self._compare_with_dense_head(inputs, nll, outputs, ranks / benign_tokens.clamp(min=1), steps)
+            self._to_compare = not local[2] > 0
 
         penalty = outputs.penalty.sum()
         if self.args.penalty_reduction == "micro_batch":
@@ -274,18 +245,20 @@ class TASFTTrainer(SFTTrainer):
             self._sums["train" if training else "eval"] += torch.stack(sums).cpu().double()  # no float64 on Apple's
         return (loss, model_outputs) if return_outputs else loss
 
-    def _compare_with_formula(self, inputs, nll: Tensor, outputs: TASFTOutput, per_token: Tensor, steps: int):
-        """Refuse an untested TRL whose NLL is more than 1e-3 off what the log-probabilities of our head sum to.
+    def _compare_with_dense_head(self, inputs, nll: Tensor, outputs: TASFTOutput, per_token: Tensor, steps: int):
+        """Refuse an untested TRL whose loss parts are more than 1e-3 off those of `losses.dense_head`.
 
-        Runs on the first micro-batch that holds a benign token. The head and the penalty are ours, whatever TRL does.
+        Runs on the first micro-batch, and on until one has held an unsafe row; not under ZeRO-3, which shards the head.
         """
+        log_prob, penalty = outputs.dense_sums
         aux_loss = 0 if outputs.aux_loss is None else self.router_aux_loss_coef * outputs.aux_loss / steps
-        expected = aux_loss - outputs.log_probs.sum() * per_token
+        dense = torch.stack([-log_prob * per_token + aux_loss, penalty])
+        value = torch.stack([nll, outputs.penalty.sum()])
         problem = None
         if not (inputs["labels"] == inputs["input_ids"])[inputs["labels"] != -100].all():
             problem = "labels are not the input's tokens"
-        elif not torch.allclose(nll, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
-            problem = f"NLL {nll:.6g}, by its formula {expected:.6g}"
+        elif not torch.allclose(value, dense, rtol=1e-3, atol=1e-6, equal_nan=True):
+            problem = "NLL {:.6g} and penalty {:.6g}, by losses.dense_head {:.6g} and {:.6g}".format(*value, *dense)
         if problem:
             raise ValueError(f"TRL {trl.__version__} changes the loss: {problem}; install trl>=1.15,<1.17.")
 
@@ -314,21 +287,6 @@ def _samples(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     return torch.arange(n_samples, device=batch["input_ids"].device)[:, None].expand(-1, length), n_samples
 
 
-def _ends_turn(labels: Tensor, eos: Tensor, end_of_turn: Tensor) -> Tensor:
-    """Which `labels` `[B, T]` end a turn: tokens `eos`, the sequence `end_of_turn`, and what follows of it after them.
-
-    So a newline that a template puts after its <|im_end|> is the end too.
-    """
-    eos, end_of_turn = eos.to(labels.device), end_of_turn.to(labels.device)
-    ends = torch.isin(labels, eos)
-    if len(end_of_turn):
-        windows = F.pad(labels, (0, len(end_of_turn) - 1), value=-100).unfold(1, len(end_of_turn), 1)
-        ends |= (windows == end_of_turn).all(-1)
-    for token in end_of_turn:
-        ends[:, 1:] |= ends[:, :-1] & (labels[:, 1:] == token)
-    return ends
-
-
 def _place(scored: Tensor, sample: Tensor, n_samples: int) -> Tensor:
     """How many positions of its sample are scored up to each position, itself included: `[B, T]`."""
     before = torch.bincount(sample[scored], minlength=n_samples).cumsum(0).roll(1)
@@ -345,27 +303,3 @@ def _count(batch: dict[str, Tensor]) -> Tensor:
         return (torch.bincount(sample[:, 1:][mask], minlength=n_samples) > 0).sum()
 
     return torch.stack([(scored & ~unsafe).sum(), samples_with(scored), samples_with(scored & unsafe)])
-
-
-def _label(value: Any, row: str, n_tokens: int | None = None) -> Tensor:
-    """A label, wherever one is read, `[]`, or one per token: booleans of Python, numpy or torch. Else a ValueError."""
-    with suppress(RuntimeError, TypeError, ValueError):  # what torch says of other things than numbers
-        if (label := torch.as_tensor(value)).dtype == torch.bool and label.shape in ((), (n_tokens,)):
-            return label
-    raise ValueError(f"{row}: label is of type {type(value).__name__}; use true (benign) or false (unsafe).")
-
-
-def _require_labels(dataset: Any, name: str) -> None:
-    """The columns to train on and a boolean `label` on every row that is there yet, or a ValueError that names one."""
-    if not isinstance(dataset, Dataset | IterableDataset):
-        return  # TRL says what it takes
-    columns = get_dataset_column_names(dataset)
-    needed = ("label",) if "input_ids" in columns else ("prompt", "completion", "label")
-    if missing := [column for column in needed if column not in columns]:
-        raise ValueError(
-            f"{name} has no {missing[0]!r} column (columns: {', '.join(columns)}); it needs 'prompt', 'completion' "
-            "and 'label', true (benign) or false (unsafe)."
-        )
-    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
-        for row, label in enumerate(dataset.with_format(None)["label"][:], start=1):
-            _label(label, f"{name}, row {row}")

@@ -63,6 +63,7 @@ TRAINED_BY = (
     "fused_head",
     "forward",
     "config",
+    "labels",
     "trainer",
     "experiments/methods",
     "data",

@@ -920,15 +920,15 @@ def test_an_untested_trl_whose_loss_is_right_trains_as_a_tested_one(
     assert all(torch.equal(gradient[name], expected[1][name]) for name in gradient)
 
 
-def test_the_first_micro_batches_of_an_untested_trl_are_compared_until_one_held_benign_rows(
+def test_the_first_micro_batches_of_an_untested_trl_are_compared_until_one_held_unsafe_rows(
     untested_trl, model, tokenizer, tmp_path, monkeypatch
 ):
     compared = []
-    compare = TASFTTrainer._compare_with_formula
+    compare = TASFTTrainer._compare_with_dense_head
     monkeypatch.setattr(
-        TASFTTrainer, "_compare_with_formula", lambda *args: compared.append(args[1]["labels"]) or compare(*args)
+        TASFTTrainer, "_compare_with_dense_head", lambda *args: compared.append(args[1]["labels"]) or compare(*args)
     )
-    rows = make_rows(8, unsafe_every=None).map(lambda row, i: {"label": i in (2, 5)}, with_indices=True)
+    rows = make_rows(8, unsafe_every=None).map(lambda row, i: {"label": i not in (2, 5)}, with_indices=True)
     args = config(
         tmp_path, per_device_train_batch_size=1, train_sampling_strategy="sequential", gradient_accumulation_steps=8
     )
@@ -952,7 +952,17 @@ def _shifted_labels(monkeypatch):
     monkeypatch.setattr(collator, "torch_call", shift)
 
 
-@pytest.mark.parametrize("change", [_scaled_loss, _shifted_labels])
+def _another_head(monkeypatch):
+    from tasft_lib import forward
+
+    def head(*args, **kwargs):
+        output = losses.dense_head(*args, **{k: v for k, v in kwargs.items() if k not in ("inverse_norms", "gather")})
+        return output._replace(penalty=1.01 * output.penalty)
+
+    monkeypatch.setattr(forward, "fused_head", head)
+
+
+@pytest.mark.parametrize("change", [_scaled_loss, _shifted_labels, _another_head])
 def test_an_untested_trl_that_changes_the_loss_is_refused_in_one_line(
     change, untested_trl, model, tokenizer, tmp_path, monkeypatch
 ):

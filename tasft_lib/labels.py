@@ -1,0 +1,86 @@
+"""A row's label: read in one place, carried to its tokens; and which of its tokens end a turn.
+
+What `trainer` needs to know of a batch beside the equations.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
+from torch import Tensor
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import pad
+
+
+def read_label(value: Any, row: str, n_tokens: int | None = None) -> Tensor:
+    """A label, wherever one is read, `[]`, or one per token: booleans of Python, numpy or torch. Else a ValueError."""
+    with suppress(RuntimeError, TypeError, ValueError):  # what torch says of other things than numbers
+        if (label := torch.as_tensor(value)).dtype == torch.bool and label.shape in ((), (n_tokens,)):
+            return label
+    raise ValueError(f"{row}: label is of type {type(value).__name__}; use true (benign) or false (unsafe).")
+
+
+def require_labels(dataset: Any, name: str) -> None:
+    """The columns to train on and a boolean `label` on every row that is there yet, or a ValueError that names one."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return  # TRL says what it takes
+    columns = get_dataset_column_names(dataset)
+    needed = ("label",) if "input_ids" in columns else ("prompt", "completion", "label")
+    if missing := [column for column in needed if column not in columns]:
+        raise ValueError(
+            f"{name} has no {missing[0]!r} column (columns: {', '.join(columns)}); it needs 'prompt', 'completion' "
+            "and 'label', true (benign) or false (unsafe)."
+        )
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        for row, label in enumerate(dataset.with_format(None)["label"][:], start=1):
+            read_label(label, f"{name}, row {row}")
+
+
+@dataclass
+class UnsafeLabelCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, with `unsafe` per token, bool, shaped like `input_ids`, and the numbers `rows` of the rows.
+
+    A packed row has a list of labels and of numbers, one per token.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        numbers = [torch.as_tensor(row.get("_tasft_row", [])).flatten().long() for row in examples]
+        batch["rows"] = torch.cat(numbers).unique()
+        lengths = [len(row["input_ids"]) for row in examples]
+        unsafe = [~read_label(row.get("label"), "a row", n).expand(n) for row, n in zip(examples, lengths, strict=True)]
+        if self.padding_free:
+            unsafe = [torch.cat(unsafe)]
+        multiple = self.pad_to_multiple_of
+        batch["unsafe"] = pad(unsafe, padding_value=False, padding_side="right", pad_to_multiple_of=multiple)
+        return batch
+
+
+def end_of_turn(processing_class: Any, tokenizer: Any, chat_template: str | None) -> list[int]:
+    """The tokens by which the chat template ends an assistant's turn; none where there is no template."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = processing_class.apply_chat_template(turns, tokenize=False, chat_template=chat_template)
+    except (TemplateError, TypeError, ValueError):  # no template, or one for turns of another form
+        return []
+    return tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+
+
+def ends_turn(labels: Tensor, eos: Tensor, end_of_turn: Tensor) -> Tensor:
+    """Which `labels` `[B, T]` end a turn: tokens `eos`, the sequence `end_of_turn`, and what follows of it after them.
+
+    So a newline that a template puts after its <|im_end|> is the end too.
+    """
+    eos, end_of_turn = eos.to(labels.device), end_of_turn.to(labels.device)
+    ends = torch.isin(labels, eos)
+    if len(end_of_turn):
+        windows = F.pad(labels, (0, len(end_of_turn) - 1), value=-100).unfold(1, len(end_of_turn), 1)
+        ends |= (windows == end_of_turn).all(-1)
+    for token in end_of_turn:
+        ends[:, 1:] |= ends[:, :-1] & (labels[:, 1:] == token)
+    return ends
