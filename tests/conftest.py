@@ -70,6 +70,14 @@ def model(tokenizer) -> LlamaForCausalLM:
     return build_model(tokenizer)
 
 
+@pytest.fixture
+def folder(tokenizer, tmp_path) -> Path:
+    """A whole model and its tokenizer, for a test to spoil."""
+    build_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
 def make_rows(n: int = 24, *, unsafe_every: int | None = 3, seed: int = 0) -> Dataset:
     """`n` rows with prompts of 1-9 and completions of 1-30 words; every `unsafe_every`-th is unsafe (None: none is)."""
     generator = torch.Generator().manual_seed(seed)

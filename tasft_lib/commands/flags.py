@@ -130,7 +130,7 @@ def add_template(parser: argparse.ArgumentParser) -> None:
 
 def own_template(model: str, revision: str | None, tokenizer: Any) -> Template:
     """`default_template` of a folder, or of a hub id at that commit, whose record lies in the hub's cache."""
-    from ..models import find_file
+    from ..checkpoints import find_file
 
     record = find_file(model, files.RECORD, revision)
     return default_template(record.parent if record else model, tokenizer)

@@ -165,9 +165,10 @@ def _train(script_args, data_args, args, model_args) -> None:
     from trl import get_peft_config, get_quantization_config
 
     from .. import data
+    from ..checkpoints import check_weights
     from ..evaluation.samples import SampleCallback
     from ..generation import Decoding
-    from ..models import check_weights, load_tokenizer, sort_targets, train_from
+    from ..models import load_tokenizer, sort_targets, train_from
     from ..publish.card import training_record
     from ..templates import ask
     from ..trainer import TASFTTrainer
