@@ -24,9 +24,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--work", type=Path, help="what is done so far, to go on from (default: <output_dir>.work)")
     args = parser.parse_args(argv)
 
-    if any(source_options(args).values()) and (args.red_team or args.prompts in ("stl", "miniworld")):
-        given = ", ".join(name for name in ("split", "config_name", "revision") if getattr(args, name))
-        raise ValueError(f"--prompts {args.prompts}{' --red_team' * args.red_team} has no {given}; leave it out.")
     for file in args.evaluation_prompts:
         check_data(file, on_hub=False)
     files.check_model(args.model, args.model_revision)
@@ -47,8 +44,11 @@ def _harvest(args) -> None:
     from ..prepare import catalogue
     from ..prepare.harvest import Origin, harvest, is_harvested, save_harvest
 
-    judge = load_judge(args.judge)
     which = source_options(args)
+    if any(which.values()) and (args.red_team or worlds.is_named(args.prompts)):
+        given = ", ".join(name for name in ("split", "config_name", "revision") if getattr(args, name))
+        raise ValueError(f"--prompts {args.prompts}{' --red_team' * args.red_team} has no {given}; leave it out.")
+    judge = load_judge(args.judge)
     if args.red_team:
         prompts = catalogue.red_team_prompts(args.prompts)
         prompts_origin = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)

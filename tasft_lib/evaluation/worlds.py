@@ -135,7 +135,7 @@ def asked_for(
     """
     tables, n_own = [], 0
     for given in sources:
-        if given in ("stl", MiniWorld.name):
+        if is_named(given):
             tables.append(load(given).evaluation_prompts())
         elif (name := _PART_NAMES.get(given.lower())) is not None and not Path(given).exists():
             tables.append(_published(name, prompts.locate("stl", prompts.BENCHMARKS[name][1])))
@@ -153,6 +153,11 @@ def asked_for(
             f"{' '.join(sources)}: has no {', '.join(names)}, which are for your own prompts; leave it out"
         )
     return _first(pd.concat(tables, ignore_index=True), per_benchmark)
+
+
+def is_named(source: str) -> bool:
+    """Whether it is a world by its name, and no file, folder or hub id."""
+    return source in ("stl", MiniWorld.name)
 
 
 def base_model(name: str) -> str:
