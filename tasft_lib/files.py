@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,6 @@ from typing import Any
 
 import platformdirs
 import psutil
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 # The files of a folder that are a model. A list of what counts: whatever else lies there, be it new, is no part of it.
@@ -140,120 +138,21 @@ def whole(path: Path) -> Iterator[Path]:
     begun = re.compile(rf"\.{re.escape(path.name)}\.(\d+)")
     for other in path.parent.iterdir():
         if (match := begun.fullmatch(other.name)) and not psutil.pid_exists(int(match[1])):
-            _remove(other)
-    _remove(temporary)
+            remove(other)
+    remove(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """One process at a time works in `folder`, which need not exist: another waits, and says so on stderr.
-
-    Nothing is left in or beside the folder, and a killed process holds no lock. Of a launch of several processes the
-    first takes it for all. Not to be taken twice by one process.
-    """
-    if int(os.environ.get("RANK", "0")) > 0:
-        yield
-        return
-    name = f"{content_hash(os.path.realpath(folder))}.lock"
-    try:
-        file = cache_folder() / "locks" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    except OSError:  # a home that is read-only or full
-        file = Path(tempfile.gettempdir()) / f"tasft-{name}"
-    with locked(file, folder):
-        yield
-
-
-@contextmanager
-def locked(file: Path, what: Any) -> Iterator[None]:
-    """Holds the lock `file`, of those who work on `what`; a line on stderr where another process does."""
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        print(f"{what}: another process works on it; waiting until it has ended (Ctrl-C to stop).", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, where there is one."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-SUMS = "SHA256SUMS"
-
-
-def seal(path: Path, *, without: str | None = None) -> None:
-    """Record the SHA-256 of a file in `<path>.sha256`, of a folder's files in its `SHA256SUMS`, for `damage`.
-
-    `sha256sum -c` reads both. Files in the subfolder `without` may change or go.
-    """
-    folder = path if path.is_dir() else path.parent
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    names = [file.relative_to(folder) for file in files]
-    lines = [f"{_sha256(folder / n)}  {n.as_posix()}\n" for n in names if n.parts[0] not in (SUMS, without)]
-    write_text(_sums_of(path), "".join(lines))
-
-
-def is_sealed(path: Path) -> bool:
-    """Whether `seal` has seen the file or folder."""
-    return _sums_of(path).exists()
-
-
-def damage(path: Path) -> list[str]:
-    """The files of `path` that are gone or not what `seal` recorded; none where it recorded nothing."""
-    sums = _sums_of(path)
-    if not sums.exists():
-        return []
-    folder, damaged = (path if path.is_dir() else path.parent), []
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
-        recorded, _, name = line.partition("  ")
-        if not (folder / name).is_file() or _sha256(folder / name) != recorded:
-            damaged.append(name)
-    return damaged
-
-
-def set_aside(path: Path, names: Iterable[str] = ()) -> None:
-    """Rename a damaged file, or a folder with damaged files of these `names`, to `<path>.damaged`, and say so.
-
-    Whoever calls this makes it again.
-    """
-    if not path.exists():
-        logging.getLogger(__name__).warning("%s is gone: it is made again", path)
-        return
-    aside = path.with_name(f"{path.name}.damaged")
-    _remove(aside)
-    os.replace(path, aside)
-    which = ", ".join(name for name in names if name != path.name)
-    message = "%s is damaged%s: it is made again, and kept as %s"
-    logging.getLogger(__name__).warning(message, path, which and f" ({which})", aside.name)
-
-
-def _sums_of(path: Path) -> Path:
-    return path / SUMS if path.is_dir() else path.with_name(f"{path.name}.sha256")
-
-
-def _sha256(file: Path) -> str:
-    state = file.stat()
-    return _sha256_of(file, state.st_size, state.st_mtime_ns)
-
-
-@cache
-def _sha256_of(file: Path, size: int, changed: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:

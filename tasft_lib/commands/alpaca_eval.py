@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .. import files
+from .. import files, integrity
 from .flags import add_dtype, add_template, at_least, check_data, check_folder, template_of
 
 MANIFEST = "alpaca_eval_manifest.json"
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
     files.check_model(args.model, args.model_revision)
     check_data(args.references)
-    with files.folder_lock(args.output_dir):
+    with integrity.folder_lock(args.output_dir):
         _evaluate(args)
 
 

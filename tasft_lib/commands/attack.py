@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from .. import files
+from .. import files, integrity
 from .flags import add_template, at_least, check_data, json_object, template_of
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     if is_folder and args.target_model:
         parser.error("--target_model is the name on a server, and --target is a folder: leave it out")
     check_data(args.goals)
-    with files.folder_lock(args.output_dir):
+    with integrity.folder_lock(args.output_dir):
         _attack(args, is_folder)
 
 

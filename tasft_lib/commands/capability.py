@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .. import files
+from .. import files, integrity
 from .flags import add_dtype, at_least, check_folder, json_object, own_template, template_of
 
 MANIFEST = "capability_manifest.json"
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
 
     files.check_model(args.model, args.model_revision)
 
-    with files.folder_lock(args.output_dir):
+    with integrity.folder_lock(args.output_dir):
         _score(args)
 
 

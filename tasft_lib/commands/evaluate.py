@@ -1,6 +1,6 @@
 """`tasft evaluate`: answers to the harm benchmarks, judged: a results table."""
 
-from .. import files
+from .. import files, integrity
 from .flags import add_source, at_least, check_folder, json_object, model_parser, source_options, template_of
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     if args.model:
         files.check_model(args.model, args.model_revision)
 
-    with files.folder_lock(args.output_dir):
+    with integrity.folder_lock(args.output_dir):
         _evaluate(args)
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .. import files
+from .. import files, integrity
 from ..publish import hub
 from .flags import add_dtype
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     if os.path.isdir(args.model):
         hub.model_files(Path(args.model))
 
-    with files.folder_lock(args.output_dir):
+    with integrity.folder_lock(args.output_dir):
         _export(args)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .. import files
+from .. import files, integrity
 from ..templates import TEMPLATES
 from .flags import add_drop_empty, add_dtype, add_source, check_data, source_options
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     if args.validation is not None:
         check_data(args.validation)
     files.check_model(args.model, args.model_revision)
-    with files.folder_lock(args.output_dir):
+    with integrity.folder_lock(args.output_dir):
         _filter(args)
 
 

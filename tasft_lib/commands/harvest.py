@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .. import files
+from .. import files, integrity
 from .flags import add_source, at_least, check_data, model_parser, source_options, template_of
 
 # Options that decide what a harvest gives.
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     for file in args.evaluation_prompts:
         check_data(file, on_hub=False)
     files.check_model(args.model, args.model_revision)
-    with files.folder_lock(args.output_dir):
+    with integrity.folder_lock(args.output_dir):
         _harvest(args)
 
 

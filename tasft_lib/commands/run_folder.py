@@ -8,9 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
-from .. import files
+from .. import files, integrity
+from ..resume import by_step, torn
 
 # Trainer uploads nothing that begins with "_".
 SETTINGS = "_settings.json"
@@ -26,15 +25,6 @@ WITHOUT_EFFECT = (
 
 # How long it lasts; may change while it is unfinished.
 LENGTH = ("max_steps", "num_train_epochs")
-
-
-class Seal(TrainerCallback):
-    """Checksums in each checkpoint when all else is in it, so a torn one is known."""
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        args.distributed_state.wait_for_everyone()  # each process writes its own random state
-        if args.should_save:
-            files.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def settings(args: Any, model_args: Any, rows_hash: str, base: str) -> dict[str, Any]:
@@ -65,9 +55,9 @@ def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str |
     if resume:
         checkpoint = Path(resume)
         _refuse_other(checkpoint.parent, _held(checkpoint.parent), asked)
-        if torn := _torn(checkpoint):
+        if names := torn(checkpoint):
             remedy = "leave out resume_from_checkpoint to take the newest whole one"
-            raise ValueError(f"{checkpoint}: torn ({', '.join(torn)}); {remedy}")
+            raise ValueError(f"{checkpoint}: torn ({', '.join(names)}); {remedy}")
     else:
         checkpoint = _newest_whole(folder)
         if resume is False and checkpoint is not None:
@@ -146,21 +136,12 @@ def _has_own_readme(folder: Path) -> bool:
     return (folder / "README.md").exists() and not is_generated(folder / "README.md")
 
 
-def _torn(checkpoint: Path) -> list[str]:
-    """What in a checkpoint is damaged or was never written, nothing where it is whole."""
-    if not (checkpoint / "trainer_state.json").is_file():
-        return ["trainer_state.json is missing"]
-    return files.damage(checkpoint)
-
-
 def _newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; newer ones are set aside, with a word."""
-    names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*"))
-    for number in sorted((int(name[1]) for name in names if name), reverse=True):
-        path = folder / f"checkpoint-{number}"
-        torn = _torn(path) or ([] if files.is_sealed(path) else ["not written to its end"])
-        if torn:
-            files.set_aside(path, torn)
+    for path in reversed(by_step(folder).values()):
+        names = torn(path) or ([] if integrity.is_sealed(path) else ["not written to its end"])
+        if names:
+            integrity.set_aside(path, names)
         elif any(path.glob("optimizer*")) or any(path.glob("global_step*")):
             return path
         else:

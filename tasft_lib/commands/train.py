@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from .. import files
+from .. import files, integrity
 from .flags import check_data
 
 HELP = """\
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger("trl.trainer.sft_trainer").addFilter(_without_text)
     folder = Path(args.output_dir)
     try:
-        with files.folder_lock(folder):
+        with integrity.folder_lock(folder):
             _train(script_args, data_args, args, model_args)
     except Exception as error:
         # Of a full disk each library has an error of its own.
@@ -170,6 +170,7 @@ def _train(script_args, data_args, args, model_args) -> None:
     from ..generation import Decoding
     from ..models import load_tokenizer, sort_targets, train_from
     from ..publish.card import training_record
+    from ..resume import Seal
     from ..templates import ask
     from ..trainer import TASFTTrainer
     from . import run_folder
@@ -231,7 +232,7 @@ def _train(script_args, data_args, args, model_args) -> None:
         peft_config=peft_config,
     )
     trainer.row_names = row_names
-    trainer.add_callback(run_folder.Seal())
+    trainer.add_callback(Seal())
     sort_targets(trainer.model)
     run_folder.keep_readme(trainer)
     if data_args.early_stopping_patience is not None:

@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from .. import templates
-from ..files import damage, seal, set_aside, write_text
+from ..files import write_text
 from ..generation import Response
+from ..integrity import damage, seal, set_aside
 from ..judges.base import DEGENERATE, ExactJudge, Judge, judge_responses
 from .agreement import agreement_table
 

@@ -14,7 +14,8 @@ import pandas as pd
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import set_aside, write_text
+from ..files import write_text
+from ..integrity import set_aside
 from ..sources import read_rows
 
 # Task -> commit of the hub data set that the harness reads for it (aps/super_glue, baber/piqa, allenai/openbookqa).

@@ -3,7 +3,8 @@
 from pathlib import Path
 from urllib.request import urlopen
 
-from ..files import cache_folder, content_hash, damage, seal, set_aside, write_text
+from ..files import cache_folder, content_hash, write_text
+from ..integrity import is_there, seal
 
 # As Safety-Tuned LLaMAs (Bianchi et al., 2023), HarmfulQ (Shaikh et al., 2022) and XSTest (Röttger et al., 2023)
 # published them: name -> address.
@@ -35,9 +36,7 @@ def locate(source: str, url: str) -> str:
     name = url.rsplit("/", 1)[-1]
     if source == "stl":
         kept = downloaded_file(url)
-        if kept.exists() and damage(kept):
-            set_aside(kept)
-        if not kept.exists():
+        if not is_there(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with urlopen(url, timeout=60) as response:

@@ -14,7 +14,8 @@ from datasets import Dataset
 
 from .. import miniworld
 from ..data import read_prompts
-from ..files import damage, is_sealed, locked, named, seal, set_aside
+from ..files import named
+from ..integrity import damage, is_sealed, locked, seal, set_aside
 from ..sources import is_saved, read_rows
 from . import attacks, prompts
 

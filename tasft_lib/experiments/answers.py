@@ -27,17 +27,14 @@ from ..evaluation.answers import asked_and_begun, judge_answers, questions
 from ..evaluation.worlds import base_model
 from ..files import (
     content_hash,
-    damage,
     end_with_parent,
     keep_freed_memory,
-    locked,
     model_identity,
     runs_folder,
-    seal,
-    set_aside,
     show_progress,
     write_text,
 )
+from ..integrity import damage, locked, seal, set_aside
 from ..judges import load
 from ..models import quiet
 from .arms import checkpoints, is_trained, load_model, train, with_files

@@ -14,7 +14,6 @@ cannot tell, the content of a file or another version of the code, is looked at 
 something else is set aside, not used.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -30,30 +29,28 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .. import data, models, sources, text
 from ..evaluation import worlds
 from ..evaluation.worlds import base_model
 from ..files import (
     content_hash,
-    damage,
     environment,
-    locked,
     model_identity,
     named,
     peak_memory_mb,
     read_json,
     runs_folder,
-    seal,
-    set_aside,
     show_progress,
     write_json,
     write_rows,
 )
+from ..integrity import damage, is_there, locked, seal, set_aside, sha256
 from ..judges.load import load_judge
 from ..prepare import harvest
 from ..prepare.contrastive import contrastive_rows
+from ..resume import Seal, by_step, torn
 from . import methods
 from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec, describe
 
@@ -134,7 +131,7 @@ def train(spec: ArmSpec) -> Path:
             training=_defaults() | spec.training | {"output_dir": str(folder / "trainer"), "seed": spec.seed},
         )
         trainer.remove_callback(PrinterCallback)  # the log history goes into the manifest
-        trainer.add_callback(_Seal())
+        trainer.add_callback(Seal())
         models.sort_targets(trainer.model)
         resumed = _last_checkpoint(folder)
         models.train_from(trainer, resumed)
@@ -246,7 +243,7 @@ def load_trained(spec: ArmSpec):
 
 def checkpoints(spec: ArmSpec) -> dict[int, Path]:
     """Step -> complete checkpoint of the arm, in the order of training."""
-    return {step: path for step, path in _saved(spec.folder).items() if _is_complete(path)}
+    return {step: path for step, path in by_step(spec.folder / "trainer").items() if not torn(path)}
 
 
 def _harvest(spec: HarvestSpec) -> Path:
@@ -259,7 +256,7 @@ def _harvest(spec: HarvestSpec) -> Path:
     path = runs_folder() / "unsafe" / f"{spec.name}-{content_hash(made_of)}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(Path(f"{path}.lock"), path):
-        if _is_there(path):
+        if is_there(path):
             return path
         model, tokenizer = load_trained(spec.arm)
         name, revision = named(base_model(spec.arm.model), spec.arm.model_revision)
@@ -303,7 +300,7 @@ def _contrastive_rows(spec: ContrastiveSpec) -> Path:
     path = runs_folder() / "contrastive" / f"{spec.name}-{content_hash(words)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(Path(f"{path}.lock"), path):
-        if _is_there(path):
+        if is_there(path):
             return path
         rows = worlds.load(spec.writer).contrastive_rows(words, spec.per_word, seed=spec.seed)
         if rows is None:
@@ -336,8 +333,7 @@ def _content(source: str | Path | None) -> str | None:
         return None
     if Path(source).is_dir():
         return data.fingerprint(sources.read_rows(source))
-    with Path(source).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(Path(source))
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
@@ -354,25 +350,11 @@ def _read(file: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _is_there(path: Path) -> bool:
-    """Whether a file or folder is there as it was made; a damaged one is set aside."""
-    if path.exists() and (names := damage(path)):
-        set_aside(path, names)
-    return path.exists()
-
-
 def _is_finished(folder: Path) -> bool:
     """Whether the manifest is there, the checkpoint of its last step, and every checkpoint as it was saved."""
-    manifest, saved = _read(folder / "manifest.json"), _saved(folder)
+    manifest, saved = _read(folder / "manifest.json"), by_step(folder / "trainer")
     is_whole = manifest is not None and manifest.get("steps") in saved and not damage(folder / "manifest.json")
-    return is_whole and all(map(_is_complete, saved.values()))
-
-
-def _saved(folder: Path) -> dict[int, Path]:
-    """Step -> checkpoint of the arm in the folder, in the order of training, whole or not."""
-    paths = (folder / "trainer").glob("checkpoint-*")
-    steps = ((path.name.removeprefix("checkpoint-"), path) for path in paths)
-    return dict(sorted((int(step), path) for step, path in steps if step.isdigit()))
+    return is_whole and not any(map(torn, saved.values()))
 
 
 def _set_damaged_aside(folder: Path) -> None:
@@ -383,9 +365,9 @@ def _set_damaged_aside(folder: Path) -> None:
     manifest, is_damaged = folder / "manifest.json", False
     if manifest.exists() and (_read(manifest) is None or damage(manifest)):
         set_aside(manifest)
-    for path in _saved(folder).values():
+    for path in by_step(folder / "trainer").values():
         names = damage(path)
-        if names or (manifest.exists() and not _is_complete(path)):
+        if names or (manifest.exists() and torn(path)):
             set_aside(path, names or ["trainer_state.json"])
             is_damaged = True
         elif is_damaged:
@@ -436,21 +418,9 @@ def _held_out_prompts(spec: ArmSpec) -> list[str]:
     return [] if spec.held_out is None else worlds.load(spec.held_out).evaluation_prompts()["prompt"].tolist()
 
 
-class _Seal(TrainerCallback):
-    """Checksums in each checkpoint, when all else is in it."""
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """The Trainer writes trainer_state.json last; a checkpoint without a readable one was cut off."""
-    return _read(checkpoint / "trainer_state.json") is not None and not damage(checkpoint)
-
-
 def _last_checkpoint(folder: Path) -> Path | None:
-    for path in reversed(_saved(folder).values()):
-        if _is_complete(path):
+    for path in reversed(by_step(folder / "trainer").values()):
+        if not torn(path):
             return path
         shutil.rmtree(path)
     return None

@@ -13,7 +13,7 @@ import pandas as pd
 import papermill
 import torch
 
-from .. import files
+from .. import files, integrity
 from ..files import keep_freed_memory, project_root, runs_folder
 from ..reporting import report
 from . import designs, results, settings
@@ -69,7 +69,7 @@ def reproduce(
     line. With `prepare_only` the parameterised copies are written and nothing is run (for nbval).
     """
     jobs = jobs_of(profile, notebooks, overrides)
-    with files.folder_lock(runs_folder() / profile):
+    with integrity.folder_lock(runs_folder() / profile):
         return _reproduce(profile, jobs, prepare_only=prepare_only)
 
 

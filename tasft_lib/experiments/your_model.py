@@ -13,8 +13,9 @@ from transformers import AutoConfig
 from ..evaluation import alpaca, lm_eval, worlds
 from ..evaluation.lm_eval import write_tasks
 from ..evaluation.rates import MEASURES, mcnemar, rate
-from ..files import content_hash, damage, file_hash, runs_folder, seal, set_aside, write_text
+from ..files import content_hash, file_hash, runs_folder, write_text
 from ..generation import Decoding
+from ..integrity import is_there, seal
 from ..templates import format_prompt
 from ..text import rate_text
 from .answers import run_all
@@ -143,9 +144,7 @@ def _beside(scores: list[pd.DataFrame], by: str, *, scale: float) -> pd.DataFram
 
 def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table in `path`, made where it is missing or damaged."""
-    if path.exists() and damage(path):
-        set_aside(path)
-    if not path.exists():
+    if not is_there(path):
         table = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, table.to_csv(index=False))

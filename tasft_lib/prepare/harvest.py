@@ -24,20 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import sources, templates
 from ..evaluation.rates import wilson_interval
-from ..files import (
-    append_record,
-    checked,
-    content_hash,
-    damage,
-    progress_bar,
-    read_json,
-    read_records,
-    seal,
-    set_aside,
-    whole,
-    write_json,
-)
+from ..files import append_record, checked, content_hash, progress_bar, read_json, read_records, whole, write_json
 from ..generation import Decoding, Response, check_prompts, generate
+from ..integrity import is_there, seal, set_aside
 from ..judges.base import VERDICTS, Judge, described, judge_responses
 from ..text import markdown, normalise, redact
 
@@ -274,10 +263,7 @@ def is_harvested(path: Path, settings: dict) -> bool:
 
     Raises `ValueError` where it holds one of other settings.
     """
-    if not path.exists():
-        return False
-    if names := damage(path):
-        set_aside(path, names)
+    if not is_there(path):
         return False
     other = dict(read_json(path / SETTINGS))
     if changed := [name for name in settings if other.get(name) != json.loads(json.dumps(settings[name]))]:

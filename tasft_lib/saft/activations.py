@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import data
-from ..files import damage, is_sealed, progress_bar, seal, set_aside
+from ..files import progress_bar
 from ..generation import evaluating
+from ..integrity import is_sealed, is_there, seal
 from ..losses import token_log_probs
 
 POOLINGS = ("last", "mean")
@@ -265,10 +266,7 @@ def _pooled_states(blocks: nn.ModuleList, layers: list[int], poolings: tuple[str
 
 def _rows_in(file: Path | None, shape: tuple[int, int], wanted: int, window: int) -> int:
     """How many rows are in the file already, in whole windows: what a kill tore off is cut away and made again."""
-    if file is None or not file.exists():
-        return 0
-    if damage(file):
-        set_aside(file)
+    if file is None or not is_there(file):
         return 0
     row_bytes = 4 * shape[0] * shape[1]
     done = file.stat().st_size // row_bytes

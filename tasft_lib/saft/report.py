@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
-from .. import data, files
+from .. import data, files, integrity
 from ..sources import file_format
 from ..text import markdown
 from .filter import SAFTFilter
@@ -184,14 +184,14 @@ class Output:
         """Whether this result is there. Raises `ValueError` where another one is, or anything else."""
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return False
-        if not (self.folder / "settings.json").exists() and not files.is_sealed(self.folder):
+        if not (self.folder / "settings.json").exists() and not integrity.is_sealed(self.folder):
             raise ValueError(f"{self.folder}: holds other files; choose a new --output_dir.")
         manifest = self.folder / "manifest.json"
         if not manifest.exists():
             return False
-        damaged = files.damage(self.folder)
+        damaged = integrity.damage(self.folder)
         for name in damaged:
-            files.set_aside(self.folder / name)
+            integrity.set_aside(self.folder / name)
         if manifest.name in damaged:
             return False
         try:
@@ -224,7 +224,7 @@ class Output:
         }
         manifest = {"settings": self.settings} | facts | of_filter | files.environment()
         files.write_json(self.folder / "manifest.json", manifest)
-        files.seal(self.folder, without="activations")
+        integrity.seal(self.folder, without="activations")
 
 
 def save_rows(rows: Dataset, path: Path) -> Path:

@@ -8,7 +8,7 @@ import pandas as pd
 from accelerate import PartialState
 from datasets import Dataset
 
-from .. import data, files
+from .. import data, files, integrity
 from . import report
 from .activations import context_length, token_lengths
 from .filter import SAFTFilter
@@ -96,9 +96,7 @@ def label_rows(
     name = files.content_hash([data.fingerprint(texts), validation, search.contamination, identity, max_length])
     file = folder / f"verdicts-{name}.json"
     with PartialState().main_process_first():
-        if file.exists() and files.damage(file):
-            files.set_aside(file)
-        if not file.exists():
+        if not integrity.is_there(file):
             model, tokenizer = load()
             saft, scores = find_harmful(model, tokenizer, texts, search, max_length=max_length, folder=folder)
             page = report.page(
@@ -113,7 +111,7 @@ def label_rows(
             )
             files.write_text(folder / "report.md", page)
             files.write_json(file, saft.drops(scores).tolist())
-            files.seal(file)
+            integrity.seal(file)
             print(page)
             del model
     dropped = files.read_json(file)

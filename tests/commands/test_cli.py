@@ -13,7 +13,7 @@ import pytest
 from conftest import build_model, make_rows
 from datasets import Dataset, load_from_disk
 
-from tasft_lib import cli, files
+from tasft_lib import cli, integrity
 from tasft_lib.evaluation import prompts as prompts_module
 from tasft_lib.evaluation import worlds
 from tasft_lib.generation import Response
@@ -293,7 +293,7 @@ def test_saft_gives_training_its_unsafe_rows(folder, capsys):
 
     # Found again, so a resumed run trains on the same rows.
     file.write_text(json.dumps([i < 3 for i in range(len(rows))]))
-    files.seal(file)
+    integrity.seal(file)
     assert cli.main(train) == 1 and "a training with other rows" in capsys.readouterr().err
     train.append("--overwrite")
     assert cli.main(train) == 0

@@ -1,11 +1,10 @@
-"""Files: one process at a time in a folder."""
+"""Files: whole or not at all, JSON and JSONL that are damaged, a model's identity, workers that end; Windows."""
 
 import ast
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import psutil
@@ -45,54 +44,6 @@ if __name__ == "__main__":
 """
 
 
-def test_a_second_one_in_a_folder_waits_with_a_word_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TASFT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "out")
-    order, first_is_in, first_may_go = [], threading.Event(), threading.Event()
-
-    def first():
-        with files.folder_lock(tmp_path / "out"):
-            first_is_in.set()
-            first_may_go.wait(20)
-            order.append("first")
-
-    def second():
-        with files.folder_lock(tmp_path / "link" / ".." / "out"):
-            order.append("second")
-
-    threads = [threading.Thread(target=first), threading.Thread(target=second)]
-    threads[0].start()
-    assert first_is_in.wait(20)
-    threads[1].start()
-    with files.folder_lock(tmp_path / "another"):  # other folders are free
-        told = ""
-        while "another process works on it" not in told and threads[1].is_alive():
-            threads[1].join(0.05)
-            told += capsys.readouterr().err
-    first_may_go.set()
-    for thread in threads:
-        thread.join(20)
-    assert order == ["first", "second"]
-    assert not (tmp_path / "another").exists() and list((tmp_path / "out").iterdir()) == []
-
-
-def test_ranks_of_one_launch_do_not_wait_for_each_other(tmp_path, monkeypatch):
-    monkeypatch.setenv("TASFT_CACHE", str(tmp_path))
-    with files.folder_lock(tmp_path / "out"):
-        monkeypatch.setenv("RANK", "1")
-        with files.folder_lock(tmp_path / "out"):
-            pass
-
-
-def test_a_lock_needs_no_home(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("TASFT_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
-    with files.folder_lock(tmp_path / "out"):
-        assert [path.name.startswith("tasft-") for path in tmp_path.glob("*.lock")] == [True]
-
-
 def test_a_killed_process_leaves_no_worker_no_fork_server_and_no_tracker(tmp_path):
     (tmp_path / "pool.py").write_text(POOL)
     process = subprocess.Popen([sys.executable, tmp_path / "pool.py"], stdout=subprocess.PIPE, text=True)
@@ -104,28 +55,6 @@ def test_a_killed_process_leaves_no_worker_no_fork_server_and_no_tracker(tmp_pat
     for orphan in alive:
         orphan.kill()
     assert len(started) >= 3 and not alive
-
-
-def test_what_is_not_as_it_was_sealed_is_named(tmp_path, caplog):
-    folder, file = tmp_path / "set", tmp_path / "rows.jsonl"
-    (folder / "activations").mkdir(parents=True)
-    for path in (file, folder / "a.arrow", folder / "b.json", folder / "activations" / "x.f32"):
-        path.write_text("a line\nanother\n")
-    files.seal(folder, without="activations")
-    files.seal(file)
-    subprocess.run(["sha256sum", "-c", "--quiet", files.SUMS], cwd=folder, check=True)
-    (folder / "notes.txt").write_text("mine")
-    (folder / "activations" / "x.f32").unlink()
-    assert files.damage(folder) == files.damage(file) == files.damage(tmp_path / "never sealed") == []
-    (folder / "a.arrow").write_text("a line\nanothe\n")
-    (folder / "b.json").unlink()
-    file.write_text("a line\n")
-    assert files.damage(folder) == ["a.arrow", "b.json"] and files.damage(file) == ["rows.jsonl"]
-    files.set_aside(folder, files.damage(folder))
-    files.set_aside(file)
-    assert f"{folder} is damaged (a.arrow, b.json)" in caplog.text and f"{file} is damaged:" in caplog.text
-    assert not folder.exists() and not file.exists()
-    assert (tmp_path / "set.damaged" / "notes.txt").exists() and (tmp_path / "rows.jsonl.damaged").exists()
 
 
 def test_a_record_that_changed_is_named_and_passed_over(tmp_path, caplog):
@@ -192,13 +121,3 @@ def test_windows_has_all_that_is_imported_and_text_is_read_as_utf_8(file):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "read_text":
             in_proc = "/proc/" in ast.unparse(node)
             assert node.keywords or in_proc, f"line {node.lineno}: Windows reads another encoding than UTF-8"
-
-
-@pytest.mark.parametrize("file", sorted((PACKAGE / "commands").glob("*.py")), ids=lambda file: file.stem)
-def test_a_command_that_fills_a_folder_works_alone_in_it(file):
-    source = file.read_text(encoding="utf-8")
-    fills = "output_dir" in source and file.stem not in (
-        "flags",
-        "card",
-    )  # the first is no command, the second one file
-    assert "folder_lock(" in source or not fills

@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from tasft_lib import files, generation, sources
+from tasft_lib import files, generation, integrity, sources
 from tasft_lib.experiments import arms as arms_module
 from tasft_lib.experiments import designs, reproduce, settings
 from tasft_lib.experiments.study import Study
@@ -147,7 +147,7 @@ def test_outside_the_project_it_is_said_where_to_go(tmp_path, monkeypatch):
 def test_many_notebooks_of_one_profile_wait_for_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
     locked = []
-    monkeypatch.setattr(files, "folder_lock", lambda folder: locked.append(folder) or nullcontext())
+    monkeypatch.setattr(integrity, "folder_lock", lambda folder: locked.append(folder) or nullcontext())
     monkeypatch.setattr(reproduce, "execute", lambda job, prepare_only: None)
     assert len(reproduce.reproduce("smoke", ["method"], prepare_only=True)) == 1
     assert locked == [tmp_path / "smoke"]

@@ -11,7 +11,7 @@ from conftest import build_model, make_rows
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 
-from tasft_lib import cli, data, files, sources
+from tasft_lib import cli, data, integrity, sources
 from tasft_lib.reporting import figures
 from tasft_lib.saft import find
 from tasft_lib.saft.filter import SCORE, SAFTFilter, SAFTFitter
@@ -236,7 +236,7 @@ def test_activations_that_are_not_finite_name_the_row(model, tokenizer, tmp_path
         broken = np.memmap(path, np.float32, "r+").reshape(-1, columns, 32)
         broken[row, 0] = np.nan
         broken.flush()
-        files.seal(path)
+        integrity.seal(path)
 
     break_row(wide[12 * 6 * 32 * 4], 8, 6)
     with pytest.raises(ValueError, match="validation row 9: its activation is not finite"):
