@@ -41,6 +41,18 @@ from .arms import checkpoints, is_trained, load_model, train, with_files
 from .specs import ArmSpec
 
 
+@contextmanager
+def _quick_collection() -> Iterator[None]:
+    """Letting a model go searches what was made inside, not the million objects of the libraries each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_quick_collection()
 def run_all(
     specs: list[ArmSpec],
     prompts: pd.DataFrame,
@@ -56,7 +68,6 @@ def run_all(
 
     An arm that fails does not stop the others; they are finished and kept, then the first failure is raised.
     """
-    _freeze()
     for spec in specs:
         with_files(spec)  # what many arms need is made here, where its bar is seen and no worker waits for it
     missing = sum(not _is_answered(spec, prompts, decodings, steps) for spec in specs)
@@ -200,13 +211,7 @@ def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generatio
 def _start_worker() -> None:
     end_with_parent()
     quiet()
-    _freeze()
-
-
-def _freeze() -> None:
-    """Letting a model go searches what was made since, not the million objects of the libraries again."""
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # as in `_quick_collection`, for good
 
 
 def _read_answers(path: Path, n: int) -> list[dict] | None:
