@@ -15,13 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
 from . import messages
 from .sources import Source, column_names, file_format, is_table, like_names, read_file, read_rows
-from .templates import Template, format_prompt, questions
+from .templates import Template, format_prompt, questions, template_errors
 from .text import is_whole, normalise, shown
 
 logger = logging.getLogger(__name__)
@@ -288,16 +287,11 @@ def chat_ids(row: dict[str, Any], tokenizer: Any, place: str) -> tuple[list[int]
     if getattr(tokenizer, "chat_template", None) is None:
         what = "messages, and the tokenizer has no chat template"
         raise ValueError(f"{place}: {what}; use the tokenizer of a chat model, or write text")
-    try:
+    with template_errors(f"{place}: ", remedy="write them as it wants them"):
         prompt, whole = (
             tokenizer.apply_chat_template(part, add_generation_prompt=begins, return_dict=True, **options)["input_ids"]
             for part, begins in ((row["prompt"], True), (row["prompt"] + row["completion"], False))
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        # Of jinja's own errors only the template's words (raise_exception) say something.
-        words = " ".join(str(error).split())[:120] if type(error) is jinja2.TemplateError else type(error).__name__
-        what = f"the chat template can't read the messages ({words})"
-        raise ValueError(f"{place}: {what}; write them as it wants them") from error
     if any(message.get("tool_calls") for message in row["completion"]):
         bare = [{name: message[name] for name in ("role", "content")} for message in row["completion"]]
         if tokenizer.apply_chat_template(row["prompt"] + bare, return_dict=True, **options)["input_ids"] == whole:

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -199,17 +201,22 @@ def read_turn(tokenizer: Any, ids: list[int], turn: Turn | None) -> str:
     return text.strip()
 
 
-def _render(tokenizer: Any, messages: list[dict], **options: Any) -> str:
+@contextmanager
+def template_errors(place: str = "", *, remedy: str) -> Iterator[None]:
+    """What a chat template raises on messages becomes a `ValueError` in one line, from `place` to `remedy`."""
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        yield
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         # Of jinja's own errors only the template's words (raise_exception) say something.
-        what = str(error).splitlines()[0][:200] if type(error) is TemplateError else type(error).__name__
-        raise ValueError(
-            f"the chat template cannot write these messages ({what}); use another prompt_template"
-        ) from None
+        words = " ".join(str(error).split())[:120] if type(error) is TemplateError else type(error).__name__
+        raise ValueError(f"{place}the chat template can't read the messages ({words}); {remedy}") from None
+
+
+def _render(tokenizer: Any, messages: list[dict], **options: Any) -> str:
+    with template_errors(remedy="use another prompt_template"):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:

@@ -4,12 +4,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 from .. import files
 from ..templates import TEMPLATES
 from .flags import add_source, at_least, check_data, source_options
-from .train import _as_trl_has_it, _read_config
+from .train_options import as_trl_has_it, read_config
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> int:
         args.max_length = config.get("max_length", TASFTConfig.max_length)
     tokenizer = args.tokenizer and load_tokenizer(args.tokenizer, args.model_revision)
     # The trainer gives the tokenizer the template of chat_template_path itself; checks need it at once.
-    checked_by = tokenizer and _as_trl_has_it(tokenizer, SimpleNamespace(chat_template_path=args.chat_template_path))
+    checked_by = tokenizer and as_trl_has_it(tokenizer, args.chat_template_path)
     if args.show:
         _show(args, config, tokenizer, checked_by)
     diagnosis = doctor.examine(
@@ -83,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 def _of_training(args: argparse.Namespace) -> dict:
     """What the --config of a training says; the flags that were not given get its values."""
-    config = {} if args.config is None else _read_config(args.config)
+    config = {} if args.config is None else read_config(args.config)
     for flag, option in (("tokenizer", "model_name_or_path"), ("prompt_template", "prompt_template")):
         if getattr(args, flag) is None:
             setattr(args, flag, config.get(option))

@@ -10,6 +10,12 @@ from typing import Any
 from .. import files
 from ..templates import TEMPLATES, Template, default_template
 
+# Of `--dtype`: the short names that people write are understood.
+DTYPE = {
+    "type": lambda name: files.DTYPES.get(name, name),
+    "choices": ("auto", *dict.fromkeys(files.DTYPES.values())),
+}
+
 
 def model_parser(prog: str, description: str, *, needs_model: bool = True) -> argparse.ArgumentParser:
     """Flags of a command that asks a model and has its answers judged."""
@@ -33,8 +39,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
-        type=lambda name: files.DTYPES.get(name, name),
-        choices=("auto", *dict.fromkeys(files.DTYPES.values())),
+        **DTYPE,
         help="of the weights; bf16, fp16 and fp32 are understood too (default: the checkpoint's)",
     )
 

@@ -9,7 +9,7 @@ import pytest
 from trl import SFTConfig
 
 from tasft_lib import cli
-from tasft_lib.commands.train import HELP
+from tasft_lib.commands.train_options import HELP
 from tasft_lib.config import TASFTConfig
 
 PROGRAM = """

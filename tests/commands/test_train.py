@@ -413,8 +413,12 @@ def test_trls_card_has_its_tags_in_order_and_the_users_is_left(own, tmp_path):
 
 def test_short_names_of_types_are_understood_and_a_spoilt_base_is_named_before_training(train, base, tmp_path):
     assert refused(train(dtype="float99"), "no dtype 'float99'", "bfloat16")
-    assert train(dtype="bf16", max_steps=1)[0] == 0
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(SystemExit) as usage:
+        train("--dtype", "float99")
+    assert usage.value.code == 2
+    for name, (flags, options) in {"file": ((), {"dtype": "bf16"}), "flag": (("--dtype", "bf16"), {})}.items():
+        assert train(*flags, max_steps=1, output_dir=tmp_path / name, **options)[0] == 0
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
     spoilt = shutil.copytree(base, tmp_path / "spoilt")
     (spoilt / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:9000])
     assert refused(

@@ -63,7 +63,7 @@ def options(command: str) -> frozenset[str]:
     if command == "train":
         from trl import ModelConfig, ScriptArguments
 
-        from tasft_lib.commands.train import DataArguments
+        from tasft_lib.commands.train_options import DataArguments
         from tasft_lib.config import TASFTConfig
 
         kinds = (DataArguments, TASFTConfig, ModelConfig, ScriptArguments)
@@ -122,9 +122,9 @@ MESSAGES = messages()
 
 def commands_of(module: str) -> list[str]:
     """The commands in which a module may speak: its own, or all that reach it."""
-    if module.startswith("commands."):
-        own = module.removeprefix("commands.")
-        return [own] if own in COMMANDS else []
+    room, _, own = module.partition(".")
+    if room == "commands" and own in COMMANDS:
+        return [own]
     return [command for command in COMMANDS if module in reached(command)]
 
 

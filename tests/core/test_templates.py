@@ -66,7 +66,7 @@ def test_a_template_that_is_missing_or_refuses_is_one_line(tokenizer, chat):
         ask(["w1"], "chat", chat)
     for broken in ("{% for %}", "{{ messages[0].content.text.quorb }}"):
         chat.chat_template = broken
-        with pytest.raises(ValueError, match="cannot write these messages") as caught:
+        with pytest.raises(ValueError, match="can't read the messages") as caught:
             ask(["glimjack"], "chat", chat)
         assert "glimjack" not in str(caught.value) and "\n" not in str(caught.value)
 

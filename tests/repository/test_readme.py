@@ -13,7 +13,7 @@ import yaml
 from trl import ModelConfig, ScriptArguments
 
 from tasft_lib import TASFTConfig, cli, files
-from tasft_lib.commands import train
+from tasft_lib.commands.train_options import DataArguments
 from tasft_lib.reporting import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def options(verb: str) -> set[str]:
     import io
 
     if verb == "train":
-        classes = (TASFTConfig, ModelConfig, ScriptArguments, train.DataArguments)
+        classes = (TASFTConfig, ModelConfig, ScriptArguments, DataArguments)
         known = {f.name for cls in classes for f in fields(cls)}
         return {f"--{name}" for name in known} | {"--config", "--help", "--help_all"}
     texts = []

@@ -1,0 +1,299 @@
+"""The options of `tasft train`: its YAML file and flags, and what is refused or set right in them."""
+
+import argparse
+import difflib
+import os
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .. import files
+from .flags import DTYPE, check_data
+
+HELP = """\
+usage: tasft train --config FILE.yaml [--option value ...]
+       accelerate launch -m tasft_lib.cli train --config FILE.yaml [--option value ...]
+
+TRL's `trl sft` with a penalty on unsafe rows. Every option of SFTConfig, ModelConfig and transformers'
+TrainingArguments works, in the YAML file or as a flag; `tasft train --help_all` lists them. The most used:
+
+  --model_name_or_path, --model_revision, --dtype, --load_in_4bit, --use_peft, --lora_r, --lora_alpha,
+  --lora_target_modules, --output_dir, --learning_rate, --num_train_epochs, --per_device_train_batch_size,
+  --gradient_accumulation_steps, --max_length, --resume_from_checkpoint, --report_to, --push_to_hub (HF_TOKEN)
+
+penalty options:
+  --penalty emd|emd_exact|nlcl|gradient_ascent|unlikelihood|npo|simnpo|imitation
+      Penalty on unsafe rows (default: emd); `imitation` pulls towards them: for safe ones.
+  --penalty_weight
+      Lambda: a number, or `auto` (default) for `penalty_pressure` / share of unsafe rows.
+  --penalty_pressure
+      Expected weight of the penalty for `auto` (default: from the paper's Table 4).
+  --penalty_reduction batch|unsafe|micro_batch
+      What the summed penalty is divided by: samples of the optimizer step (default), its unsafe samples, or those of
+      the micro-batch (the paper's lambda as they stand).
+  --penalty_embedding lm_head|embed_tokens|random|one_hot
+      Token embedding of the EMD penalties (default: lm_head).
+  --penalty_beta
+      Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).
+  --penalize_eos
+      Penalise the tokens that end a turn in unsafe rows too.
+  --penalty_first_tokens
+      Penalise only so many first tokens of an unsafe answer (default: all).
+  --loss_head fused|dense
+      Losses in chunks (default), or on full logits, its reference.
+
+data options:
+  --dataset_name
+      Rows (.json, .jsonl, .csv, .tsv or .parquet file, save_to_disk folder, hub id)."""
+MOST_NODES = 10_000  # of a configuration with its aliases written out
+# Options that name a file or folder of rows.
+ROWS = ("dataset_name", "unsafe_dataset_name", "saft_validation", "evaluation_prompts", "sample_prompts")
+
+
+@dataclass
+class DataArguments:
+    """Where the rows come from, beside TRL's `dataset_name` and splits."""
+
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Commit of a hub data set (local files need none)."}
+    )
+    unsafe_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Unsafe rows (file, save_to_disk folder, hub id); else `label` in dataset_name tells."},
+    )
+    unsafe_dataset_revision: str | None = field(default=None, metadata={"help": "Commit of that hub data set."})
+    unsafe_dataset_split: str = field(
+        default="train", metadata={"help": "Its split (a hub data set, or a saved folder of several)."}
+    )
+    unsafe_dataset_config: str | None = field(default=None, metadata={"help": "Configuration of that hub data set."})
+    saft_contamination: float | None = field(
+        default=None,
+        metadata={"help": "Share of the rows thought harmful: SAFT finds them, without labels; they are unsafe."},
+    )
+    saft_validation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows with `label` (false: harmful) that choose its layer and directions; all may be harmful."
+        },
+    )
+    saft_validation_revision: str | None = field(default=None, metadata={"help": "Commit of that hub data set."})
+    n_benign: int | None = field(default=None, metadata={"help": "Benign rows to draw by --seed (default: all)."})
+    n_unsafe: int | None = field(default=None, metadata={"help": "Unsafe rows to draw by --seed (default: all)."})
+    prompt_template: str = field(
+        default="alpaca", metadata={"help": "For instruction/input/output rows: alpaca, short, none or chat."}
+    )
+    evaluation_prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files of evaluation prompts; a training row that asks one of them is refused."},
+    )
+    drop_empty: bool = field(default=False, metadata={"help": "Leave out rows with an empty answer."})
+    drop_long: bool = field(
+        default=False, metadata={"help": "Leave out rows whose prompt alone fills max_length, and say how many."}
+    )
+    sample_prompts: str | None = field(
+        default=None,
+        metadata={"help": "File of prompts that the model answers along training, into <output_dir>/_samples.jsonl."},
+    )
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Answer them every so many steps (default: at every save and at the end)."}
+    )
+    sample_max_new_tokens: int = field(default=128, metadata={"help": "Tokens of such an answer at most."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better one (with load_best_model_at_end)."},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the training of other settings, or the model, in output_dir."}
+    )
+
+    @property
+    def by_saft(self) -> bool:
+        """Whether SAFT says which rows are unsafe."""
+        return self.saft_contamination is not None or self.saft_validation is not None
+
+
+class Options(NamedTuple):
+    """What a command says."""
+
+    script: Any  # trl.ScriptArguments: TRL's own options of rows
+    data: DataArguments
+    training: Any  # TASFTConfig
+    model: Any  # trl.ModelConfig
+
+
+def read_options(argv: list[str]) -> Options | None:
+    """What a command says, in its YAML file and its flags; None where it asked for help, which is printed.
+
+    Raises `ValueError` for options that are unknown, wrong, missing or without effect, and paths that are not there.
+    """
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    # TRL takes seconds to import: what can be said before is said before.
+    if "--help_all" not in argv:
+        if not argv or "-h" in argv or "--help" in argv:
+            print(HELP)
+            for option in fields(DataArguments):
+                print(f"  --{option.name}\n      {option.metadata['help']}")
+            return None
+        _check_paths(argv)
+
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from ..config import TASFTConfig
+
+    parser = TrlParser((ScriptArguments, DataArguments, TASFTConfig, ModelConfig), prog="tasft train")
+    parser.usage = "tasft train --config FILE.yaml [--option value ...]"
+    # TRL knows no short names.
+    (dtype,) = (action for action in parser._actions if action.dest == "dtype")
+    dtype.type, dtype.choices = DTYPE["type"], DTYPE["choices"]
+    if "--help_all" in argv:
+        parser.print_help()
+        return None
+    _refuse_unknown(parser, argv)
+    options = Options(*parser.parse_args_and_config(args=argv))
+    _refuse_unused(options)
+    _set_right(options.training, options.model)
+    return options
+
+
+def as_trl_has_it(tokenizer, chat_template_path: str | None):
+    """A tokenizer for the checks, with the chat template and tokens that TRL will give to this one."""
+    import copy
+
+    from ..models import load_tokenizer
+
+    if chat_template_path is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    if chat_template_path.endswith((".jinja", ".j2")):
+        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    else:
+        other = load_tokenizer(chat_template_path, None)
+        tokenizer.chat_template = other.get_chat_template()
+        tokenizer.add_tokens([t for t in other.added_tokens_decoder.values() if t.content not in tokenizer.get_vocab()])
+    return tokenizer
+
+
+def read_config(file: Path) -> dict:
+    """The options in a YAML file; raises `ValueError` for one that is no YAML, or holds none."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; check the path")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if _nodes(yaml.compose(text, yaml.SafeLoader), {}) > MOST_NODES:
+            raise ValueError(f"{file}: its aliases (*name) stand for more than {MOST_NODES:,} values; write them out")
+        config = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        # Its own message quotes the lines, in which a token may stand.
+        line = error.problem_mark.line + 1
+        raise ValueError(f"{file}: line {line}: no valid YAML ({error.problem}); correct it") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        raise ValueError(f"{file}: no readable YAML (a text file in UTF-8); correct it") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: holds no options; write one `option: value` a line")
+    return config
+
+
+def _nodes(node: yaml.Node | None, sizes: dict[int, float]) -> float:
+    """How many nodes there are with all aliases written out; without end where one stands for itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = float("inf")  # while it is counted
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_nodes(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
+def _check_paths(argv: list[str]) -> None:
+    """Raise `ValueError` for a configuration that is no YAML and for rows or a model that are not there."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "model_name_or_path", "model_revision", "chat_template_path", *ROWS):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=argparse.SUPPRESS)
+    flags = vars(parser.parse_known_args(argv)[0])
+    if flags.get("config") == []:
+        raise ValueError("--config needs a file; write --config FILE.yaml")
+    options = read_config(Path(flags["config"][0])) if "config" in flags else {}
+    options |= {name: values if name == "evaluation_prompts" else values[0] for name, values in flags.items() if values}
+    for name in ROWS:
+        value = options.get(name)
+        for source in value if isinstance(value, list) else [value]:
+            if isinstance(source, str):
+                check_data(source, on_hub=name not in ("evaluation_prompts", "sample_prompts"))
+    template = options.get("chat_template_path")
+    if isinstance(template, str) and not (os.path.isdir(template) or os.path.isfile(template)):
+        what = "neither a .jinja file nor the folder of a tokenizer"
+        raise ValueError(f"{template}: chat_template_path is {what}; bring it here (hf download ID --local-dir FOLDER)")
+    if isinstance(model := options.get("model_name_or_path"), str):
+        files.check_model(model, options.get("model_revision"))
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Raise `ValueError` for options that nobody knows, by their names: a value may be a token."""
+    known = {action.dest for action in parser._actions}
+    words, options, unknown = list(argv), {}, []
+    if "--config" in words:
+        at = words.index("--config")
+        file, words = words[at + 1], words[:at] + words[at + 2 :]
+        options = read_config(Path(file))
+        unknown = [(f"{file}: ", str(name)) for name in options if name not in known and name != "env"]
+    left = parser.parse_known_args(words)[1]
+    unknown += [("", word.partition("=")[0]) for word in left if word.startswith("--")]
+    if unknown:
+        place, name = unknown[0]
+        like = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
+        remedy = f"did you mean {like[0]}?" if like else "tasft train --help_all lists them"
+        raise ValueError(f"{place}{name} is no option of tasft train; {remedy}")
+    if left:
+        raise ValueError("there is a value without its option; write each after its own, and the file after --config")
+
+
+def _refuse_unused(options: Options) -> None:
+    """Raise `ValueError` for what is missing and what would be passed over."""
+    script_args, data_args, args, model_args = options
+    if script_args.dataset_name is None or model_args.model_name_or_path is None:
+        raise ValueError("dataset_name and model_name_or_path are needed; give them in the --config file or as flags.")
+    if data_args.unsafe_dataset_name is not None and data_args.by_saft:
+        raise ValueError("SAFT finds the unsafe rows; leave out unsafe_dataset_name, or saft_contamination.")
+    if script_args.dataset_streaming:
+        raise ValueError(
+            "dataset_streaming: rows are drawn, mixed and checked as a whole, so all are read; leave it out."
+        )
+    if script_args.ignore_bias_buffers:
+        raise ValueError("ignore_bias_buffers does nothing in trl sft nor here; leave it out.")
+    if args.eval_strategy == "no" and script_args.dataset_test_split != "test":
+        raise ValueError("dataset_test_split is evaluated where eval_strategy says when; give both, or neither.")
+    if data_args.early_stopping_patience is not None and not args.load_best_model_at_end:
+        raise ValueError("early_stopping_patience needs load_best_model_at_end and an eval_strategy; add them.")
+    unsafe_only = [f"unsafe_dataset_{name}" for name in ("revision", "config")]
+    given = [name for name in unsafe_only if getattr(data_args, name) is not None]
+    given += ["unsafe_dataset_split"] * (data_args.unsafe_dataset_split != "train")
+    if given and data_args.unsafe_dataset_name is None:
+        raise ValueError(f"{given[0]} needs unsafe_dataset_name; add it, or leave it out.")
+    if os.path.realpath(args.output_dir) == os.path.realpath(model_args.model_name_or_path):
+        raise ValueError(f"{args.output_dir}: output_dir is the base model's own folder; give another.")
+
+
+def _set_right(args, model_args) -> None:
+    """What TRL, or what it calls, would take for another thing than it says; raises `ValueError` for no such thing."""
+    # On the command line all is text, and TRL takes "true" for a path.
+    resume = args.resume_from_checkpoint
+    if str(resume).lower() in ("true", "none"):
+        args.resume_from_checkpoint = None  # the same command goes on as it is
+    elif str(resume).lower() == "false":
+        args.resume_from_checkpoint = False
+    elif not os.path.isdir(resume):
+        raise ValueError(
+            f"{resume}: no such checkpoint; leave out resume_from_checkpoint to take the newest whole one."
+        )
+    # TRL makes a text of a list of one, which PEFT takes for a regular expression of whole names.
+    targets = model_args.lora_target_modules
+    if isinstance(targets, str) and re.fullmatch(r"[\w.]+([,\s]+[\w.]+)*", targets):
+        model_args.lora_target_modules = re.split(r"[,\s]+", targets)
+    if model_args.dtype is not None:
+        model_args.dtype = files.dtype_name(model_args.dtype)
+    if args.hub_token is not None:
+        # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads.
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
