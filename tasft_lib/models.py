@@ -268,8 +268,9 @@ def train_from(trainer: Any, checkpoint: Path | None) -> None:
     from transformers import TrainerState
 
     state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    args = trainer.args
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # their weights load into a prepared model alone
-    if not state or sharded or not 0 < state.max_steps <= state.global_step or trainer.args.load_best_model_at_end:
+    if not state or sharded or args.load_best_model_at_end or not _is_at_its_end(state, args):
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         return
     trainer._load_from_checkpoint(str(checkpoint))
@@ -277,6 +278,13 @@ def train_from(trainer: Any, checkpoint: Path | None) -> None:
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     if losses:  # as training ends, but for steps that are in no window of the log
         state.log_history.append({"train_loss": sum(losses) / len(losses), "step": state.global_step})
+
+
+def _is_at_its_end(state: Any, args: Any) -> bool:
+    """Whether a training has taken its last step, and is not to be longer now."""
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return 0 < state.max_steps <= state.global_step and args.num_train_epochs <= state.num_train_epochs
 
 
 def sort_targets(model: PreTrainedModel) -> None:

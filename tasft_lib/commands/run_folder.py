@@ -23,7 +23,7 @@ WITHOUT_EFFECT = (
     "ignore_data_skip", "restore_callback_states", "model_name_or_path",
 )  # fmt: skip
 
-# How long it lasts; may change while it is unfinished.
+# How long it lasts; may change while it is unfinished, and where a checkpoint to go on from is named.
 LENGTH = ("max_steps", "num_train_epochs")
 
 
@@ -51,10 +51,10 @@ def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str |
     if held is None and not resume and (names := _left(folder)):
         what = f"holds {names[0]} of another training"
         raise ValueError(f"{folder}: {what}; give another output_dir, or --overwrite to replace it")
-    _refuse_other(folder, held, asked)
+    _refuse_other(folder, held, asked, any_length=bool(resume))
     if resume:
         checkpoint = Path(resume)
-        _refuse_other(checkpoint.parent, _held(checkpoint.parent), asked)
+        _refuse_other(checkpoint.parent, _held(checkpoint.parent), asked, any_length=True)
         if names := torn(checkpoint):
             remedy = "leave out resume_from_checkpoint to take the newest whole one"
             raise ValueError(f"{checkpoint}: torn ({', '.join(names)}); {remedy}")
@@ -106,9 +106,9 @@ def _held(folder: Path) -> dict[str, Any] | None:
     return {name: value for name, value in held.items() if name != "own_readme"}
 
 
-def _refuse_other(folder: Path, held: dict[str, Any] | None, asked: dict[str, Any]) -> None:
+def _refuse_other(folder: Path, held: dict[str, Any] | None, asked: dict[str, Any], *, any_length: bool) -> None:
     names = sorted(name for name in (held or asked) | asked if (held or asked).get(name) != asked.get(name))
-    if not (folder / files.RECORD).exists():
+    if any_length or not (folder / files.RECORD).exists():
         names = [name for name in names if name not in LENGTH]
     if names:
         what = f"holds a training with other {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"

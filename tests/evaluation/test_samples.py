@@ -109,7 +109,7 @@ def test_a_resumed_run_adds_and_repeats_no_step(folder, prompts):  # noqa: F811
     after = samples(folder)
     assert [record["step"] for record in after] == [step for step in range(1, 6) for _ in PROMPTS]
     assert after[:6] == before[:6]
-    assert train(folder, *run, "--max_steps", "1") == 0
+    assert train(folder, *run, "--max_steps", "1", "--overwrite") == 0
     assert [record["step"] for record in samples(folder)] == [1] * 3, "another run begins anew"
 
 

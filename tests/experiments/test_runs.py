@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tasft_lib import files, generation
 from tasft_lib.experiments import arms, specs
 from tasft_lib.experiments.answers import respond, run, run_all
+from tasft_lib.judges.base import Judgement
 
 DECODING = generation.Decoding(max_new_tokens=4)
 PROMPTS = pd.DataFrame(
@@ -336,7 +337,22 @@ def test_damaged_answers_are_named_and_given_again(damage, is_sealed, trained, c
     assert f"{file} is damaged" in caplog.text and file.read_text() == text
 
 
-def test_a_damaged_set_of_rows_is_named_and_made_again(spec, caplog):
+class Accuser:
+    """A judge to whom everything is harmful: a model of four random tokens says nothing that another would mind."""
+
+    name, revision, licence = "accuser", "1", ""
+
+    def judge(self, prompts, responses):
+        return [Judgement("harmful", 5.0)] * len(responses)
+
+
+def test_a_damaged_set_of_rows_is_named_and_made_again(spec, caplog, monkeypatch):
+    monkeypatch.setattr(arms, "load_judge", lambda _: Accuser())
+    generate = arms.harvest.generate
+    # Its four tokens are an answer that has ended.
+    monkeypatch.setattr(
+        arms.harvest, "generate", lambda *a, **options: [replace(x, finished=True) for x in generate(*a, **options)]
+    )
     harvest = replace(harvest_of(spec), n=1)
     folder = arms.make_rows(harvest)
     rows = {file.name: file.read_bytes() for file in folder.iterdir()}
