@@ -18,11 +18,11 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: reproduce test lint unit notebooks lab clean
 .DEFAULT_GOAL := reproduce
 
-# --no-compile: what is imported is compiled on first use, and most of it never is.
+#: what is imported is compiled on first use, and most of it never is.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[notebooks,quant,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[notebooks,quant,dev]"
 	touch $@
 
 reproduce: .venv/installed
