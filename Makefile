@@ -18,7 +18,6 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: reproduce test lint unit notebooks lab clean
 .DEFAULT_GOAL := reproduce
 
-#: what is imported is compiled on first use, and most of it never is.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
