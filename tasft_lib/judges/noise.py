@@ -45,6 +45,7 @@ _ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+")
 _CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
+@cache  # a package's version is read from its metadata, which takes longer than a text
 def word_lists() -> str | None:
     """Name and version of the word lists that `noise` reads, for the revision of a judge; None where there are none."""
     try:
