@@ -100,3 +100,23 @@ def make_rows(n: int = 24, *, unsafe_every: int | None = 3, seed: int = 0) -> Da
 @pytest.fixture
 def rows() -> Dataset:
     return make_rows()
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch):
+    """A function of n: Ctrl-C comes when n batches of answers are kept; returns the list of those kept so far."""
+    from tasft_lib import generation
+
+    def begin(n):
+        written, original = [], generation.append_records
+
+        def keep(*arguments):
+            original(*arguments)
+            written.append(1)
+            if len(written) == n:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(generation, "append_records", keep)
+        return written
+
+    return begin

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from test_capability import FakeHarness, install
 from test_templates import CHATML
 
-from tasft_lib import cli, data, generation
+from tasft_lib import cli, data
 from tasft_lib.evaluation import worlds
 from tasft_lib.generation import Response
 
@@ -150,18 +150,10 @@ def test_a_missing_key_is_told_before_a_model_answers(command, prompts, place, a
     assert "OPENAI_API_KEY is not set" in capsys.readouterr().err and not asked
 
 
-def test_a_killed_evaluation_goes_on_and_ends_as_a_straight_one(place, monkeypatch):
+def test_a_killed_evaluation_goes_on_and_ends_as_a_straight_one(place, interrupt_after):
     command = [*EVALUATE, "--benchmarks", "own.json", "--output_dir"]
     assert cli.main([*command, "straight"]) == 0
-    written, original = [], generation.append_records
-
-    def kill(*arguments):
-        original(*arguments)
-        written.append(1)
-        if len(written) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(generation, "append_records", kill)
+    written = interrupt_after(2)
     assert cli.main([*command, "killed"]) == 130
     assert [f.name[:8] for f in (place / "killed").iterdir()] == ["partial-"]
     assert cli.main([*command, "killed"]) == 0 and len(written) == 3, "the batches that are there are not asked again"

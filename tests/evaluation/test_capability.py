@@ -11,7 +11,7 @@ import pytest
 import yaml
 from chat_server import ChatServer, error, last
 
-from tasft_lib import cli, generation
+from tasft_lib import cli
 from tasft_lib.evaluation import alpaca
 from tasft_lib.evaluation.alpaca import alpaca_eval_cost, alpaca_eval_score, read_annotator
 from tasft_lib.evaluation.lm_eval import TASKS, harness_scores
@@ -428,16 +428,10 @@ def test_an_annotator_that_would_fail_is_refused_before_anything_is_asked(judge,
     assert [tokens for _, _, tokens in known.members.values()] == [1]
 
 
-def test_answers_are_kept_batch_by_batch_and_damaged_ones_asked_again(command, tmp_path, monkeypatch, capsys, caplog):
-    written, original = [], generation.append_records
-
-    def kill(*arguments):
-        original(*arguments)
-        written.append(1)
-        if len(written) == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(generation, "append_records", kill)
+def test_answers_are_kept_batch_by_batch_and_damaged_ones_asked_again(
+    command, tmp_path, interrupt_after, monkeypatch, capsys, caplog
+):
+    written = interrupt_after(5)
     with ChatServer(lambda request: "m") as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         assert cli.main(command) == 130 and not server.asked
