@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .files import append_records, checked, content_hash, progress_bar, read_records
-from .templates import OPENING, Turn, assistant_turn, opens_thinking, read_turn, turn_ends
+from .records.templates import OPENING, Turn, assistant_turn, opens_thinking, read_turn, turn_ends
+from .storage.files import append_records, checked, content_hash, progress_bar, read_records
 
 
 @dataclass(frozen=True)

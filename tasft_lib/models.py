@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from . import files
-from .checkpoints import (
+from .storage import files
+from .storage.checkpoints import (
     adapter_shapes,
     check_tokens,
     check_weights,

@@ -24,7 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from ..files import KEEP_FREED_MEMORY
+from ..storage.files import KEEP_FREED_MEMORY
 from .contenders import (
     CONTENDERS,
     DENSE,

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .. import files, integrity
+from ..storage import files, integrity
 from .flags import add_dtype, add_template, at_least, check_data, check_folder, template_of
 
 MANIFEST = "alpaca_eval_manifest.json"
@@ -51,10 +51,10 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from .. import sources
     from ..evaluation import alpaca
     from ..generation import Decoding
     from ..models import load_tokenizer
+    from ..records import sources
 
     annotator = alpaca.read_annotator(args.annotator)
     rows = sources.read_rows(args.references)
@@ -139,16 +139,16 @@ def _check_key(annotator, plan: dict[str, int]) -> None:
 
 def _output(answers: dict[str, str], row: dict[str, str]) -> str:
     """What the annotator is shown: the answer after its thinking."""
-    from ..templates import split_thinking
+    from ..records.templates import split_thinking
 
     return split_thinking(answers.get(row["instruction"], ""))[1]
 
 
 def _answer(args, template: str, instructions: list[str], answers: dict[str, str], file: Path, decoding) -> None:
     """Add the model's answers to `answers` and `file`; each batch is kept beside it until all are there."""
-    from .. import templates
     from ..generation import generate
     from ..models import load_model
+    from ..records import templates
 
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
     asked = templates.ask(instructions, template, tokenizer, chat_template_kwargs=args.chat_template_kwargs)

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from .. import files, integrity
+from ..storage import files, integrity
 from .flags import add_template, at_least, check_data, json_object, template_of
 
 
@@ -54,11 +54,11 @@ def main(argv: list[str]) -> None:
 
 
 def _attack(args, is_folder: bool) -> None:
-    from .. import templates
     from ..evaluation import pair, rates
     from ..evaluation.served import Endpoint
     from ..generation import Decoding, generate
     from ..models import load_model
+    from ..records import templates
 
     goals = pair.read_goals(args.goals)[: args.n_goals]
     settings = pair.PairSettings(streams=args.streams, depth=args.depth, seed=args.seed)

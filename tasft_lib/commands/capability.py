@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .. import files, integrity
+from ..storage import files, integrity
 from .flags import add_dtype, at_least, check_folder, json_object, own_template, template_of
 
 MANIFEST = "capability_manifest.json"

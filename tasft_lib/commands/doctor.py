@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from .. import files
-from ..templates import TEMPLATES
+from ..records.templates import TEMPLATES
+from ..storage import files
 from .flags import add_source, at_least, check_data, source_options
 from .train_options import as_trl_has_it, read_config
 
@@ -49,9 +49,9 @@ def main(argv: list[str]) -> int:
     if args.tokenizer is not None:
         files.check_model(args.tokenizer, args.model_revision)
 
-    from .. import data
     from ..models import load_tokenizer
     from ..prepare import doctor
+    from ..records import data
 
     if args.tokenizer is not None and args.max_length is None:
         from ..config import TASFTConfig
@@ -94,8 +94,8 @@ def _of_training(args: argparse.Namespace) -> dict:
 
 def _show(args: argparse.Namespace, config: dict, tokenizer, checked_by) -> None:
     """Print the masks of the first rows, as the trainer itself makes them; only here a command prints texts."""
-    from .. import data, sources
     from ..prepare.masks import OPTIONS, first_of_each, masks
+    from ..records import data, sources
 
     raw = sources.read_rows(args.data, **source_options(args))
     rows = data.to_training_rows(

@@ -1,6 +1,6 @@
 """`tasft evaluate`: answers to the harm benchmarks, judged: a results table."""
 
-from .. import files, integrity
+from ..storage import files, integrity
 from .flags import add_source, at_least, check_folder, json_object, model_parser, source_options, template_of
 
 
@@ -166,9 +166,9 @@ def _tell_unfinished(judged, args) -> None:
 
 def _attacked(prompts, args, tokenizer):
     """The prompts under the attacks of `--attacks`; answers to begin with come from `--prefill_answers`."""
-    from .. import sources
     from ..evaluation import attacks, worlds
-    from ..templates import split_thinking
+    from ..records import sources
+    from ..records.templates import split_thinking
 
     answers = None
     if "prefill" in args.attacks:

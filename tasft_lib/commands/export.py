@@ -4,8 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
-from .. import files, integrity
 from ..publish import hub
+from ..storage import files, integrity
 from .flags import add_dtype
 
 AFTERWARDS = """\

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .. import files, integrity
-from ..templates import TEMPLATES
+from ..records.templates import TEMPLATES
+from ..storage import files, integrity
 from .flags import add_drop_empty, add_dtype, add_source, check_data, source_options
 
 
@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
 
 
 def _filter(args) -> None:
-    from .. import data, sources
     from ..models import load_model
+    from ..records import data, sources
     from ..reporting import figures
     from ..saft.find import Search
     from ..saft.report import Output
@@ -127,7 +127,7 @@ def _filter(args) -> None:
 
 def _content(source: str, split: str | None, name: str | None, revision: str | None) -> str:
     """What was read: a hash of the file or folder, or the hub's commit."""
-    from ..files import file_hash
+    from ..storage.files import file_hash
 
     path = Path(source).expanduser()
     if path.exists():

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import files
-from ..templates import TEMPLATES, Template, default_template
+from ..records.templates import TEMPLATES, Template, default_template
+from ..storage import files
 
 # Of `--dtype`: the short names that people write are understood.
 DTYPE = {
@@ -135,7 +135,7 @@ def add_template(parser: argparse.ArgumentParser) -> None:
 
 def own_template(model: str, revision: str | None, tokenizer: Any) -> Template:
     """`default_template` of a folder, or of a hub id at that commit, whose record lies in the hub's cache."""
-    from ..checkpoints import find_file
+    from ..storage.checkpoints import find_file
 
     record = find_file(model, files.RECORD, revision)
     return default_template(record.parent if record else model, tokenizer)

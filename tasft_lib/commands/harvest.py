@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .. import files, integrity
+from ..storage import files, integrity
 from .flags import add_source, at_least, check_data, model_parser, source_options, template_of
 
 # Options that decide what a harvest gives.
@@ -35,7 +35,6 @@ def _harvest(args) -> None:
     if args.output_dir.exists() and not (args.output_dir / "settings.json").exists():
         raise ValueError(f"{args.output_dir} exists already; remove it or choose another --output_dir.")
 
-    from .. import data
     from ..evaluation import worlds
     from ..generation import Decoding
     from ..judges.base import check_ready
@@ -43,6 +42,7 @@ def _harvest(args) -> None:
     from ..models import load_model, load_tokenizer
     from ..prepare import catalogue
     from ..prepare.harvest import Origin, harvest, is_harvested, save_harvest
+    from ..records import data
 
     which = source_options(args)
     if any(which.values()) and (args.red_team or worlds.is_named(args.prompts)):

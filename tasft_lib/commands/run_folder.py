@@ -8,8 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .. import files, integrity
-from ..resume import by_step, torn
+from ..storage import files, integrity
+from ..storage.resume import by_step, torn
 
 # Trainer uploads nothing that begins with "_".
 SETTINGS = "_settings.json"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .. import files, integrity
+from ..storage import files, integrity
 from .train_options import Options, as_trl_has_it, read_options
 
 
@@ -17,9 +17,9 @@ def main(argv: list[str]) -> None:
     if options is None:
         return
 
-    from .. import data
-    from ..checkpoints import check_weights
     from ..models import load_tokenizer, train_from
+    from ..records import data
+    from ..storage.checkpoints import check_weights
     from . import run_folder
 
     _, data_args, args, model_args = options
@@ -69,7 +69,7 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
 
 def _read_rows(options: Options) -> tuple:
     """(benign rows, unsafe rows, what says which those are), each row with its place."""
-    from .. import data, sources
+    from ..records import data, sources
 
     script_args, data_args, _, _ = options
     rows = sources.read_rows(
@@ -114,8 +114,8 @@ def _labelled_by_saft(rows, options: Options):
     """
     from trl import get_quantization_config
 
-    from .. import data
     from ..models import load_tokenizer, load_weights
+    from ..records import data
     from ..saft.find import Search
     from ..saft.workflow import label_rows
 
@@ -156,7 +156,7 @@ def _fit_rows(benign, unsafe, options: Options, checked_by) -> tuple:
 
     Raises `ValueError` for messages where `checked_by`, the tokenizer, has no chat template.
     """
-    from .. import data
+    from ..records import data
 
     script_args, data_args, args, _ = options
     unsafe_source = data_args.unsafe_dataset_name or script_args.dataset_name
@@ -173,7 +173,7 @@ def _fit_rows(benign, unsafe, options: Options, checked_by) -> tuple:
 
 def _mix(benign, unsafe, labels_from: str, options: Options, checked_by) -> tuple:
     """(the rows of the run, drawn, shuffled and checked; the name of each, for messages)."""
-    from .. import data
+    from ..records import data
 
     script_args, data_args, args, _ = options
     named = data_args.unsafe_dataset_name is not None or data_args.by_saft
@@ -195,7 +195,7 @@ def _mix(benign, unsafe, labels_from: str, options: Options, checked_by) -> tupl
 
 def _evaluation_rows(options: Options):
     """The rows of `dataset_test_split`, benign where they have no label; None where none are evaluated."""
-    from .. import data, sources
+    from ..records import data, sources
 
     script_args, data_args, args, _ = options
     if args.eval_strategy == "no":
@@ -258,8 +258,8 @@ def _add_callbacks(trainer, options: Options, mixed, sample_prompts: list[str]) 
 
     from ..evaluation.samples import SampleCallback
     from ..generation import Decoding
-    from ..resume import Seal
-    from ..templates import ask
+    from ..records.templates import ask
+    from ..storage.resume import Seal
     from . import run_folder
 
     data_args = options.data

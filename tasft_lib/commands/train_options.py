@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .. import files
+from ..storage import files
 from .flags import DTYPE, check_data
 
 HELP = """\

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..files import content_hash
+from ..storage.files import content_hash
 
 logger = logging.getLogger(__name__)
 # Characters per token of English text, roughly.

@@ -7,11 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from .. import templates
-from ..files import write_text
 from ..generation import Response
-from ..integrity import damage, seal, set_aside
 from ..judges.base import DEGENERATE, ExactJudge, Judge, judge_responses
+from ..records import templates
+from ..storage.files import write_text
+from ..storage.integrity import damage, seal, set_aside
 from .agreement import agreement_table
 
 

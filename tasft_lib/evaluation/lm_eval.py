@@ -14,9 +14,9 @@ import pandas as pd
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import write_text
-from ..integrity import set_aside
-from ..sources import read_rows
+from ..records.sources import read_rows
+from ..storage.files import write_text
+from ..storage.integrity import set_aside
 
 # Task -> commit of the hub data set that the harness reads for it (aps/super_glue, baber/piqa, allenai/openbookqa).
 TASKS = {

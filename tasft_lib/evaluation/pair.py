@@ -20,10 +20,19 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..files import append_record, checked, content_hash, progress_bar, read_json, read_records, write_json, write_text
 from ..generation import Decoding
-from ..sources import column_names, read_rows
-from ..templates import split_thinking
+from ..records.sources import column_names, read_rows
+from ..records.templates import split_thinking
+from ..storage.files import (
+    append_record,
+    checked,
+    content_hash,
+    progress_bar,
+    read_json,
+    read_records,
+    write_json,
+    write_text,
+)
 from .served import Endpoint, generate_served, missing_calls
 
 SUCCESS = 10

@@ -3,8 +3,8 @@
 from pathlib import Path
 from urllib.request import urlopen
 
-from ..files import cache_folder, content_hash, write_text
-from ..integrity import is_there, seal
+from ..storage.files import cache_folder, content_hash, write_text
+from ..storage.integrity import is_there, seal
 
 # As Safety-Tuned LLaMAs (Bianchi et al., 2023), HarmfulQ (Shaikh et al., 2022) and XSTest (Röttger et al., 2023)
 # published them: name -> address.

@@ -6,11 +6,11 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..files import append_record, read_records, write_text
 from ..generation import GREEDY, Decoding, check_prompts, generate
 from ..judges.refusals import is_refusal
 from ..judges.strings import is_degenerate
-from ..templates import split_thinking
+from ..records.templates import split_thinking
+from ..storage.files import append_record, read_records, write_text
 from ..text import redact
 
 # Trainer never uploads what begins with an underscore: `push_to_hub` must not publish what an unsafe model says.

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..files import append_record, checked, content_hash, progress_bar, read_records
 from ..generation import GREEDY, Decoding, Response
 from ..judges.client import MALFORMED, Failure, attempt, key, make_client
-from ..templates import CLOSING, OPENING
+from ..records.templates import CLOSING, OPENING
+from ..storage.files import append_record, checked, content_hash, progress_bar, read_records
 
 logger = logging.getLogger(__name__)
 # A whole conversation of {"role": ..., "content": ...}, or a prompt, which is one user message.

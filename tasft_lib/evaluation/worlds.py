@@ -13,10 +13,10 @@ import pandas as pd
 from datasets import Dataset
 
 from .. import miniworld
-from ..data import read_prompts
-from ..files import named
-from ..integrity import damage, is_sealed, locked, seal, set_aside
-from ..sources import is_saved, read_rows
+from ..records.data import read_prompts
+from ..records.sources import is_saved, read_rows
+from ..storage.files import named
+from ..storage.integrity import damage, is_sealed, locked, seal, set_aside
 from . import attacks, prompts
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from .. import generation
 from ..evaluation.answers import asked_and_begun, judge_answers, questions
 from ..evaluation.worlds import base_model
-from ..files import (
+from ..judges import load
+from ..models import quiet
+from ..storage.files import (
     content_hash,
     end_with_parent,
     keep_freed_memory,
@@ -34,9 +36,7 @@ from ..files import (
     show_progress,
     write_text,
 )
-from ..integrity import damage, locked, seal, set_aside
-from ..judges import load
-from ..models import quiet
+from ..storage.integrity import damage, locked, seal, set_aside
 from .arms import checkpoints, is_trained, load_model, train, with_files
 from .specs import ArmSpec
 

@@ -31,10 +31,14 @@ import transformers
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from .. import data, models, sources, text
+from .. import models, text
 from ..evaluation import worlds
 from ..evaluation.worlds import base_model
-from ..files import (
+from ..judges.load import load_judge
+from ..prepare import harvest
+from ..prepare.contrastive import contrastive_rows
+from ..records import data, sources
+from ..storage.files import (
     content_hash,
     environment,
     model_identity,
@@ -46,11 +50,8 @@ from ..files import (
     write_json,
     write_rows,
 )
-from ..integrity import damage, is_there, locked, seal, set_aside, sha256
-from ..judges.load import load_judge
-from ..prepare import harvest
-from ..prepare.contrastive import contrastive_rows
-from ..resume import Seal, by_step, torn
+from ..storage.integrity import damage, is_there, locked, seal, set_aside, sha256
+from ..storage.resume import Seal, by_step, torn
 from . import methods
 from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec, describe
 
@@ -63,12 +64,12 @@ TRAINED_BY = (
     "labels",
     "trainer",
     "experiments/methods",
-    "data",
-    "messages",
-    "sources",
-    "templates",
+    "records/data",
+    "records/messages",
+    "records/sources",
+    "records/templates",
     "text",
-    "files",
+    "storage/files",
 )
 
 

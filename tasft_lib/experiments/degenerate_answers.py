@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import losses, sources
+from .. import losses
 from ..evaluation.rates import rate, wilson_interval
 from ..judges import noise
 from ..judges.noise import NOISE, UNREAD
 from ..judges.refusals import is_refusal, xstest_refusal
 from ..judges.strings import is_degenerate
+from ..records import sources
 from ..text import rate_text
 
 # Modules of the standard library whose documentation is real English text that is always there.

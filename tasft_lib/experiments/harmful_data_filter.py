@@ -10,14 +10,15 @@ import pandas as pd
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
-from .. import data, files, templates
 from ..evaluation import worlds
 from ..evaluation.rates import summary
-from ..files import runs_folder
 from ..prepare import catalogue
+from ..records import data, templates
 from ..saft import find
 from ..saft.activations import POOLINGS, activations, completion_loss, middle_layer, n_layers
 from ..saft.filter import SAFTFitter, check_share
+from ..storage import files
+from ..storage.files import runs_folder
 from . import row_detectors
 from .answers import judge_by_name
 from .arms import load_model

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from ..config import TASFTConfig
-from ..data import mix
 from ..losses import PENALTIES
+from ..records.data import mix
 from ..trainer import TASFTTrainer
 
 METHODS = ("sft", "kto", *PENALTIES)

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from ..bench import measure
-from ..files import environment
+from ..storage.files import environment
 
 
 def check_cases(config: Any) -> None:

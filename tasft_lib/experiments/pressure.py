@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from ..config import TABLE_4_PRESSURE, share_of_loss
-from ..files import project_root
+from ..storage.files import project_root
 from .settings import Settings
 
 

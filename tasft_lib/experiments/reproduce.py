@@ -13,9 +13,9 @@ import pandas as pd
 import papermill
 import torch
 
-from .. import files, integrity
-from ..files import keep_freed_memory, project_root, runs_folder
 from ..reporting import report
+from ..storage import files, integrity
+from ..storage.files import keep_freed_memory, project_root, runs_folder
 from . import designs, results, settings
 from .specs import ArmSpec
 

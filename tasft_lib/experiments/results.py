@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .. import files
-from ..files import notebooks, project_root, runs_folder
+from ..storage import files
+from ..storage.files import notebooks, project_root, runs_folder
 
 Result = TypeVar("Result", pd.DataFrame, Figure)
 

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from ..files import notebooks, project_root
+from ..storage.files import notebooks, project_root
 
 
 @dataclass(frozen=True)

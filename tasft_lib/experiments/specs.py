@@ -11,8 +11,8 @@ from typing import Any
 from peft import LoraConfig
 
 from ..evaluation import worlds
-from ..files import content_hash, runs_folder
 from ..generation import Decoding
+from ..storage.files import content_hash, runs_folder
 from . import methods
 
 TRAINING = (

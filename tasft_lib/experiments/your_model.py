@@ -13,10 +13,10 @@ from transformers import AutoConfig
 from ..evaluation import alpaca, lm_eval, worlds
 from ..evaluation.lm_eval import write_tasks
 from ..evaluation.rates import MEASURES, mcnemar, rate
-from ..files import content_hash, file_hash, runs_folder, write_text
 from ..generation import Decoding
-from ..integrity import is_there, seal
-from ..templates import format_prompt
+from ..records.templates import format_prompt
+from ..storage.files import content_hash, file_hash, runs_folder, write_text
+from ..storage.integrity import is_there, seal
 from ..text import rate_text
 from .answers import run_all
 from .arms import load_tokenizer, load_trained

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ..files import append_records, checked, progress_bar, read_records
+from ..storage.files import append_records, checked, progress_bar, read_records
 from .noise import find_degenerate
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ..files import model_identity
 from ..generation import Decoding, check_prompts, generate
 from ..models import load_tokenizer, load_weights
+from ..storage.files import model_identity
 from .base import UNSCORED, Judgement, judge_in_batches
 from .noise import strings_revision
 from .refusals import is_refusal

@@ -9,7 +9,7 @@ import logging
 import os
 from functools import cached_property
 
-from ..files import content_hash
+from ..storage.files import content_hash
 from .base import DEGENERATE, UNSCORED, Judgement, judge_in_batches
 from .client import MALFORMED, Failure, attempt, key, make_client
 from .noise import strings_revision

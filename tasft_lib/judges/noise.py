@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
-from ..files import content_hash
+from ..storage.files import content_hash
 from . import encodings, refusals, strings
 from .encodings import is_coded, respellings
 from .strings import is_degenerate

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..files import cache_folder, whole
+from ..storage.files import cache_folder, whole
 from .corpus import all_text, documents
 from .lexicon import CLASSES
 

@@ -20,7 +20,6 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from huggingface_hub.errors import GatedRepoError, HTTPError
 from tqdm.auto import tqdm
 
-from ..data import Source
 from ..evaluation.prompts import (
     BENIGN_FILES,
     DEVELOPMENT_FILES,
@@ -30,7 +29,8 @@ from ..evaluation.prompts import (
     downloaded_file,
     locate,
 )
-from ..sources import column_names, read_rows
+from ..records.data import Source
+from ..records.sources import column_names, read_rows
 from ..text import shown
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 
-from .. import data, sources, templates
-from ..files import progress_bar
 from ..judges.refusals import is_refusal
 from ..judges.strings import is_degenerate
+from ..records import data, sources, templates
+from ..storage.files import progress_bar
 from ..text import markdown, normalise, redact, toxic_words, words_of
 from .near_duplicates import near_duplicates, near_references
 

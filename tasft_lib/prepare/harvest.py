@@ -22,12 +22,21 @@ import yaml
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import sources, templates
 from ..evaluation.rates import wilson_interval
-from ..files import append_record, checked, content_hash, progress_bar, read_json, read_records, whole, write_json
 from ..generation import Decoding, Response, check_prompts, generate
-from ..integrity import is_there, seal, set_aside
 from ..judges.base import VERDICTS, Judge, described, judge_responses
+from ..records import sources, templates
+from ..storage.files import (
+    append_record,
+    checked,
+    content_hash,
+    progress_bar,
+    read_json,
+    read_records,
+    whole,
+    write_json,
+)
+from ..storage.integrity import is_there, seal, set_aside
 from ..text import markdown, normalise, redact
 
 SETTINGS = "settings.json"

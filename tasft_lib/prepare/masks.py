@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from .. import data
 from ..config import TASFTConfig
+from ..records import data
 from ..trainer import TASFTTrainer
 
 READ, LEARNT, PENALISED = "read", "learnt", "penalised"

@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from .. import data
-from ..files import RECORD, model_identity, read_adapter_config, whole
+from ..records import data
+from ..storage.files import RECORD, model_identity, read_adapter_config, whole
 from ..text import markdown, rate_text, redact
 
 MARK = "<!-- `tasft card` wrote this and writes over it; without this line it keeps its hands off -->"

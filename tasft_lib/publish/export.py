@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints import check_tokens, check_weights
-from ..files import model_identity, whole, write_json
 from ..models import load_weights, put_on
+from ..storage.checkpoints import check_tokens, check_weights
+from ..storage.files import model_identity, whole, write_json
 from .card import RECORD, read_record, write_card
 from .hub import model_files
 

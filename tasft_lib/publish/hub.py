@@ -4,7 +4,7 @@ import os
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..files import MODEL_FILES, read_adapter_config, read_object
+from ..storage.files import MODEL_FILES, read_adapter_config, read_object
 
 # Card and record go along. No .bin weights: those are pickles.
 PUBLISHED = ("README.md", "tasft.json", *(name for name in MODEL_FILES if ".bin" not in name))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import project_root
+from ..storage.files import project_root
 from . import tables
 from .figures.filters import detector_name
 

@@ -9,7 +9,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from ..bench.tables import readme_performance
-from ..files import notebooks, project_root, read_json, write_text
+from ..storage.files import notebooks, project_root, read_json, write_text
 from ..text import markdown
 from . import tables
 from .claims import claims_table

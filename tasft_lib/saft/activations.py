@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import data
-from ..files import progress_bar
 from ..generation import evaluating
-from ..integrity import is_sealed, is_there, seal
 from ..losses import token_log_probs
+from ..records import data
+from ..storage.files import progress_bar
+from ..storage.integrity import is_sealed, is_there, seal
 
 POOLINGS = ("last", "mean")
 WINDOW = 64  # batches that are tokenised, sorted by length and written together

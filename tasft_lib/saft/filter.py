@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from sklearn.metrics import precision_recall_curve
 
-from ..files import whole, write_json
+from ..storage.files import whole, write_json
 
 Side = Literal["both", "+", "-"]
 SCORE = "saft_score"

@@ -17,9 +17,9 @@ from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import data
-from ..files import content_hash
-from ..integrity import locked
+from ..records import data
+from ..storage.files import content_hash
+from ..storage.integrity import locked
 from .activations import POOLINGS, activations, check_poolings, middle_layer, n_layers
 from .filter import BLOCK, SAFTFilter, SAFTFitter, check_rate, check_rows, check_share, check_threshold
 

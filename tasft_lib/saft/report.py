@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
-from .. import data, files, integrity
-from ..sources import file_format
+from ..records import data
+from ..records.sources import file_format
+from ..storage import files, integrity
 from ..text import markdown
 from .filter import SAFTFilter
 

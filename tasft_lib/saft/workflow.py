@@ -8,7 +8,8 @@ import pandas as pd
 from accelerate import PartialState
 from datasets import Dataset
 
-from .. import data, files, integrity
+from ..records import data
+from ..storage import files, integrity
 from . import report
 from .activations import context_length, token_lengths
 from .filter import SAFTFilter

@@ -10,9 +10,10 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from test_capability import FakeHarness, install
 from test_templates import CHATML
 
-from tasft_lib import cli, data
+from tasft_lib import cli
 from tasft_lib.evaluation import worlds
 from tasft_lib.generation import Response
+from tasft_lib.records import data
 
 
 @pytest.fixture

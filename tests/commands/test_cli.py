@@ -13,11 +13,12 @@ import pytest
 from conftest import build_model, make_rows
 from datasets import Dataset, load_from_disk
 
-from tasft_lib import cli, integrity
+from tasft_lib import cli
 from tasft_lib.evaluation import prompts as prompts_module
 from tasft_lib.evaluation import worlds
 from tasft_lib.generation import Response
 from tasft_lib.judges.base import Judgement
+from tasft_lib.storage import integrity
 
 TOXIC = ("I-MaliciousInstructions", "I-CoNa", "I-Controversial")
 

@@ -15,9 +15,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_p
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from tasft_lib import TASFTConfig, TASFTTrainer, data, losses
+from tasft_lib import TASFTConfig, TASFTTrainer, losses
 from tasft_lib import trainer as trainer_module
 from tasft_lib.experiments import methods
+from tasft_lib.records import data
 
 # TRL 1.15's own head, which plain SFT stands on, needs Triton.
 plain_sft = pytest.mark.skipif(trl.trainer.utils._ChunkedLogProbFunction is None, reason="TRL 1.15 without Triton")

@@ -10,12 +10,12 @@ from itertools import pairwise
 import pytest
 from chat_server import ChatServer, Reply, error, last
 
-from tasft_lib import files
 from tasft_lib.evaluation import served
 from tasft_lib.evaluation.served import Endpoint, generate_served, missing_calls
-from tasft_lib.files import append_record, read_records
 from tasft_lib.generation import Decoding, Response
-from tasft_lib.templates import split_thinking
+from tasft_lib.records.templates import split_thinking
+from tasft_lib.storage import files
+from tasft_lib.storage.files import append_record, read_records
 
 pytest.importorskip("openai")
 KEY = "sk-zorvex-9f31c0de"

@@ -8,9 +8,9 @@ import pytest
 
 from tasft_lib.experiments import arms, harmful_data_filter, settings
 from tasft_lib.experiments.study import Study
-from tasft_lib.files import project_root
 from tasft_lib.judges import miniworld
 from tasft_lib.miniworld import FAMILIES, toxic_prompts
+from tasft_lib.storage.files import project_root
 
 SOURCE = ("miniworld", 200)
 

@@ -9,12 +9,14 @@ import nbformat
 import pandas as pd
 import pytest
 
-from tasft_lib import files, generation, integrity, sources
+from tasft_lib import generation
 from tasft_lib.experiments import arms as arms_module
 from tasft_lib.experiments import designs, reproduce, settings
 from tasft_lib.experiments.study import Study
-from tasft_lib.files import notebooks
+from tasft_lib.records import sources
 from tasft_lib.reporting import paper
+from tasft_lib.storage import files, integrity
+from tasft_lib.storage.files import notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
 # The others train nothing.

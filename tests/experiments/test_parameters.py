@@ -11,7 +11,7 @@ import yaml
 
 from tasft_lib.experiments import performance, settings
 from tasft_lib.experiments.settings import SHARED, UNTRAINED, UNUSED, coerce, load, resolve
-from tasft_lib.files import notebooks
+from tasft_lib.storage.files import notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = notebooks()

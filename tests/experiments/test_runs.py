@@ -12,10 +12,11 @@ import torch
 from conftest import build_model, make_rows
 from safetensors.torch import load_file
 
-from tasft_lib import files, generation
+from tasft_lib import generation
 from tasft_lib.experiments import arms, specs
 from tasft_lib.experiments.answers import respond, run, run_all
 from tasft_lib.judges.base import Judgement
+from tasft_lib.storage import files
 
 DECODING = generation.Decoding(max_new_tokens=4)
 PROMPTS = pd.DataFrame(

@@ -15,11 +15,12 @@ import yaml
 from httpx import Request, Response
 from huggingface_hub.errors import GatedRepoError
 
-from tasft_lib import cli, data, sources
+from tasft_lib import cli
 from tasft_lib.evaluation import prompts as prompts_module
 from tasft_lib.evaluation.prompts import downloaded_file
 from tasft_lib.prepare import catalogue
 from tasft_lib.prepare.catalogue import DATA_SETS, Published
+from tasft_lib.records import data, sources
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = {"training", "toxic prompts", "benign", "over-refusal", "safe answers", "jailbreak goals", "capability"}

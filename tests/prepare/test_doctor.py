@@ -10,8 +10,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from tasft_lib import cli, templates
+from tasft_lib import cli
 from tasft_lib.prepare import doctor
+from tasft_lib.records import templates
 
 VOCABULARY = [f"{a}{b}{c}" for a in ("zor", "blo", "qui", "gre") for b in ("v", "mb", "ll", "x") for c in "aeiou"]
 

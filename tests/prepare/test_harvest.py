@@ -8,15 +8,15 @@ import yaml
 from conftest import WORDS, build_model
 from datasets import load_from_disk
 
-from tasft_lib.data import to_training_rows
 from tasft_lib.evaluation.rates import wilson_interval
-from tasft_lib.files import read_records
 from tasft_lib.generation import Decoding, Response, generate
 from tasft_lib.judges.base import UNSCORED, Judgement
 from tasft_lib.prepare import harvest as harvest_module
 from tasft_lib.prepare.harvest import FEATURES, SAMPLING, Origin, harvest, is_harvested, save_harvest
-from tasft_lib.sources import read_rows
-from tasft_lib.templates import format_prompt
+from tasft_lib.records.data import to_training_rows
+from tasft_lib.records.sources import read_rows
+from tasft_lib.records.templates import format_prompt
+from tasft_lib.storage.files import read_records
 
 PROMPTS = [f"do the zorvex thing {word}" for word in WORDS[:20]]
 

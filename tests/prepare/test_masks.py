@@ -5,8 +5,9 @@ import json
 import pytest
 from datasets import Dataset
 
-from tasft_lib import cli, data
+from tasft_lib import cli
 from tasft_lib.prepare.masks import first_of_each, masks
+from tasft_lib.records import data
 
 
 @pytest.fixture(scope="module")

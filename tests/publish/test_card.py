@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
-from tasft_lib import cli, files
+from tasft_lib import cli
 from tasft_lib.publish import hub
+from tasft_lib.storage import files
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from trl import ModelConfig, ScriptArguments
 
-from tasft_lib import TASFTConfig, cli, files
+from tasft_lib import TASFTConfig, cli
 from tasft_lib.commands.train_options import DataArguments
 from tasft_lib.reporting import report
+from tasft_lib.storage import files
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("tasft_lib", "params", "figures")

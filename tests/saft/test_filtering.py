@@ -11,12 +11,14 @@ from conftest import build_model, make_rows
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 
-from tasft_lib import cli, data, integrity, sources
+from tasft_lib import cli
+from tasft_lib.records import data, sources
 from tasft_lib.reporting import figures
 from tasft_lib.saft import find
 from tasft_lib.saft.filter import SCORE, SAFTFilter, SAFTFitter
 from tasft_lib.saft.find import Scoring, Search, best_scoring, find_harmful
 from tasft_lib.saft.report import histogram, length_correlation, save_rows, warnings
+from tasft_lib.storage import integrity
 
 HARMFUL = range(0, 40, 4)
 

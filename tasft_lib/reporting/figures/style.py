@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...files import whole, write_text
+from ...storage.files import whole, write_text
 
 # Colour-blind safe (Okabe-Ito), one look per method in every figure; rivals and controls in greys and broken lines.
 STYLES = {  # name, colour, marker, line

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasft_lib import files
+from tasft_lib.storage import files
 
 PACKAGE = Path(files.__file__).parent
 # Modules and functions that Windows has not.
@@ -31,7 +31,7 @@ POSIX_CALLS = (
 POOL = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
-from tasft_lib import files
+from tasft_lib.storage import files
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("forkserver")

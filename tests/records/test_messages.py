@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, Features, List, Value
 from datasets.features import LargeList
 
-from tasft_lib import data, sources
+from tasft_lib.records import data, sources
 
 
 def user(content, **more) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tasft_lib.templates import (
+from tasft_lib.records.templates import (
     ask,
     assistant_turn,
     chat_prompt,

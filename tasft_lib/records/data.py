@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
+from ..text import is_whole, normalise, shown
 from . import messages
 from .sources import Source, column_names, file_format, is_table, like_names, read_file, read_rows
 from .templates import Template, format_prompt, questions, template_errors
-from .text import is_whole, normalise, shown
 
 logger = logging.getLogger(__name__)
 _PROMPT_COLUMNS = ("prompt", "instruction", "Goal", "goal")

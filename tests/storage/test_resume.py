@@ -1,7 +1,7 @@
 """A training's checkpoints: in the order of training, and a torn one is known."""
 
-from tasft_lib import integrity
-from tasft_lib.resume import by_step, torn
+from tasft_lib.storage import integrity
+from tasft_lib.storage.resume import by_step, torn
 
 
 def test_they_come_in_the_order_of_training(tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .files import RECORD
+from ..storage.files import RECORD
 
 # Stanford's train.py ends its prompts at "### Response:"; Alpaca-LoRA's form, which STL and so the paper use, adds the
 # newline. We keep it: TRL trains on what follows the prompt's own tokens, and a newline ends a token where a space may

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tasft_lib import integrity
 from tasft_lib.cli import COMMANDS
+from tasft_lib.storage import integrity
 
-PACKAGE = Path(integrity.__file__).parent
+PACKAGE = Path(integrity.__file__).parents[1]
 
 
 def test_a_second_one_in_a_folder_waits_with_a_word_and_leaves_nothing(tmp_path, monkeypatch, capsys):

@@ -8,8 +8,8 @@ from conftest import build_model
 from safetensors.torch import load_file, save_file
 
 from tasft_lib import cli
-from tasft_lib.checkpoints import check_weights
 from tasft_lib.models import load_model, load_tokenizer, load_weights
+from tasft_lib.storage.checkpoints import check_weights
 
 
 def edit_json(file, **changes):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from .text import shown, shown_name
+from ..text import shown, shown_name
 
 Source = str | Path
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")

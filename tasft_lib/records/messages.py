@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from .text import shown, shown_name
+from ..text import shown, shown_name
 
 # ShareGPT's names of those who speak; a role of {role, content} messages is the chat template's to know.
 _SPEAKERS = {

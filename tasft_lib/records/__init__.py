@@ -1,0 +1,1 @@
+"""The way of one record: read, templated, checked, drawn."""

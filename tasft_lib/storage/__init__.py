@@ -1,0 +1,1 @@
+"""Files and folders that stay whole: written, locked, checked, found again."""
