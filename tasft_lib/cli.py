@@ -6,6 +6,7 @@ from importlib import import_module
 
 COMMANDS = {
     "data": "the published data sets: what is here, what is missing and how to get it",
+    "model": "the base models that tasft brings: what is here; `fetch NAME` downloads one",
     "doctor": "a check of training rows before they are used: repeats, leaks, wrong labels, cut answers",
     "harvest": "unsafe answers of a model itself, judged: D_unsafe",
     "filter": "SAFT: a fine-tuning set without the rows that look harmful, and those rows",

@@ -3,9 +3,6 @@
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..storage import files, integrity
@@ -24,7 +21,7 @@ def main(argv: list[str]) -> None:
 
     _, data_args, args, model_args = options
     folder, base, revision = Path(args.output_dir), model_args.model_name_or_path, model_args.model_revision
-    with _full_disk_named(folder), integrity.folder_lock(folder):
+    with files.full_disk_named(folder), integrity.folder_lock(folder):
         tokenizer = load_tokenizer(base, revision)
         checked_by = as_trl_has_it(tokenizer, args.chat_template_path)
         benign, unsafe, labels_from = _read_rows(options)
@@ -53,18 +50,6 @@ def main(argv: list[str]) -> None:
         train_from(trainer, checkpoint)
         _save(trainer, options, mixed)
         trainer.end()
-
-
-@contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    """Of a full disk each library has an error of its own; it becomes one that says so."""
-    try:
-        yield
-    except Exception as error:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-        if "No space left" not in str(error) and shutil.disk_usage(there).free > 2**20:
-            raise
-        raise OSError(f"{folder}: no space left on the disk; make room, and run the same command again") from error
 
 
 def _read_rows(options: Options) -> tuple:

@@ -12,7 +12,7 @@ from typing import Protocol
 import pandas as pd
 from datasets import Dataset
 
-from .. import miniworld
+from .. import base_models, miniworld
 from ..records.data import read_prompts
 from ..records.sources import is_saved, read_rows
 from ..storage.files import named
@@ -162,11 +162,13 @@ def is_named(source: str) -> bool:
 
 
 def base_model(name: str) -> str:
-    """A local folder or hub id as it is; "miniworld" and "miniworld-smoke" are built, or found in the cache.
+    """A local folder or hub id as it is; others are found in the cache, or made there: "miniworld" and
+    "miniworld-smoke" are built, a name of `base_models.PUBLISHED` is fetched, a GGUF file converted.
 
-    Files of a built one that are no longer as they were are named, and it is built again.
+    Files of one in the cache that are no longer as they were are named, and it is made again. Raises as
+    `base_models.resolve`.
     """
-    return str(_built(name)) if name in _BUILT else name
+    return str(_built(name)) if name in _BUILT else base_models.resolve(name)
 
 
 def _built(name: str) -> Path:
@@ -187,8 +189,8 @@ def is_built(model: str) -> bool:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a base model is neither a local folder nor built here, so that a commit must be named."""
-    return model not in _BUILT and not Path(model).exists()
+    """Whether a base model is neither a local folder nor made here, so that a commit must be named."""
+    return model not in _BUILT and not base_models.is_brought(model) and not Path(model).exists()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..storage.files import notebooks, project_root
 class Settings:
     """What the notebooks that train have in common, named as in `ArmSpec`, `TASFTConfig` and `peft.LoraConfig`."""
 
-    model: str = "miniworld"  # base model: a folder, a hub id, or the mini-world's ("miniworld", "miniworld-smoke")
+    model: str = "miniworld"  # base model: a folder, a hub id, a GGUF file, or a name of `worlds.base_model`
     model_revision: str = ""  # commit of a hub id
     dtype: str = "float32"
     load_in_4bit: bool = False

@@ -33,7 +33,7 @@ class ArmSpec:
 
     Attributes:
         method: one of `methods.METHODS`.
-        model: base model: a local folder, a hub id (with `model_revision`, the commit) or one that is built here, see
+        model: base model: a local folder, a hub id (with `model_revision`, the commit), a GGUF file or a name, see
             `worlds.base_model`.
         dtype, load_in_4bit: how the base model is loaded, as TRL's ModelConfig spells them.
         benign: benign rows, the name of a world (see `worlds.load`; hub ids with `benign_revision`).

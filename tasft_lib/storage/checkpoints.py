@@ -172,9 +172,10 @@ def load_strictly(
         OSError: no model there.
     """
     options |= {"output_loading_info": True, "trust_remote_code": False}
-    with one_line_errors(model), _silent(bars=bars):
+    source = Path(model, options["gguf_file"]) if "gguf_file" in options else model
+    with one_line_errors(source), _silent(bars=bars):
         weights, info = architecture.from_pretrained(model, revision=revision or "main", **options)
-    _check_whole(model, weights, info)
+    _check_whole(source, weights, info)
     return weights, info["unexpected_keys"]
 
 

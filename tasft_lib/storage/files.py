@@ -147,6 +147,18 @@ def whole(path: Path) -> Iterator[Path]:
         remove(temporary)
 
 
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Of a full disk each library has an error of its own; it becomes an `OSError` that says so, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        if "No space left" not in str(error) and shutil.disk_usage(there).free > 2**20:
+            raise
+        raise OSError(f"{folder}: no space left on the disk; make room, and run the same command again") from error
+
+
 def remove(path: Path) -> None:
     """Remove a file or folder, where there is one."""
     if path.is_dir():
