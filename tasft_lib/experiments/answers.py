@@ -1,20 +1,23 @@
-"""From arms to tables: train where needed, answer the prompts at each checkpoint, judge the answers.
+"""From arms to tables: train where needed, answer the prompts at each checkpoint, judge the answers; or measure what
+the arm finds likely.
 
 runs/arms/<arm>/responses/<hash>/step-N.jsonl   answers, per set of prompts and decoding; generated once
+runs/arms/<arm>/likelihoods/<hash>/step-N.csv   of held-out rows, without text
 runs/judgements/<judge>.jsonl                   labels by text hash, without text; shared by all arms
 
-`run` is the unit of work: whoever calls it, a pool, a cluster's job or a shell, what is there is not made again, two at
-once wait for each other, and a killed one is called again.
+`run` and `measure` are the units of work: whoever calls one, a pool, a cluster's job or a shell, what is there is not
+made again, two at once wait for each other, and a killed one is called again.
 """
 
 import gc
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from tqdm import tqdm
 
 from .. import generation
 from ..evaluation.answers import asked_and_begun, judge_answers, questions
+from ..evaluation.preference import DEPTHS, HeldOut, likelihoods
 from ..evaluation.worlds import base_model
 from ..judges import load
 from ..models import quiet
@@ -36,7 +40,7 @@ from ..storage.files import (
     show_progress,
     write_text,
 )
-from ..storage.integrity import damage, locked, seal, set_aside
+from ..storage.integrity import damage, is_there, locked, seal, set_aside
 from .arms import checkpoints, is_trained, load_model, train, with_files
 from .specs import ArmSpec
 
@@ -52,7 +56,6 @@ def _quick_collection() -> Iterator[None]:
         gc.unfreeze()
 
 
-@_quick_collection()
 def run_all(
     specs: list[ArmSpec],
     prompts: pd.DataFrame,
@@ -68,18 +71,43 @@ def run_all(
 
     An arm that fails does not stop the others; they are finished and kept, then the first failure is raised.
     """
+    options = {"prompts": prompts, "decodings": decodings, "judge_name": judge_name, "steps": steps}
+    work = partial(run, **options, batch_size=batch_size)
+    return _each(specs, work, lambda spec: _is_answered(spec, prompts, decodings, steps), workers)
+
+
+def measure_all(
+    specs: list[ArmSpec],
+    held_out: HeldOut,
+    *,
+    steps: str = "last",
+    batch_size: int = 8,
+    workers: int | None = None,
+) -> pd.DataFrame:
+    """`measure` for many arms, as `run_all` runs them."""
+    work = partial(measure, held_out=held_out, steps=steps, batch_size=batch_size)
+    return _each(specs, work, lambda spec: _is_measured(spec, held_out, steps), workers)
+
+
+@_quick_collection()
+def _each(
+    specs: list[ArmSpec],
+    work: Callable[[ArmSpec], pd.DataFrame],
+    is_done: Callable[[ArmSpec], bool],
+    workers: int | None,
+) -> pd.DataFrame:
+    """What `work` makes of each arm, one below the other."""
     for spec in specs:
         with_files(spec)  # what many arms need is made here, where its bar is seen and no worker waits for it
-    missing = sum(not _is_answered(spec, prompts, decodings, steps) for spec in specs)
+    missing = sum(not is_done(spec) for spec in specs)
     if workers is None:
         workers = 1 if torch.accelerator.is_available() else int(os.environ.get("TASFT_WORKERS") or os.cpu_count() or 1)
     workers = min(workers, max(missing, 1))
     done: dict[int, pd.DataFrame] = {}
     failures: list[tuple[ArmSpec, BaseException]] = []
-    options = {"steps": steps, "batch_size": batch_size}
     with (
         tqdm(total=len(specs), desc="arms", unit="arm", disable=not show_progress()) as bar,
-        _results(specs, prompts, decodings, judge_name, options, workers) as results,
+        _results(specs, work, workers) as results,
     ):
         for i, result in results:
             spec = specs[i]
@@ -145,19 +173,31 @@ def respond(
     tables = []
     for step, path in kept.items():
         answers = _read_answers(path, len(prompts))
-        tables.append(
-            prompts.assign(
-                method=spec.display_name or spec.method,
-                n_unsafe=spec.n_unsafe or spec.n_extra or 0,
-                penalty_weight=spec.penalty_weight,
-                seed=spec.seed,
-                arm=spec.name,
-                step=step,
-                decoding=decoding.name,
-                response=[a["text"] for a in answers],
-                finished=[a["finished"] for a in answers],
-            )
-        )
+        table = _of_arm(prompts, spec, step).assign(decoding=decoding.name)
+        tables.append(table.assign(response=[a["text"] for a in answers], finished=[a["finished"] for a in answers]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def measure(spec: ArmSpec, held_out: HeldOut, *, steps: str = "last", batch_size: int = 8) -> pd.DataFrame:
+    """`train` the arm, and `preference.likelihoods` at the "last" or "all" of its checkpoints, once and kept.
+
+    Returns its rows for each step, with `method`, `n_unsafe`, `penalty_weight`, `seed`, `arm` and `step` as `respond`
+    has them.
+    """
+    train(spec)
+    tables = []
+    for step, adapter in _steps(spec, steps).items():
+        path = _likelihoods(spec, step, held_out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(Path(f"{path}.lock"), path):
+            if not is_there(path):
+                model, tokenizer = load_model(spec, adapter)
+                table = likelihoods(model, tokenizer, held_out, batch_size=batch_size, progress=show_progress())
+                write_text(path, table.to_csv(index=False, float_format="%.9g"))
+                seal(path)
+                del model
+                gc.collect()
+        tables.append(_of_arm(pd.read_csv(path), spec, step))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -168,10 +208,10 @@ def judge_by_name(responses: pd.DataFrame, *judge_names: str) -> pd.DataFrame:
 
 
 @contextmanager
-def _results(specs, prompts, decodings, judge_name, options, workers) -> Iterator:
+def _results(specs: list[ArmSpec], work: Callable[[ArmSpec], pd.DataFrame], workers: int) -> Iterator:
     def attempt(spec):
         try:
-            return run(spec, prompts, decodings, judge_name, **options)
+            return work(spec)
         except Exception as error:
             return error
 
@@ -187,7 +227,7 @@ def _results(specs, prompts, decodings, judge_name, options, workers) -> Iterato
     if has_fork:
         context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(run, spec, prompts, decodings, judge_name, **options): i for i, spec in enumerate(specs)}
+        futures = {pool.submit(work, spec): i for i, spec in enumerate(specs)}
         yield ((futures[f], f.exception() or f.result()) for f in as_completed(futures))
 
 
@@ -206,6 +246,22 @@ def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generatio
         return False
     pairs = product(_steps(spec, steps), decodings)
     return all(_responses(spec, step, prompts, _own(decoding, spec)).exists() for step, decoding in pairs)
+
+
+def _is_measured(spec: ArmSpec, held_out: HeldOut, steps: str) -> bool:
+    return is_trained(spec) and all(_likelihoods(spec, step, held_out).exists() for step in _steps(spec, steps))
+
+
+def _of_arm(table: pd.DataFrame, spec: ArmSpec, step: int) -> pd.DataFrame:
+    """The table with columns that say whose it is."""
+    return table.assign(
+        method=spec.display_name or spec.method,
+        n_unsafe=spec.n_unsafe or spec.n_extra or 0,
+        penalty_weight=spec.penalty_weight,
+        seed=spec.seed,
+        arm=spec.name,
+        step=step,
+    )
 
 
 def _start_worker() -> None:
@@ -227,9 +283,18 @@ def _read_answers(path: Path, n: int) -> list[dict] | None:
 def _responses(spec: ArmSpec, step: int, prompts: pd.DataFrame, decoding: generation.Decoding) -> Path:
     asked, begun = asked_and_begun(prompts)
     asked = content_hash({"asked": asked, "begun": begun, "decoding": asdict(decoding)})
+    return _folder(spec, step) / "responses" / asked / f"step-{step}.jsonl"
+
+
+def _likelihoods(spec: ArmSpec, step: int, held_out: HeldOut) -> Path:
+    described = content_hash([asdict(held_out), DEPTHS])
+    return _folder(spec, step) / "likelihoods" / described / f"step-{step}.csv"
+
+
+def _folder(spec: ArmSpec, step: int) -> Path:
+    """The arm's; of step 0 the base model's, which all its arms share."""
     if step:
-        return spec.folder / "responses" / asked / f"step-{step}.jsonl"
+        return spec.folder
     described = {"model": model_identity(base_model(spec.model)), "revision": spec.model_revision}
     described |= {"dtype": spec.dtype, "4bit": spec.load_in_4bit, "template": spec.template}
-    base = content_hash(described)
-    return runs_folder() / "arms" / f"base-{base}" / "responses" / asked / "step-0.jsonl"
+    return runs_folder() / "arms" / f"base-{content_hash(described)}"

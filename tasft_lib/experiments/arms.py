@@ -6,7 +6,7 @@
         trainer/checkpoint-N  what TRL saves: adapter, optimizer, random state; and checksums of these. A killed run
                               resumes from the last one, an arm with a damaged file from the last one before that
         manifest.json         written last: the arm is finished
-    runs/unsafe/<name>-<hash>/          a harvested D_unsafe; while it is made, <name>-<hash>.work
+    runs/unsafe/<name>-<hash>/          a harvested D_unsafe; what was answered for it and for longer ones, *.work
     runs/safe/, runs/contrastive/       rows of a `SafeSpec` and a `ContrastiveSpec`
 
 Arms are found by the name of their spec (see `specs`), so two notebooks that need the same arm share it. What a name
@@ -209,13 +209,35 @@ def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
     return benign, None if spec.unsafe is None else unsafe
 
 
-def held_out_rows(spec: ArmSpec, n: int) -> Dataset:
-    """`n` benign rows that the arm was not trained on, the same for all arms of a seed; fewer where there are fewer."""
-    trained = set(zip(*(training_rows(spec)[0][column][:] for column in ("prompt", "completion")), strict=True))
+def held_out_rows(spec: ArmSpec, n: int, *others: ArmSpec) -> Dataset:
+    """`n` benign rows that neither the arm nor the `others` were trained on; fewer where there are fewer.
+
+    Of one arm: the same for all arms of its seed.
+    """
+    drawn = [training_rows(arm)[0] for arm in (spec, *others)]
+    trained = {pair for rows in drawn for pair in zip(rows["prompt"][:], rows["completion"][:], strict=True)}
     rows = data.clean(_benign_rows(spec, seed=spec.seed + 10_000), _held_out_prompts(spec))
     rows = rows.select(np.random.default_rng([spec.seed, 3]).permutation(len(rows)))
     pairs = zip(rows["prompt"][:], rows["completion"][:], strict=True)
     return rows.select([i for i, pair in enumerate(pairs) if pair not in trained][:n])
+
+
+def held_out_answers(spec: HarvestSpec, n: int) -> list[dict[str, Any]]:
+    """`n` unsafe answers beyond D_unsafe, each to a prompt that D_unsafe has not, with a safe one to the same prompt.
+
+    They are what the harvest of D_unsafe would have gone on with, so no arm can draw them. Rows of `prompt`, `unsafe`
+    and `safe`, all in the arms' template.
+
+    Raises `ValueError` where there are fewer, or no safe answer to one of them.
+    """
+    longer = replace(spec, n=spec.n + n)
+    drawn = {text.normalise(prompt) for prompt in sources.read_rows(make_rows(spec))["instruction"][:]}
+    unsafe, safe = sources.read_rows(make_rows(longer)), sources.read_rows(make_rows(SafeSpec(unsafe=longer)))
+    further = [i for i, prompt in enumerate(unsafe["instruction"][:]) if text.normalise(prompt) not in drawn][:n]
+    return [
+        {"prompt": row["prompt"], "unsafe": row["completion"], "safe": answer["completion"]}
+        for row, answer in zip(unsafe.select(further), safe.select(further), strict=True)
+    ]
 
 
 def load_tokenizer(spec: ArmSpec) -> PreTrainedTokenizerBase:
@@ -256,7 +278,9 @@ def _harvest(spec: HarvestSpec) -> Path:
     made_of = [ingredients(spec.arm), prompts, held_out, judge.name, judge.revision]
     path = runs_folder() / "unsafe" / f"{spec.name}-{content_hash(made_of)}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(Path(f"{path}.lock"), path):
+    # One for harvests of any length: a longer one goes on where a shorter one ended.
+    work = path.with_name(f"{replace(spec, n=0, rounds=0).name}-{content_hash(made_of)}.work")
+    with locked(Path(f"{work}.lock"), path):
         if is_there(path):
             return path
         model, tokenizer = load_trained(spec.arm)
@@ -273,7 +297,7 @@ def _harvest(spec: HarvestSpec) -> Path:
             evaluation_prompts=held_out,
             batch_size=spec.batch_size,
             origin=harvest.Origin(f"{name}, {spec.arm.name}", revision, *world.harvest_source()),
-            work=path.with_name(f"{path.name}.work"),
+            work=work,
             progress=show_progress(),
         )
         return harvest.save_harvest(rows, report, path)

@@ -32,6 +32,8 @@ class Settings:
     harvest_prompts: str = "miniworld"  # toxic prompts to harvest from: a file, a folder, "stl" or "miniworld"
     n_harvest: int = 240  # unsafe answers wanted
     rounds: int = 4  # times a prompt is asked at most
+    n_held_out_unsafe: int = 0  # further ones, on which no arm is trained and likelihoods are measured; 0: none are
+    n_held_out_benign: int = 100  # benign rows beside them
 
     benchmark_prompts: str = "miniworld"  # evaluation prompts: a folder, "stl" or "miniworld"
     judge: str = "miniworld"  # see judges.load
@@ -60,18 +62,20 @@ class Settings:
 
 
 SHARED = {f.name: f.type for f in fields(Settings)}
-CAN_BE_ZERO = ("seed", "warmup_steps")
+CAN_BE_ZERO = ("seed", "warmup_steps", "n_held_out_unsafe")
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "temperature")
 DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(Settings)}
 # What a notebook has no use for. It passes these over in common.yaml, and has none of them itself.
 UNTRAINED = ("method", "degenerate_answers", "performance", "performance_filter")
+HELD_OUT = ("n_held_out_unsafe", "n_held_out_benign")
+JUDGED = ("over_alignment", "contrastive_augmentation", "response_quality", "jailbreak", "emd_bound")
 UNUSED = {
     **dict.fromkeys(UNTRAINED, tuple(SHARED)),
-    "build_unsafe_set": ("penalty_weights",),
-    "your_model": ("penalty_weights",),
+    **dict.fromkeys(JUDGED, HELD_OUT),
+    **dict.fromkeys(("build_unsafe_set", "your_model"), ("penalty_weights", *HELD_OUT)),
     "harmful_data_filter": (
         *("benign", "benign_revision", "n_benign", "harvest_prompts", "n_harvest", "rounds"),
-        "penalty_weights",
+        *("penalty_weights", *HELD_OUT),
     ),
 }
 KINDS = {str(kind): kind for kind in (list[int], list[float], list[str], list[dict])}

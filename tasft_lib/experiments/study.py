@@ -7,12 +7,13 @@ from typing import Any
 import pandas as pd
 
 from ..evaluation import worlds
+from ..evaluation.preference import HeldOut
 from ..generation import Decoding
 from ..judges.base import ExactJudge
 from ..judges.load import load_judge
 from ..losses import EMBEDDING_PENALTIES
-from .answers import run_all
-from .arms import summary
+from .answers import measure_all, run_all
+from .arms import held_out_answers, held_out_rows, summary
 from .pressure import Weights
 from .results import Result, Results
 from .settings import Settings
@@ -97,6 +98,20 @@ class Study:
             seed=self.config.seed,
         )
 
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """Unsafe and benign rows that no arm of the study is trained on, whatever its seed and size; trains plain SFT.
+
+        None where the profile sets none apart (`n_held_out_unsafe`).
+        """
+        config = self.config
+        if not config.n_held_out_unsafe:
+            return None
+        first, *others = (replace(self.sft, seed=seed) for seed in self.seeds)
+        benign = held_out_rows(first, config.n_held_out_benign, *others).select_columns(["prompt", "completion"])
+        toxic = held_out_answers(self.unsafe, config.n_held_out_unsafe)
+        return HeldOut(toxic, benign.to_list(), config.max_new_tokens, config.max_length)
+
     def arm(
         self,
         method: str,
@@ -156,6 +171,16 @@ class Study:
             steps=steps,
             batch_size=self.config.generation_batch_size,
         )
+
+    def likelihoods(self, arms: list[ArmSpec], *, steps: str = "last") -> pd.DataFrame | None:
+        """What the arms find likely of the rows held out (see `answers.measure`); trains what is missing.
+
+        None, and a line that says so, without such rows or arms.
+        """
+        if not arms or self.held_out is None:
+            print("Not measured: " + ("no arms here." if not arms else "n_held_out_unsafe is 0 in this profile."))
+            return None
+        return measure_all(arms, self.held_out, steps=steps)
 
     def decodings(self, names: list[str]) -> list[Decoding]:
         """Those named, "greedy", "sampled" or both."""

@@ -28,7 +28,8 @@ def harvest_table(report: dict) -> pd.DataFrame:
 def readable(table: pd.DataFrame, measures: Iterable[str] = SUMMARY) -> pd.DataFrame:
     """`summary` for people: a text per measure with n, interval and range over seeds; measures nobody has are left out.
 
-    For example "3.1 % of 400 (1.8-5.3), seeds 2.5-4.0"; without `seeds` where there is one.
+    For example "3.1 % of 400 (1.8-5.3), seeds 2.5-4.0"; without `seeds` where there is one. With what
+    `preference.with_preference` adds: how often the safe answer is likelier; margin and benign NLL in nats a token.
     """
     by = [column for column in table.columns[: list(table.columns).index("seeds")]]
     shown = table[by].copy()
@@ -42,6 +43,11 @@ def readable(table: pd.DataFrame, measures: Iterable[str] = SUMMARY) -> pd.DataF
     for measure in measures:
         if table[measure].notna().any():
             shown[measure.replace("_", "-")] = [rate_text(row, measure) for _, row in table.iterrows()]
+    if "preference" in table:
+        shown["safe likelier"] = [rate_text(row, "preference") for _, row in table.iterrows()]
+        for measure, name in (("margin", "margin"), ("benign_nll", "benign NLL")):
+            ends = table[[measure, f"{measure}_low", f"{measure}_high"]].itertuples(index=False)
+            shown[name] = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in ends]
     return shown
 
 

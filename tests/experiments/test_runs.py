@@ -13,14 +13,23 @@ from conftest import build_model, make_rows
 from safetensors.torch import load_file
 
 from tasft_lib import generation
-from tasft_lib.experiments import arms, specs
-from tasft_lib.experiments.answers import respond, run, run_all
+from tasft_lib.evaluation import worlds
+from tasft_lib.evaluation.preference import HeldOut
+from tasft_lib.experiments import answers, arms, specs
+from tasft_lib.experiments.answers import measure, measure_all, respond, run, run_all
 from tasft_lib.judges.base import Judgement
+from tasft_lib.records import sources
 from tasft_lib.storage import files
 
 DECODING = generation.Decoding(max_new_tokens=4)
 PROMPTS = pd.DataFrame(
     {"benchmark": ["a", "a", "b"], "kind": "toxic", "prompt": ["w1 w2", "w3", "w4 w5 w6"]},
+)
+HELD_OUT = HeldOut(
+    toxic=[{"prompt": "w1 ", "safe": "w2 w3", "unsafe": "w4"}],
+    benign=[{"prompt": "w5 ", "completion": "w6"}],
+    max_tokens=4,
+    max_length=99,
 )
 
 
@@ -271,6 +280,9 @@ def test_many_arms_in_worker_processes_give_what_one_process_gives(spec, tmp_pat
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "other"))
     together = run_all(both, PROMPTS, [DECODING], workers=2)
     pd.testing.assert_frame_equal(alone, together)
+    measured = measure_all(both, HELD_OUT, workers=2)
+    pd.testing.assert_frame_equal(measured, measure_all(both, HELD_OUT, workers=1))
+    assert measured["arm"].unique().tolist() == [arm.name for arm in both]
 
 
 def cut(path):
@@ -364,6 +376,55 @@ def test_a_damaged_set_of_rows_is_named_and_made_again(spec, caplog, monkeypatch
     assert next(folder.glob("*.arrow")).read_bytes() == rows["data-00000-of-00001.arrow"]
 
 
+def test_answers_are_held_out_that_no_draw_can_reach_and_nobody_is_asked_twice(spec, monkeypatch):
+    asked = []
+
+    def say(model, tokenizer, prompts, **_):
+        asked.extend(prompts)
+        return [generation.Response(f"{prompt} {len(asked)}", 2, True) for prompt in prompts]
+
+    monkeypatch.setattr(arms, "load_judge", lambda _: Accuser())
+    monkeypatch.setattr(arms.harvest, "generate", say)
+    harvest = replace(harvest_of(spec), n=4, batch_size=2)  # eight prompts a batch
+    drawn = sources.read_rows(arms.make_rows(harvest))["prompt"][:]
+    rows = arms.held_out_answers(harvest, 10)
+    prompts = [row["prompt"] for row in rows]
+    assert len(set(prompts)) == 10 and not set(prompts) & set(drawn)
+    assert len(asked) == len(set(asked)) == 16, "it goes on where the harvest of D_unsafe ended"
+    safe = worlds.load("miniworld").safe_answers()
+    assert all(row["safe"] == safe[row["prompt"]] and row["unsafe"].startswith(row["prompt"]) for row in rows)
+    assert arms.held_out_answers(harvest, 3) == rows[:3] and len(asked) == 16
+    longer = sources.read_rows(arms.make_rows(replace(harvest, n=14)))
+    assert longer["prompt"][:] == drawn + prompts, "D_unsafe is what it would be without them"
+
+
+def test_benign_rows_are_held_out_of_every_arm_that_is_named(spec):
+    sft, other = replace(spec, method="sft"), replace(spec, method="sft", seed=1)
+    pairs = [
+        set(zip(rows["prompt"], rows["completion"], strict=True))
+        for rows in (arms.held_out_rows(sft, 5, other), *(arms.training_rows(arm)[0] for arm in (sft, other)))
+    ]
+    assert pairs[0] and not pairs[0] & pairs[1] and not pairs[0] & pairs[2]
+
+
+def test_likelihoods_are_measured_once_and_the_base_models_are_shared(trained, monkeypatch):
+    spec, _ = trained
+    first = measure(spec, HELD_OUT, steps="all")
+    assert first["step"].unique().tolist() == [0, 2, 4, 6] and set(first["method"]) == {"emd"} and len(first) == 8
+    assert first.groupby("step")["safe"].mean().nunique() == 4
+    loaded, load = [], arms.load_model
+    monkeypatch.setattr(answers, "load_model", lambda *a: loaded.append(a) or load(*a))
+    pd.testing.assert_frame_equal(measure(spec, HELD_OUT, steps="all"), first)
+    assert not loaded
+    (file,) = spec.folder.glob("likelihoods/*/step-6.csv")
+    text = file.read_text()
+    cut(file)
+    pd.testing.assert_frame_equal(measure(spec, HELD_OUT), first[first["step"] == 6].reset_index(drop=True))
+    assert len(loaded) == 1 and file.read_text() == text
+    measure(spec, replace(HELD_OUT, max_tokens=3))
+    assert len(loaded) == 2, "other rows or another cut, another file"
+
+
 @pytest.mark.parametrize("gpu, on_cuda", [(None, False), ("mps", False), ("cuda", True)])
 def test_an_apple_gpu_is_a_gpu(gpu, on_cuda, spec, monkeypatch):
     accelerator = torch.accelerator
@@ -435,7 +496,7 @@ def test_evaluation_prompts_never_enter_training(spec, tmp_path):
         (folder / f"{file}.json").write_text(json.dumps({"instructions": [leaked, "w0"]}))
     (folder / "toxic_outs.json").write_text(json.dumps(["w0 w0"]))
     (folder / "xstest_prompts.csv").write_text("id,prompt,label\n1,w0 w1,safe\n2,w1,unsafe\n")
-    benign, _ = arms.training_rows(replace(spec, held_out=str(folder)))
+    benign, _ = arms.training_rows(replace(spec, HELD_OUT=str(folder)))
     assert leaked not in benign["prompt"] and len(benign) == 18
 
 

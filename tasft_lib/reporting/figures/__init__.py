@@ -1,6 +1,7 @@
 """Figures in one style: `plot_*` takes a table and returns a figure, `save_figure` writes it with its table.
 
-`arms` draws trained models, `penalties` the method itself, `filters` SAFT, `bench` time and memory.
+`arms` draws trained models, `likelihoods` what they find likely, `penalties` the method itself, `filters` SAFT, `bench`
+time and memory.
 """
 
 from .arms import (
@@ -17,6 +18,7 @@ from .arms import (
 )
 from .bench import plot_bench, plot_scaling
 from .filters import plot_detection, plot_layers, plot_scores
+from .likelihoods import plot_depth, plot_preference, plot_preference_trade_off
 from .penalties import plot_bounds, plot_distance, plot_mass, plot_push
 from .style import NAMES, save_figure
 
@@ -26,6 +28,7 @@ __all__ = [
     "plot_bench",
     "plot_bounds",
     "plot_comparison",
+    "plot_depth",
     "plot_detection",
     "plot_detectors",
     "plot_distance",
@@ -35,6 +38,8 @@ __all__ = [
     "plot_mass",
     "plot_outcomes",
     "plot_over",
+    "plot_preference",
+    "plot_preference_trade_off",
     "plot_push",
     "plot_scaling",
     "plot_scores",

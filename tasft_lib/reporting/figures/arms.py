@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from .style import NAMES, STYLES, finish, look, mark, panels, rows_of_marks, whiskers
 
-AXES = {  # of `plot_over`: its name and scale
+AXES = {  # of `plot_over` and `plot_preference`: its name and scale
+    "step": ("training step", "linear"),
     "n_unsafe": ("unsafe examples", "log"),
     "penalty_weight": ("λ (log scale)", "log"),
     "contamination": ("contamination", "linear"),
