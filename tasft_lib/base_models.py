@@ -16,8 +16,6 @@ from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 
-import pandas as pd
-
 from .storage.files import (
     MODEL_FILES,
     cache_folder,
@@ -311,7 +309,7 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def status_table() -> pd.DataFrame:
+def status() -> list[dict[str, str]]:
     """A row per model of `PUBLISHED`: name, role, licence, megabytes to download and on disk, state, folder.
 
     `state` is where it was brought from, "damaged" or "not here".
@@ -319,11 +317,12 @@ def status_table() -> pd.DataFrame:
     rows = []
     for model in PUBLISHED.values():
         folder = folder_of(model.name)
-        state = "damaged" if damage(folder) else source_of(folder).get("kind", "not here")
         row = {"name": model.name, "role": model.role, "licence": model.licence}
-        row |= {"download_mb": " or ".join(f"{source.megabytes} ({source.kind})" for source in model.sources)}
-        rows.append(row | {"disk_mb": model.megabytes, "state": state, "folder": str(folder)})
-    return pd.DataFrame(rows)
+        row["download"] = " or ".join(f"{source.megabytes} MB ({source.kind})" for source in model.sources)
+        row["disk"] = f"{model.megabytes} MB"
+        row["state"] = "damaged" if damage(folder) else source_of(folder).get("kind", "not here")
+        rows.append(row | {"folder": str(folder)})
+    return rows
 
 
 def _once(folder: Path, bring: Callable[[Path], dict[str, str]], *, again: bool = False) -> Path:
@@ -372,4 +371,5 @@ def _megabytes(folder: Path) -> int:
 
 def _must_be(expected: str, digest: str, what: str) -> None:
     if digest != expected:
-        raise ValueError(f"{what} is damaged or another one (SHA-256 {digest[:12]}, expected {expected[:12]}).")
+        hashes = f"SHA-256 {digest[:12]}, expected {expected[:12]}"
+        raise ValueError(f"{what} is damaged or another one ({hashes}); nothing of it is kept, run this again.")

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..storage import files, integrity
-from .flags import add_dtype, add_template, at_least, check_data, check_folder, template_of
+from .flags import MODEL, add_dtype, add_template, at_least, check_data, check_folder, located, template_of
 
 MANIFEST = "alpaca_eval_manifest.json"
 
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
         "OPENAI_BASE_URL for another server). What it will ask is told first, and nothing is asked beyond the limits. "
         "Run it again to go on where it stopped.",
     )
-    parser.add_argument("--model", required=True, help="folder of a model or adapter, or a hub id")
+    parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--model_revision", help="commit of a hub id")
     add_dtype(parser)
     parser.add_argument("--name", help="of the model in the table (default: the last part of --model)")
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     if (prices.count(None) == 1) or (args.max_cost is not None and None in prices):
         parser.error("give both prices; --max_cost needs them")
 
-    files.check_model(args.model, args.model_revision)
+    args.model = located(args.model, args.model_revision)
     check_data(args.references)
     with integrity.folder_lock(args.output_dir):
         _evaluate(args)

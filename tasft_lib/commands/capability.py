@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 
 from ..storage import files, integrity
-from .flags import add_dtype, at_least, check_folder, json_object, own_template, template_of
+from .flags import MODEL, add_dtype, at_least, check_folder, json_object, located, own_template, template_of
 
 MANIFEST = "capability_manifest.json"
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("tasft capability", description="lm-evaluation-harness: capability.csv.")
-    parser.add_argument("--model", required=True, help="folder of a model or adapter, or a hub id")
+    parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--model_revision", help="commit of a hub id")
     add_dtype(parser)
     parser.add_argument("--tasks", nargs="+", help="NAME or NAME@<commit of its data> (default: the paper's three)")
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
 
-    files.check_model(args.model, args.model_revision)
+    args.model = located(args.model, args.model_revision)
 
     with integrity.folder_lock(args.output_dir):
         _score(args)

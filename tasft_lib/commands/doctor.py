@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..records.templates import TEMPLATES
 from ..storage import files
-from .flags import add_source, at_least, check_data, source_options
+from .flags import add_source, at_least, check_data, located, source_options
 from .train_options import as_trl_has_it, read_config
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     for file in args.evaluation_prompts:
         check_data(file, on_hub=False)
     if args.tokenizer is not None:
-        files.check_model(args.tokenizer, args.model_revision)
+        args.tokenizer = located(args.tokenizer, args.model_revision)
 
     from ..models import load_tokenizer
     from ..prepare import doctor

@@ -1,7 +1,7 @@
 """`tasft evaluate`: answers to the harm benchmarks, judged: a results table."""
 
 from ..storage import files, integrity
-from .flags import add_source, at_least, check_folder, json_object, model_parser, source_options, template_of
+from .flags import add_source, at_least, check_folder, json_object, located, model_parser, source_options, template_of
 
 
 def main(argv: list[str]) -> None:
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     _check_options(parser, args)
     if args.model:
-        files.check_model(args.model, args.model_revision)
+        args.model = located(args.model, args.model_revision)
 
     with integrity.folder_lock(args.output_dir):
         _evaluate(args)

