@@ -12,6 +12,7 @@ COMMANDS = {
     "filter": "SAFT: a fine-tuning set without the rows that look harmful, and those rows",
     "train": "TRL's SFT with a penalty on the rows labelled unsafe",
     "evaluate": "answers to the harm benchmarks, judged: a results table",
+    "compare": "the answers of several evaluations side by side, on one page: verdicts, search, filters",
     "capability": "lm-evaluation-harness on a model or adapter: what safety cost",
     "alpaca_eval": "AlpacaEval's win rate of a model, by a judge of your choice; its cost is told first",
     "attack": "PAIR: an attacker model tries to get harmful answers out of a target",

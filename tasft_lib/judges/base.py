@@ -154,6 +154,14 @@ def judge_responses(
     return [known[key] for key in keys]
 
 
+def cached_judgements(
+    name: str, revision: str, prompts: list[str], responses: list[str], cache: Path
+) -> list[Judgement | None]:
+    """What a judge of that name and revision once said of each response, None where the file does not know it."""
+    known = dict(_read_cache(cache))
+    return [known.get(_key(name, revision, p, r)) for p, r in zip(prompts, responses, strict=True)]
+
+
 def _key(name: str, revision: str, prompt: str, response: str) -> str:
     # JSON keeps the four parts apart: no two different quadruples give one string.
     return hashlib.sha256(json.dumps([name, revision, prompt, response]).encode()).hexdigest()

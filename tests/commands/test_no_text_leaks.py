@@ -32,6 +32,7 @@ HOLD_TEXT = (
     "filtered/dropped.jsonl",
     "results*/responses-*.jsonl",
     "results*/served.jsonl",
+    "compared.html",
     "attack*/goals/*/attacker.jsonl",
     "attack*/goals/*/target.jsonl",
     "attack*/goals/*/judge.jsonl",
@@ -165,6 +166,7 @@ def test_every_command_keeps_texts_and_keys_to_itself(place, told, monkeypatch):
         ["evaluate", *ask, *benchmarks, "results", "--judges", "compliance", "openai-moderation"],
         ["evaluate", *on_chat, *benchmarks, "results-served"],
         ["attack", "--goals", "inputs/goals.csv", *roles, "--streams", "2", "--depth", "2", "--output_dir", "attack"],
+        ["compare", "results", "results-served", "--output_file", "compared.html"],
         ["card", "--model", "out", "--results", "results"],
         ["export", "--model", "out", "--output_dir", "merged"],
     ]

@@ -63,6 +63,7 @@ def test_a_wrong_path_is_told_before_anything_slow_is_imported(tmp_path):
         "gone.parquet: no such file": ["filter", "gone.parquet", *model, *out, "--contamination", "0.1"],
         "doctor: gone/rows.json: no such file": ["doctor", "gone/rows.json"],
         "export: /nowhere: no such folder": ["export", *model, *out],
+        "compare: gone: no such file or folder": ["compare", "gone", "--output_file", "page.html"],
     }
     codes, packages, errors = run(*commands.values())
     assert codes == [1] * len(commands)
