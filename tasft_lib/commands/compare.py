@@ -20,11 +20,12 @@ def main(argv: list[str]) -> None:
         parser.error("--names: give each of the results a name of its own")
 
     from ..evaluation import side_by_side
-    from ..reporting import answers
 
     names = args.names or _names(args.results)
     results = {n: side_by_side.read_results(path) for n, path in zip(names, args.results, strict=True)}
     table = side_by_side.side_by_side(results)
+    from ..reporting import answers  # which imports pandas, when nothing is wrong any more
+
     answers.write_page(table, args.output_file)
     for name, alone in side_by_side.coverage(table).items():
         only = f", {alone} of which no other was asked" if alone and len(names) > 1 else ""
