@@ -263,21 +263,28 @@ def adapter_base(
 def train_from(trainer: Any, checkpoint: Path | None) -> None:
     """Train to the end, from a checkpoint where there is one; `Trainer.train` would take a step beyond the last one.
 
-    Of a checkpoint at the last step the weights are loaded, and nothing is trained.
+    Of a checkpoint at the last step the weights are loaded, and nothing is trained. The log goes on where it was.
     """
     from transformers import TrainerState
 
+    from .storage.resume import GoOn, keep_whole, restore_sums
+
     state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     args = trainer.args
+    args.restore_callback_states_from_checkpoint = True  # else early stopping counts anew
+    keep_whole(trainer)
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # their weights load into a prepared model alone
     if not state or sharded or args.load_best_model_at_end or not _is_at_its_end(state, args):
+        if checkpoint is not None:
+            trainer.add_callback(GoOn(trainer, checkpoint))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         return
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    if losses:  # as training ends, but for steps that are in no window of the log
-        state.log_history.append({"train_loss": sum(losses) / len(losses), "step": state.global_step})
+    if restore_sums(trainer, checkpoint):  # then the log ends as training ends it
+        trainer._total_loss_scalar += trainer._tr_loss.item()
+        trainer.model.train()
+        trainer.log({"total_flos": state.total_flos, "train_loss": 0.0})
 
 
 def _is_at_its_end(state: Any, args: Any) -> bool:

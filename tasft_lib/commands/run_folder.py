@@ -27,10 +27,11 @@ WITHOUT_EFFECT = (
 LENGTH = ("max_steps", "num_train_epochs")
 
 
-def settings(args: Any, model_args: Any, rows_hash: str, base: str) -> dict[str, Any]:
-    """What decides on the outcome of a training, as JSON has it; tokens are hidden."""
+def settings(args: Any, model_args: Any, rows_hash: str, base: str, *, patience: int | None = None) -> dict[str, Any]:
+    """What decides on the outcome of a training, as JSON has it; tokens are hidden. `patience` is of early stopping."""
     options = vars(model_args) | args.to_dict() | {"world_size": args.world_size}
     kept = {name: value for name, value in options.items() if not name.startswith(WITHOUT_EFFECT)}
+    kept |= {} if patience is None else {"early_stopping_patience": patience}
     return json.loads(json.dumps(kept | {"rows": rows_hash, "base_model": base}, sort_keys=True, default=str))
 
 

@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
         evaluated = _evaluation_rows(options)
         sample_prompts = data.read_prompts(data_args.sample_prompts) if data_args.sample_prompts else []
 
-        asked = run_folder.settings(args, model_args, data.fingerprint(mixed), files.model_identity(base))
+        stops = {"patience": data_args.early_stopping_patience}
+        asked = run_folder.settings(args, model_args, data.fingerprint(mixed), files.model_identity(base), **stops)
         if run_folder.is_finished(folder, asked) and not data_args.overwrite:
             print(f"{folder} holds this training, finished; give --overwrite to train it again")
             return
@@ -238,17 +239,15 @@ def _without_text(record: logging.LogRecord) -> bool:
 
 
 def _add_callbacks(trainer, options: Options, mixed, sample_prompts: list[str]) -> None:
-    """Checksums in each checkpoint, the user's README.md left alone, early stopping and answers along training."""
+    """The user's README.md left alone, early stopping and answers along training."""
     from transformers import EarlyStoppingCallback
 
     from ..evaluation.samples import SampleCallback
     from ..generation import Decoding
     from ..records.templates import ask
-    from ..storage.resume import Seal
     from . import run_folder
 
     data_args = options.data
-    trainer.add_callback(Seal())
     run_folder.keep_readme(trainer)
     if data_args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(data_args.early_stopping_patience))

@@ -62,12 +62,16 @@ class SampleCallback(TrainerCallback):
         check_prompts(trainer.model, self.tokenizer, asked, **limits)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero or not self.file.exists():
+        if not state.is_world_process_zero:
             return
         # What was said after the checkpoint is said again, perhaps with other settings.
-        kept = [record for record in read_records(self.file) if record["step"] <= state.global_step > 0]
-        self.last_step = max((record["step"] for record in kept), default=None)
-        write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
+        logged = {entry["step"] for entry in state.log_history if "sample_refusal" in entry}
+        if self.file.exists():
+            kept = [record for record in read_records(self.file) if record["step"] in logged]
+            write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
+        self.last_step = max(logged, default=None)
+        if self.steps is None and state.global_step > 0:  # a kill came between the checkpoint and its answers
+            self._sample(state, control)
 
     def on_step_end(self, args, state, control, **kwargs):
         # The end is here and not in on_train_end, where some trackers have closed.

@@ -52,7 +52,7 @@ from ..storage.files import (
     write_rows,
 )
 from ..storage.integrity import damage, is_there, locked, seal, set_aside, sha256
-from ..storage.resume import Seal, by_step, torn
+from ..storage.resume import by_step, torn
 from . import methods
 from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec, describe
 
@@ -133,7 +133,6 @@ def train(spec: ArmSpec) -> Path:
             training=_defaults() | spec.training | {"output_dir": str(folder / "trainer"), "seed": spec.seed},
         )
         trainer.remove_callback(PrinterCallback)  # the log history goes into the manifest
-        trainer.add_callback(Seal())
         models.sort_targets(trainer.model)
         resumed = _last_checkpoint(folder)
         models.train_from(trainer, resumed)

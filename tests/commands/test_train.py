@@ -72,6 +72,19 @@ def killed_at(step, monkeypatch):
     monkeypatch.setattr(TASFTTrainer, "compute_loss", stop)
 
 
+def left_in(folder):
+    """Path -> content of every file of a run; of logs without what is measured in seconds."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for name in files:
+        if name.endswith("trainer_state.json"):
+            state = json.loads(files[name])
+            for entry in state["log_history"]:
+                for measured in [key for key in entry if "runtime" in key or "per_second" in key]:
+                    del entry[measured]
+            files[name] = state
+    return {name: content for name, content in files.items() if not name.endswith("SHA256SUMS")}
+
+
 def weights(folder):
     return {name: tensor.tolist() for name, tensor in load_file(folder / "model.safetensors").items()}
 
@@ -151,6 +164,46 @@ def test_a_torn_checkpoint_is_named_and_set_aside(tear, train, tmp_path, monkeyp
     assert ("going on from" in out) == (tear != "nothing left")
     assert tear == "nothing left" or f"{tmp_path / 'out' / 'checkpoint-2'}" in out
     assert (tmp_path / "out" / "checkpoint-3.damaged").exists() and newest.exists()
+
+
+def test_a_run_that_was_killed_leaves_every_file_of_one_that_was_not(train, tmp_path, monkeypatch):
+    DatasetDict(train=make_rows(12), test=make_rows(8, seed=2).remove_columns("label")).save_to_disk(tmp_path / "saved")
+    write(tmp_path / "prompts.jsonl", [{"prompt": "w1 w2"}])
+    options = {
+        "dataset_name": tmp_path / "saved", "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 9,
+        "load_best_model_at_end": True, "learning_rate": 3.0, "early_stopping_patience": 3, "logging_steps": 5,
+        "save_total_limit": 3, "sample_prompts": tmp_path / "prompts.jsonl", "sample_max_new_tokens": 4,
+    }  # fmt: skip
+    assert train(**options)[0] == 0
+    expected = left_in(tmp_path / "out")
+    assert any("checkpoint" in name for name in expected)
+    shutil.rmtree(tmp_path / "out")
+    for step in (2, 4):  # while it is evaluated; both checkpoints before are in the midst of a window of the log
+        with monkeypatch.context() as patch:
+            killed_at(step, patch)
+            assert train(**options)[0] == 130
+        assert max((tmp_path / "out").glob("checkpoint-*")).name == f"checkpoint-{step - 1}"
+    assert refused(train(**options | {"early_stopping_patience": 2}), "other early_stopping_patience")
+    assert train(**options)[0] == 0
+    assert left_in(tmp_path / "out") == expected
+
+
+def test_only_whole_checkpoints_count_and_old_ones_go_when_the_new_one_is_sealed(train, tmp_path, monkeypatch):
+    limited = {"save_steps": 1, "save_total_limit": 2}
+    with monkeypatch.context() as patch:
+        killed_at(3, patch)
+        assert train(**limited)[0] == 130
+    out = tmp_path / "out"
+    (out / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
+    with monkeypatch.context() as patch:  # a kill while the new one is sealed
+        patch.setattr("tasft_lib.storage.resume.seal", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(**limited)
+    assert (out / "checkpoint-3.damaged").is_dir() and (out / "checkpoint-2" / "SHA256SUMS").exists()
+    (out / "checkpoint-1").mkdir()  # half of an old one
+    code, stdout, _ = train(**limited)
+    assert code == 0 and f"going on from {out / 'checkpoint-2'}" in stdout
+    assert sorted(path.name for path in out.glob("checkpoint-?")) == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_a_checkpoint_may_be_named_and_must_be_whole_and_of_these_settings(train, tmp_path, monkeypatch):
