@@ -41,6 +41,19 @@ def require_labels(dataset: Any, name: str) -> None:
             read_label(label, f"{name}, row {row}")
 
 
+def read_row(row: dict[str, Any], number: int, bos: str | None) -> dict[str, Any]:
+    """What is changed in a row before it is tokenised: its label read, its number kept, a `bos` that is added gone."""
+    read = {"label": bool(read_label(row["label"], f"row {number + 1}")), "_tasft_row": number}
+    return read | ({"prompt": row["prompt"].removeprefix(bos)} if bos and isinstance(row.get("prompt"), str) else {})
+
+
+def added_bos(processing_class: Any) -> str | None:
+    """The BOS that the tokenizer puts before every text; None where it puts none."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    bos = tokenizer.bos_token_id
+    return tokenizer.bos_token if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
 @dataclass
 class UnsafeLabelCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with `unsafe` per token, bool, shaped like `input_ids`, and the numbers `rows` of the rows.

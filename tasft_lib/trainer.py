@@ -9,7 +9,7 @@ is an SFTTrainer run up to rounding. This module and `forward` are the only ones
 import math
 from collections import defaultdict
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 
 import torch
@@ -26,7 +26,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from .config import CONTROL_EMBEDDINGS, TABLE_4_PRESSURE, TASFTConfig, share_of_loss
 from .forward import TASFTForward, TASFTOutput
-from .labels import UnsafeLabelCollator, end_of_turn, ends_turn, read_label, require_labels
+from .labels import UnsafeLabelCollator, added_bos, end_of_turn, ends_turn, read_row, require_labels
 
 logger = logging.get_logger(__name__)
 
@@ -142,9 +142,7 @@ class TASFTTrainer(SFTTrainer):
         if "label" not in get_dataset_column_names(dataset):  # an evaluation set; the training set was checked
             dataset = dataset.map(lambda _: {"label": True})
         require_labels(dataset, "the data set")
-        dataset = dataset.map(
-            lambda row, i: {"label": bool(read_label(row["label"], f"row {i + 1}")), "_tasft_row": i}, with_indices=True
-        )
+        dataset = dataset.map(partial(read_row, bos=added_bos(processing_class)), with_indices=True)
         prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         if isinstance(prepared, Dataset) and len(prepared) < len(dataset):
             lost = dataset["label"][:].count(False) - prepared["label"][:].count(False)

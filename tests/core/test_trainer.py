@@ -12,7 +12,14 @@ import trl.trainer.utils
 from conftest import build_model, make_rows
 from datasets import Dataset, IterableDataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
+from tokenizers import Tokenizer, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from tasft_lib import TASFTConfig, TASFTTrainer, losses
@@ -645,6 +652,21 @@ def test_a_label_is_the_same_however_rows_are_read(reading, layout, model, token
     assert log["unsafe_rows"] == 3
     for name in ("loss", "nll", "penalty"):
         assert log[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("read", [lambda rows: rows, as_streamed])
+def test_a_text_that_begins_with_the_bos_that_is_added_is_trained_on_with_one(read, model, tokenizer, tmp_path):
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bos = inner.token_to_id("w0")
+    inner.post_processor = processors.TemplateProcessing("w0 $A", special_tokens=[("w0", bos)])
+    adds_bos = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="w0", eos_token="<eos>", pad_token="<pad>")
+    rows = Dataset.from_list([{"prompt": p, "completion": " w3", "label": True} for p in ("w0 w1", "w1", "w1 w0")])
+    for given, added in ((adds_bos, [bos]), (tokenizer, [])):
+        trainer = TASFTTrainer(model, config(tmp_path), train_dataset=read(rows), processing_class=given)
+        ids = [row["input_ids"] for row in trainer.train_dataset]
+        first, _, last = (tokenizer(text)["input_ids"] for text in ("w0 w1 w3 <eos>", "w1 w3 <eos>", "w1 w0 w3 <eos>"))
+        assert ids[0] == first and ids[2] == added + last
+        assert ids[1] == (ids[0] if added else ids[0][1:])
 
 
 @pytest.mark.parametrize("form", [None, "torch"])
