@@ -15,7 +15,6 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_pr
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..config import TASFTConfig
-from ..records import data
 from ..trainer import TASFTTrainer
 
 READ, LEARNT, PENALISED = "read", "learnt", "penalised"
@@ -29,6 +28,7 @@ OPTIONS = (
     "eos_token",
     "penalize_eos",
     "penalty_first_tokens",
+    "packing",
 )
 _ANSI = {READ: "2", LEARNT: "32", PENALISED: "31;1"}
 _CSS = {READ: "opacity:.55", LEARNT: "background:#c8e6c9;color:#111", PENALISED: "background:#ffcdd2;color:#111"}
@@ -36,10 +36,13 @@ _CSS = {READ: "opacity:.55", LEARNT: "background:#c8e6c9;color:#111", PENALISED:
 
 @dataclass(frozen=True)
 class RowMasks:
-    """A row's tokens as text, and of each what training does with it; none where training drops the row."""
+    """A row's tokens as text, and of each what training does with it; none where training drops the row.
+
+    Of rows packed into one sequence `place` names all, and `label` is None.
+    """
 
     place: str
-    label: bool
+    label: bool | None
     tokens: list[str]
     uses: list[str]
     max_length: int | None
@@ -51,7 +54,8 @@ class RowMasks:
             return f"{self.place}: left out, max_length={self.max_length} leaves nothing of its answer"
         counts = ", ".join(f"{self.uses.count(use)} {use}" for use in (READ, LEARNT, PENALISED) if use in self.uses)
         end = f", ends at max_length={self.max_length}" if len(self.tokens) == self.max_length else ""
-        return f"{self.place}: {'benign' if self.label else 'unsafe'}, {len(self.tokens)} tokens: {counts}{end}"
+        kind = "packed" if self.label is None else "benign" if self.label else "unsafe"
+        return f"{self.place}: {kind}, {len(self.tokens)} tokens: {counts}{end}"
 
     def text(self, *, colours: bool) -> str:
         """The tokens for a terminal; without colours a line for each run of tokens of one use."""
@@ -101,32 +105,27 @@ def masks(
     revision: str | None = None,
     **options: Any,
 ) -> Masks:
-    """What training does with each token of `rows` (see `data.to_training_rows`, with `place`).
+    """What training does with each token of `rows` (see `data.to_training_rows`, with `place`), packed where it packs.
 
     Args:
         model, revision: folder or hub id whose generation config may name more tokens that end a turn.
         options: those of `OPTIONS`, as in training.
     """
-    rows = data.without_bos(rows, tokenizer)
     shows_bars = is_progress_bar_enabled()
     disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(rows, tokenizer, model, revision, folder, options)
-            prepared = trainer.train_dataset
-            batches = trainer._remove_unused_columns(prepared, "training")
-            shown = {
-                place: _row_masks(trainer, place, batches[i], tokenizer, options.get("max_length"))
-                for i, place in enumerate(prepared["place"][:])
-            }
+            batches = trainer._remove_unused_columns(trainer.train_dataset, "training")
+            shown = [_row_masks(trainer, rows, batch, tokenizer, options.get("max_length")) for batch in batches]
     finally:
         if shows_bars:
             enable_progress_bars()
-    places, labels = rows["place"][:], rows["label"][:]
-    dropped = {
-        p: RowMasks(p, label, [], [], options.get("max_length")) for p, label in zip(places, labels, strict=True)
-    }
-    return Masks(shown.get(place, dropped[place]) for place in places)
+    if options.get("packing"):
+        return Masks(shown)
+    of_place = {row.place: row for row in shown}
+    dropped = [RowMasks(row["place"], row["label"], [], [], options.get("max_length")) for row in rows]
+    return Masks(of_place.get(row.place, row) for row in dropped)
 
 
 def _trainer(
@@ -160,14 +159,17 @@ def _trainer(
     return trainer
 
 
-def _row_masks(trainer: TASFTTrainer, place: str, row: dict, tokenizer, max_length: int | None) -> RowMasks:
+def _row_masks(trainer: TASFTTrainer, rows: Dataset, row: dict, tokenizer, max_length: int | None) -> RowMasks:
     asked = _asked(trainer, trainer.data_collator([row]))
     ids, labels, unsafe = (asked[name][0].tolist() for name in ("input_ids", "labels", "unsafe_sample"))
     uses = [
         READ if i == 0 or label == -100 else LEARNT if of_unsafe < 0 else PENALISED  # nothing predicts the first
         for i, (label, of_unsafe) in enumerate(zip(labels, unsafe, strict=True))
     ]
-    return RowMasks(place, bool(row["label"]), [tokenizer.decode([token]) for token in ids], uses, max_length)
+    is_packed = isinstance(row["label"], list)
+    numbers = dict.fromkeys(row["_tasft_row"]) if is_packed else [row["_tasft_row"]]
+    place, label = ", ".join(rows[i]["place"] for i in numbers), None if is_packed else row["label"]
+    return RowMasks(place, label, [tokenizer.decode([token]) for token in ids], uses, max_length)
 
 
 def _asked(trainer: TASFTTrainer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -40,6 +40,15 @@ def test_masks_are_those_of_training(rows, tokenizer):
     assert uses(masks(rows, tokenizer, max_length=8, penalize_eos=True)[0])[-1] == ("<eos>", "penalised")
 
 
+def test_rows_that_training_packs_are_shown_packed(rows, tokenizer):
+    alone = {row.place: row for row in masks(rows, tokenizer, max_length=12)}
+    packed = masks(rows, tokenizer, max_length=12, packing=True)
+    assert sorted(place for row in packed for place in row.place.split(", ")) == sorted(alone)
+    together = next(row for row in packed if ", " in row.place)
+    assert uses(together) == [pair for place in together.place.split(", ") for pair in uses(alone[place])]
+    assert together.title.startswith(f"{together.place}: packed, {len(together.tokens)} tokens: ")
+
+
 def test_masks_of_messages_are_in_the_chat_template(tokenizer):
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' w9 ' }}{% endfor %}"
