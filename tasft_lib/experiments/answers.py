@@ -30,6 +30,7 @@ from ..evaluation.answers import asked_and_begun, judge_answers, questions
 from ..evaluation.preference import DEPTHS, HeldOut, likelihoods
 from ..evaluation.worlds import base_model
 from ..judges import load
+from ..judges.base import check_ready
 from ..models import quiet
 from ..storage.files import (
     content_hash,
@@ -41,7 +42,7 @@ from ..storage.files import (
     write_text,
 )
 from ..storage.integrity import damage, is_there, locked, seal, set_aside
-from .arms import checkpoints, is_trained, load_model, train, with_files
+from .arms import checkpoints, is_trained, load_model, load_tokenizer, train, with_files
 from .specs import ArmSpec
 
 
@@ -134,6 +135,8 @@ def run(
     batch_size: int = 64,
 ) -> pd.DataFrame:
     """`train` the arm, `respond` with each of `decodings`, and judge the answers if a judge is named."""
+    if judge_name is not None and not _is_answered(spec, prompts, decodings, steps):
+        check_ready(load.load_judge(judge_name))
     train(spec)
     answers = [respond(spec, prompts, d, steps=steps, batch_size=batch_size) for d in decodings]
     answers = pd.concat(answers, ignore_index=True)
@@ -153,7 +156,8 @@ def respond(
     decoding = _own(decoding, spec)
     chosen = _steps(spec, steps)
     kept = {step: _responses(spec, step, prompts, decoding) for step in chosen}
-    asked = questions(prompts, spec.template)
+    is_chat = spec.template == "chat"
+    asked = questions(prompts, spec.template, load_tokenizer(spec) if is_chat else None)
     for step, adapter in chosen.items():
         path = kept[step]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,9 +167,8 @@ def respond(
             if path.exists():
                 continue
             model, tokenizer = load_model(spec, adapter)
-            answers = generation.generate(
-                model, tokenizer, asked, decoding=decoding, batch_size=batch_size, progress=show_progress()
-            )
+            options = {"batch_size": batch_size, "special_tokens": not is_chat, "progress": show_progress()}
+            answers = generation.generate(model, tokenizer, asked, decoding=decoding, **options)
             write_text(path, "".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
             seal(path)
             del model

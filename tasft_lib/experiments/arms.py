@@ -35,10 +35,13 @@ from .. import models, text
 from ..base_models import source_of
 from ..evaluation import worlds
 from ..evaluation.worlds import base_model
+from ..judges.base import check_ready
 from ..judges.load import load_judge
 from ..prepare import harvest
 from ..prepare.contrastive import contrastive_rows
 from ..records import data, sources
+from ..records.messages import of_text
+from ..records.templates import questions
 from ..storage.files import (
     content_hash,
     environment,
@@ -121,6 +124,8 @@ def train(spec: ArmSpec) -> Path:
         started = time.time()
         benign, unsafe = training_rows(spec)
         model, tokenizer = load_model(spec)
+        if spec.template == "chat" and not tokenizer.chat_template:
+            raise ValueError(f"{spec.model}: template is chat, and it has no chat template; use alpaca, short or none.")
         set_seed(spec.seed)  # the adapter is initialised when the trainer is built
         trainer = methods.make_trainer(
             spec.method,
@@ -216,12 +221,10 @@ def held_out_rows(spec: ArmSpec, n: int, *others: ArmSpec) -> Dataset:
 
     Of one arm: the same for all arms of its seed.
     """
-    drawn = [training_rows(arm)[0] for arm in (spec, *others)]
-    trained = {pair for rows in drawn for pair in zip(rows["prompt"][:], rows["completion"][:], strict=True)}
+    trained = {pair for arm in (spec, *others) for pair in _pairs(training_rows(arm)[0])}
     rows = data.clean(_benign_rows(spec, seed=spec.seed + 10_000), _held_out_prompts(spec))
     rows = rows.select(np.random.default_rng([spec.seed, 3]).permutation(len(rows)))
-    pairs = zip(rows["prompt"][:], rows["completion"][:], strict=True)
-    return rows.select([i for i, pair in enumerate(pairs) if pair not in trained][:n])
+    return rows.select([i for i, pair in enumerate(_pairs(rows)) if pair not in trained][:n])
 
 
 def held_out_answers(spec: HarvestSpec, n: int) -> list[dict[str, Any]]:
@@ -273,8 +276,8 @@ def checkpoints(spec: ArmSpec) -> dict[int, Path]:
 
 def _harvest(spec: HarvestSpec) -> Path:
     """Train the arm and harvest, unless that is done; the data set's folder. Other answers get another folder."""
-    train(spec.arm)
     world, judge = worlds.load(spec.prompts), load_judge(spec.judge)
+    train(spec.arm)
     prompts = world.harvest_prompts()
     held_out = _held_out_prompts(spec.arm)
     made_of = [ingredients(spec.arm), prompts, held_out, judge.name, judge.revision]
@@ -285,6 +288,7 @@ def _harvest(spec: HarvestSpec) -> Path:
     with locked(Path(f"{work}.lock"), path):
         if is_there(path):
             return path
+        check_ready(judge)
         model, tokenizer = load_trained(spec.arm)
         name, revision = named(base_model(spec.arm.model), spec.arm.model_revision)
         rows, report = harvest.harvest(
@@ -312,18 +316,19 @@ def _safe_rows(spec: SafeSpec) -> Path:
     missing = [prompt for prompt in rows["instruction"][:] if prompt not in answers]
     if missing:
         raise ValueError(f"{spec.unsafe.prompts}: no safe answer to {len(missing)} prompts of D_unsafe.")
-    safe = [
-        {"prompt": row["prompt"], "completion": answers[row["instruction"]], "instruction": row["instruction"]}
-        for row in rows
-    ]
+    safe = []
+    for row in rows:
+        answer = answers[row["instruction"]]
+        answer = answer if isinstance(row["prompt"], str) else of_text(answer, "assistant")
+        safe.append({"prompt": row["prompt"], "completion": answer, "instruction": row["instruction"]})
     return write_rows(runs_folder() / "safe" / f"{spec.name}-{content_hash(safe)}.jsonl", safe)
 
 
 def _contrastive_rows(spec: ContrastiveSpec) -> Path:
     """Harvest where needed, and write the rows unless that is done; their JSONL file."""
     arm = spec.unsafe.arm
-    toxic, benign = sources.read_rows(make_rows(spec.unsafe))["prompt"][:], training_rows(arm)[0]["prompt"][:]
-    words = text.toxic_words(toxic, benign)
+    sides = sources.read_rows(make_rows(spec.unsafe)), training_rows(arm)[0]
+    words = text.toxic_words(*([_question(prompt) for prompt in rows["prompt"][:]] for rows in sides))
     path = runs_folder() / "contrastive" / f"{spec.name}-{content_hash(words)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(Path(f"{path}.lock"), path):
@@ -337,6 +342,16 @@ def _contrastive_rows(spec: ContrastiveSpec) -> Path:
         write_rows(path, rows)
         seal(path)
         return path
+
+
+def _question(prompt: str | list[dict]) -> str:
+    """A prompt as one text, whether it is text or messages."""
+    return prompt if isinstance(prompt, str) else "\n".join(questions(prompt))
+
+
+def _pairs(rows: Dataset) -> list[str]:
+    """Prompt and completion of each row, text or messages, as a text to compare."""
+    return [json.dumps(pair) for pair in zip(rows["prompt"][:], rows["completion"][:], strict=True)]
 
 
 def _travelling(spec: ArmSpec | Rows) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from scipy.sparse import eye, kron, vstack
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..labels import end_of_turn
+from ..records.data import chat_ids
+
 # Distance 1 − cos to the unsafe token, in [0, 2]; the token itself has a bin of its own.
 DISTANCES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 2.0)
 # Places in an answer, from and up to: the first token decides whether a refusal begins.
@@ -24,10 +27,10 @@ def unsafe_token_distributions(
     """(P `[n, V]`, y `[n]`, place `[n]`): next-token distributions, unsafe tokens, and which token (0, 1, ...) of its
     completion each is, at up to `n_tokens` places.
 
-    `rows` has `prompt` and `completion`, in text; places are drawn by `seed` from all of them. Raises ValueError where
-    no completion has a token.
+    `rows` has `prompt` and `completion`, text or messages; places are drawn by `seed` from all of them. Raises
+    ValueError where no completion has a token.
     """
-    places = [(i, t) for i, row in enumerate(rows) for t in range(len(_completion(tokenizer, row)))]
+    places = [(i, t) for i, row in enumerate(rows) for t in range(len(_tokens(tokenizer, row)[1]))]
     if not places:
         raise ValueError("no unsafe row has a token in its completion.")
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:n_tokens].tolist()
@@ -37,7 +40,7 @@ def unsafe_token_distributions(
     model.eval()
     probs, targets, at = [], [], []
     for i, tokens in wanted.items():
-        prompt, completion = tokenizer(rows[i]["prompt"])["input_ids"], _completion(tokenizer, rows[i])
+        prompt, completion = _tokens(tokenizer, rows[i])
         ids = torch.tensor([prompt + completion], device=model.device)
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
         probs.append(logits[tokens].softmax(-1).cpu())
@@ -122,5 +125,10 @@ def by_part(
     return pd.DataFrame(means), pd.concat(mass, ignore_index=True)
 
 
-def _completion(tokenizer: PreTrainedTokenizerBase, row: dict) -> list[int]:
-    return tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int], list[int]]:
+    """Token ids of (prompt, completion), without what ends a turn."""
+    if isinstance(row["prompt"], str):
+        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        return tokenizer(row["prompt"])["input_ids"], completion
+    prompt, whole = chat_ids(row, tokenizer, "D_unsafe")
+    return prompt, whole[len(prompt) : len(whole) - len(end_of_turn(tokenizer, tokenizer, None))]

@@ -77,7 +77,8 @@ def contaminated_rows(
     sides = world.contaminated_sides(n - n_harmful, n_harmful, seed=seed, n_safe=n_safe, failure=failure)
     if sides is None:
         rows = catalogue.beavertails_rows(source, revision=revision)
-        prompts = [templates.format_prompt(prompt, template=template) for prompt in rows["prompt"][:]]
+        written = "none" if template == "chat" else template  # which `to_training_rows` makes messages of
+        prompts = [templates.format_prompt(prompt, template=written) for prompt in rows["prompt"][:]]
         rows = rows.remove_columns("prompt").add_column("prompt", prompts)
         sides = [part.remove_columns("label") for part in data.by_label(rows)]
     else:
@@ -265,9 +266,10 @@ def detectors(
         return scores, len(given)
 
     given = mean[:n], mean[n:], is_harmful(labelled)
+    answers = [text if isinstance(text, str) else text[-1]["content"] for text in rows["completion"][:]]
     found = {
         "random": (np.random.default_rng(seed).random(n), 0),
-        "length": (np.array([len(text) for text in rows["completion"][:]]), 0),
+        "length": (np.array([len(answer) for answer in answers]), 0),
         "loss": (np.array(completion_loss(*base, rows, **options)), 0),
         "saft_1": (saft(1), 0),
         "saft": (saft(config.n_directions), 0),
@@ -279,7 +281,7 @@ def detectors(
     }
     if config.judge != "compliance":
         asked = pd.DataFrame({"prompt": [templates.questions(text)[0] for text in rows["prompt"][:]], "kind": "toxic"})
-        judged = judge_by_name(asked.assign(response=rows["completion"][:]), config.judge)
+        judged = judge_by_name(asked.assign(response=answers), config.judge)
         found["judge"] = (np.where(judged["verdict"] == "harmful", 5.0, judged["score"].fillna(0)), 0)
     return found
 

@@ -24,7 +24,7 @@ class Settings:
     model_revision: str = ""  # commit of a hub id
     dtype: str = "float32"
     load_in_4bit: bool = False
-    template: str = "short"  # prompt template: alpaca (the paper's), short or none
+    template: str = "short"  # prompt template: alpaca (the paper's), short, none or chat (the base's own)
 
     benign: str = "miniworld"  # benign rows: Alpaca-format file, hub id, or "miniworld"
     benign_revision: str = ""

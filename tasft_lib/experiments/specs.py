@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from ..evaluation import worlds
 from ..generation import Decoding
+from ..records.templates import TEMPLATES
 from ..storage.files import content_hash, runs_folder
 from . import methods
 
@@ -44,7 +45,7 @@ class ArmSpec:
             source for `sources.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same
             order, the same rows.
         held_out: evaluation prompts (of the world of that name) dropped from the benign rows.
-        template: prompt template, see `templates.format_prompt`.
+        template: prompt template: alpaca, short, none, or chat, the base's own (see `templates.ask`).
         penalty_weight: λ; for KTO its undesirable weight.
         display_name: what tables and figures call the arm, by default its method; no part of what it is.
         seed: of the draw, the order of the rows, the adapter's start and dropout.
@@ -83,6 +84,8 @@ class ArmSpec:
                 object.__setattr__(self, name, value)
         elif self.unsafe is None:
             raise ValueError(f"method={self.method!r} needs `unsafe`, the rows to push away from.")
+        if self.template not in TEMPLATES:
+            raise ValueError(f"template={self.template!r} is not known; choose one of {', '.join(TEMPLATES)}.")
         if worlds.is_hub_id(self.model) and self.model_revision is None:
             raise ValueError(f"model={self.model!r} is no local folder, and a hub id needs model_revision, a commit.")
         for options, cls in ((self.training, methods.CONFIGS[self.method]), (self.lora, LoraConfig)):

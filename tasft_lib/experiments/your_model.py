@@ -14,7 +14,7 @@ from ..evaluation import alpaca, lm_eval, worlds
 from ..evaluation.lm_eval import write_tasks
 from ..evaluation.rates import MEASURES, mcnemar, rate
 from ..generation import Decoding
-from ..records.templates import format_prompt
+from ..records.templates import ask
 from ..storage.files import content_hash, file_hash, runs_folder, write_text
 from ..storage.integrity import is_there, seal
 from ..text import rate_text
@@ -71,6 +71,7 @@ def capability_rows(
     options = {"limit": limit, "include_path": str(folder) if files else None, "batch_size": batch_size}
     scores = []
     for arm in arms:
+        options["apply_chat_template"] = arm.template == "chat"
         found = _kept(
             arm.folder / f"capability-{described}.csv",
             lambda arm=arm: lm_eval.harness_scores(*load_trained(arm), names, **options),
@@ -111,8 +112,9 @@ def fitting(arm: ArmSpec, references: list[dict], *, max_new_tokens: int, n: int
     """The first n references whose instruction leaves room for an answer in the model's context."""
     config = AutoConfig.from_pretrained(worlds.base_model(arm.model), revision=arm.model_revision)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    asked = [format_prompt(row["instruction"], template=arm.template) for row in references]
-    lengths = [len(ids) for ids in load_tokenizer(arm)(asked)["input_ids"]]
+    tokenizer = load_tokenizer(arm)
+    asked = ask([row["instruction"] for row in references], arm.template, tokenizer)
+    lengths = [len(ids) for ids in tokenizer(asked, add_special_tokens=arm.template != "chat")["input_ids"]]
     pairs = zip(references, lengths, strict=True)
     return [row for row, length in pairs if length + max_new_tokens <= context][:n]
 

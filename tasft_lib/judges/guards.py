@@ -11,6 +11,8 @@ of those models (Apache-2.0 and MIT) and stand here word for word, the others co
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ..generation import Decoding, check_prompts, generate
 from ..models import load_tokenizer, load_weights
+from ..storage.checkpoints import check_weights
 from ..storage.files import model_identity
 from .base import UNSCORED, Judgement, judge_in_batches
 from .noise import strings_revision
@@ -36,8 +39,8 @@ class _LocalModel(ABC):
         batch_size: responses that the model reads at once.
         progress: True or False forces the bar on or off; None shows it on a terminal.
 
-    Raises `ValueError` at once for a folder that is not there, a hub id without a commit and an unknown dtype; at the
-    first question for a checkpoint that cannot be loaded.
+    Raises `ValueError` at once for a folder that is not there, a hub id without a commit and an unknown dtype; in
+    `check`, which is before answers are made, for a checkpoint that cannot be loaded.
     """
 
     kind: str
@@ -93,10 +96,16 @@ class _LocalModel(ABC):
     def _judge_batch(self, prompts: list[str], responses: list[str]) -> list[Judgement]:
         """One judgement per response of one batch, none of them degenerate."""
 
+    def check(self) -> None:
+        """Bring the judge here, and raise `ValueError` for one that cannot be loaded; it takes no memory yet."""
+        with self._refusals():
+            load_tokenizer(self._model, self._commit)
+            check_weights(self._model, self._commit, architecture=self.architecture)
+
     @cached_property
     def _loaded(self):
         """(model, tokenizer)"""
-        try:
+        with self._refusals():
             tokenizer = load_tokenizer(self._model, self._commit)
             model = load_weights(
                 self._model,
@@ -106,11 +115,16 @@ class _LocalModel(ABC):
                 architecture=self.architecture,
                 use_safetensors=True,
             )
+        return model, tokenizer
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ImportError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             remedy = "give the judge's own checkpoint, safetensors and tokenizer; gated models need `hf auth login`"
             raise ValueError(f"judge {self.kind}: {self._model} cannot be loaded ({reason}); {remedy}") from error
-        return model, tokenizer
 
 
 class HarmfulnessRegressor(_LocalModel):

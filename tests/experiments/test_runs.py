@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import build_model, make_rows
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tasft_lib import generation
 from tasft_lib.evaluation import worlds
@@ -191,6 +192,42 @@ def test_a_killed_unit_is_called_again_and_judges_what_it_answered(spec, monkeyp
     monkeypatch.setattr(arms.methods, "make_trainer", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(generation, "generate", lambda *a, **k: pytest.fail("answered again"))
     pd.testing.assert_frame_equal(run(spec, PROMPTS, [DECODING], "compliance"), judged)
+
+
+def test_a_judge_that_is_not_there_is_told_before_anything_is_trained(spec, monkeypatch):
+    monkeypatch.setattr(arms.methods, "make_trainer", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    judge = f"qwen3guard:nobody/guard@{'0' * 40}"
+    with pytest.raises(ValueError, match="nobody/guard cannot be loaded"):
+        run(spec, PROMPTS, [DECODING], judge)
+
+
+def test_the_bases_chat_template_is_that_of_training_and_asking(spec, monkeypatch):
+    with pytest.raises(ValueError, match="no chat template; use alpaca, short or none"):
+        arms.train(replace(spec, template="chat"))
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w7' if m.role == 'user' else 'w8' }} {{ m.content }} <eos> {% endfor %}"
+        "{% if add_generation_prompt %}w8 {% endif %}"
+    )
+    tokenizer.save_pretrained(spec.model)
+    spec = replace(spec, template="chat")
+    asked, trainers, make = {}, [], arms.methods.make_trainer
+    monkeypatch.setattr(arms.methods, "make_trainer", lambda *a, **k: trainers.append(make(*a, **k)) or trainers[0])
+
+    def generate(model, tokenizer, prompts, **options):
+        asked.update(dict.fromkeys(prompts, options["special_tokens"]))
+        return [generation.Response("w1", 1, True)] * len(prompts)
+
+    monkeypatch.setattr(generation, "generate", generate)
+    run(spec, PROMPTS, [DECODING])
+    assert asked == {f"w7 {prompt} <eos> w8 ": False for prompt in PROMPTS["prompt"]}
+    benign, unsafe = arms.training_rows(spec)
+    assert [m["role"] for m in (*benign[0]["prompt"], *unsafe[0]["completion"])] == ["user", "assistant"]
+    new = arms.held_out_rows(spec, 5)
+    assert len(new) == 5 and not set(map(str, new["prompt"][:])) & set(map(str, benign["prompt"][:]))
+    trained = [tokenizer.decode(row["input_ids"]) for row in trainers[0].train_dataset]
+    assert len(trained) == 24 and all(text.startswith("w7 ") and " <eos> w8 " in text for text in trained)
 
 
 def test_plain_sft_is_one_arm_whatever_the_unsafe_rows(spec):

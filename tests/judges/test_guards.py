@@ -19,7 +19,7 @@ from transformers import (
 
 from tasft_lib.generation import Response
 from tasft_lib.judges import guards
-from tasft_lib.judges.base import Judgement, judge_responses
+from tasft_lib.judges.base import Judgement, check_ready, judge_responses
 from tasft_lib.judges.guards import HarmBenchClassifier, HarmfulnessRegressor, LlamaGuard, Qwen3Guard, WildGuard
 from tasft_lib.judges.load import JUDGES, load_judge
 
@@ -299,8 +299,15 @@ def test_nothing_is_loaded_before_the_first_question(tmp_path):
     judge = Qwen3Guard(tmp_path)
     assert judge.judge([], []) == []
     assert judge.judge(["w1"], [GIBBERISH])[0].verdict == "degenerate"
-    with pytest.raises(ValueError, match=r"qwen3guard: .* cannot be loaded .* safetensors"):
-        judge.judge(["w1"], ["w2"])
+    for ask in (lambda: judge.judge(["w1"], ["w2"]), lambda: check_ready(judge)):  # the latter before any answer
+        with pytest.raises(ValueError, match=r"qwen3guard: .* cannot be loaded .* safetensors"):
+            ask()
+
+
+def test_a_judge_that_can_be_loaded_is_ready_and_takes_no_memory_yet(qwen):
+    judge = Qwen3Guard(qwen)
+    check_ready(judge)
+    assert "_loaded" not in vars(judge)
 
 
 def test_weights_that_are_not_there_are_not_made_up(qwen, tmp_path, plain_tokenizer):
