@@ -1,5 +1,6 @@
 # Everything runs in .venv, made on first use from the pins in constraints.txt.
 #   make reproduce [PROFILE=mini] [NB=safety] [SEEDS=3] [ARGS=...]   notebooks by papermill -> figures/<profile>, report
+#   make pocket [DATA=folder] [NB=...]                               a real 135M language model on a laptop, the headline of README
 #   make test                                                        ruff, tests, every notebook at the smoke profile under nbval
 #   make lab                                                         JupyterLab with the right kernel, on copies in lab/
 PYTHON  ?= python3
@@ -7,6 +8,7 @@ PROFILE ?= mini
 NB      ?=
 SEEDS   ?=
 ARGS    ?=
+DATA    ?=
 SOURCES := $(sort $(wildcard notebooks/*.ipynb))
 NAMES   := $(or $(NB),$(shell ls notebooks | sed -n 's/^[0-9]*_\(.*\)\.ipynb$$/\1/p'))
 WORKERS ?= 2
@@ -15,7 +17,7 @@ BIN     := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: reproduce test lint unit notebooks lab clean
+.PHONY: reproduce pocket test lint unit notebooks lab clean
 .DEFAULT_GOAL := reproduce
 
 .venv/installed: pyproject.toml constraints.txt
@@ -26,6 +28,14 @@ export TOKENIZERS_PARALLELISM ?= false
 
 reproduce: .venv/installed
 	$(BIN)/tasft reproduce --profile $(PROFILE) $(if $(NB),--notebooks $(NB)) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+
+# DATA is a folder with the published files under their own names, where the hubs can't be reached (tasft data says which).
+HEADLINE := build_unsafe_set safety
+OFFLINE   = $(if $(DATA),-p benign $(DATA)/alpaca/alpaca_data.json -p benign_revision "" -p harvest_prompts $(DATA) -p benchmark_prompts $(DATA))
+
+pocket: .venv/installed
+	$(BIN)/tasft model fetch smollm2-135m minilm-l6
+	$(BIN)/tasft reproduce --profile pocket --notebooks $(or $(NB),$(HEADLINE)) $(OFFLINE) $(ARGS)
 
 test: lint unit notebooks
 

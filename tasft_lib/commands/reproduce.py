@@ -20,7 +20,8 @@ def main(argv: list[str]) -> None:
 
         arms = plan(args.profile, args.notebooks, overrides)
         print(arms.to_string(index=False, na_rep="-", max_colwidth=60))
-        hours = "" if arms["hours"].isna().all() else f", about {arms['hours'].sum():.0f} GPU hours (rough)"
+        of = "core" if arms["gpu_gb"].isna().all() else "GPU"
+        hours = "" if arms["hours"].isna().all() else f", about {arms['hours'].sum():.0f} {of} hours (rough)"
         print(f"{len(arms)} arms, {arms['tokens'].sum() / 1e6:.1f}M tokens of training{hours}")
         return
 

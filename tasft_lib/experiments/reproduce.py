@@ -142,6 +142,8 @@ class _Named:
 TOKENS_PER_ROW = {"alpaca": 140, "chat": 140, "short": 40, "none": 40}
 # An 80 GB data-centre GPU: bfloat16 FLOP/s reached in LoRA training, and tokens a second of batched decoding of 1B.
 TRAINING_FLOPS, DECODED_TOKENS = 1.2e14, 8000
+# One core of a CPU in float32 (measured on AVX2, 135M): FLOP/s in LoRA training, tokens a second of batched decoding.
+CORE_FLOPS, CORE_DECODED_TOKENS = 5e10, 80
 
 
 def plan(profile: str, notebooks: list[str] | None = None, overrides: dict | None = None) -> pd.DataFrame:
@@ -189,13 +191,22 @@ def _row(spec: ArmSpec, config) -> dict:
         "steps": int(steps),
         "tokens": int(tokens),
     }
-    billions = re.search(r"(\d+(?:\.\d+)?)b\b", spec.model.lower())
-    if billions is None:
-        return row | {"gpu_gb": float("nan"), "hours": float("nan")}
-    size = float(billions[1])
+    gpu_gb, hours = _cost(spec, tokens, 2 * 800 * config.max_new_tokens)
+    return row | {"gpu_gb": gpu_gb, "hours": hours}
+
+
+def _cost(spec: ArmSpec, trained: float, answered: float) -> tuple[float, float]:
+    """GB of GPU memory and hours of an arm that is trained on so many tokens and answers with so many; see `plan`."""
+    size = re.search(r"(\d+(?:\.\d+)?)([bm])\b", Path(spec.model).name.lower())
+    if size is None:
+        return float("nan"), float("nan")
+    if size[2] == "m":  # forward and backward; LoRA has no gradients of weights
+        seconds = 4 * float(size[1]) * 1e6 * trained / CORE_FLOPS + answered / CORE_DECODED_TOKENS
+        return float("nan"), round(seconds / 3600, 2)
+    billions = float(size[1])
     # Weights, LoRA's states and activations with checkpointing; the loss head needs no logits.
-    gpu_gb = size * (0.7 if spec.load_in_4bit else 2.1) + 2 + 0.1 * training["per_device_train_batch_size"] * size**0.5
+    batch = spec.training["per_device_train_batch_size"]
+    gpu_gb = billions * (0.7 if spec.load_in_4bit else 2.1) + 2 + 0.1 * batch * billions**0.5
     # Forward, recomputed forward and backward; two sets of some 800 answers.
-    answered = 2 * 800 * config.max_new_tokens
-    hours = (8 * size * 1e9 * tokens / TRAINING_FLOPS + answered * size / DECODED_TOKENS) / 3600
-    return row | {"gpu_gb": round(gpu_gb), "hours": round(hours, 2)}
+    hours = (8 * billions * 1e9 * trained / TRAINING_FLOPS + answered * billions / DECODED_TOKENS) / 3600
+    return round(gpu_gb), round(hours, 2)
