@@ -9,9 +9,12 @@ from trl import SFTConfig
 from .losses import PENALTIES
 
 REDUCTIONS = ("batch", "unsafe", "micro_batch")
-# What is left of the EMD penalties where distance means nothing.
-CONTROL_EMBEDDINGS = ("random", "one_hot")
-EMBEDDINGS = ("lm_head", "embed_tokens", *CONTROL_EMBEDDINGS)
+# Made once, before training; in the last two distance means nothing.
+MADE_EMBEDDINGS = ("centred", "isotropic", "random", "one_hot")
+# In SmolLM2-135M two tokens have a mean |cosine| of .448, without the mean row .077, and .042, .038, .037, .036 without
+# 1 to 4 components (.033: all directions alike). Harm had no say in it.
+DEFAULT_COMPONENTS = 3
+EMBEDDINGS = ("lm_head", "embed_tokens", *MADE_EMBEDDINGS)
 LOSS_HEADS = ("fused", "dense")
 
 # Expected weight of the mean unsafe sample's penalty against one mean benign token's NLL. The paper's tuned λ (Table 4)
@@ -60,10 +63,14 @@ class TASFTConfig(SFTConfig):
     )
     penalty_embedding: str = _option(
         "lm_head",
-        "Token embedding that the EMD penalties measure distance in: `lm_head` or `embed_tokens`; or, to tell what "
-        "semantics adds, `random` (Gaussian rows of the same size, always the same) or `one_hot` (all tokens equally "
-        "far apart; for small vocabularies).",
+        "Token embedding that the EMD penalties measure distance in: `lm_head` or `embed_tokens`; the head's rows "
+        "before training without their mean (`centred`), and without the first `penalty_components` as well "
+        "(`isotropic`); or, to tell what semantics adds, `random` (Gaussian rows of the same size, always the same) or "
+        "`one_hot` (all tokens equally far apart; for small vocabularies).",
         choices=EMBEDDINGS,
+    )
+    penalty_components: int | None = _option(
+        None, "Principal components that `isotropic` takes away beside the mean (default: 3)."
     )
     penalty_beta: float | None = _option(None, "Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).")
     penalize_eos: bool = _option(
@@ -94,8 +101,11 @@ class TASFTConfig(SFTConfig):
             self.penalty_beta = DEFAULT_BETA.get(self.penalty)
         elif not _nonnegative("penalty_beta", self.penalty_beta, "a number > 0"):
             raise ValueError("penalty_beta=0 is not a number > 0.")
-        if self.penalty_first_tokens is not None and self.penalty_first_tokens < 1:
-            raise ValueError(f"penalty_first_tokens={self.penalty_first_tokens} would penalise nothing; use 1 or more.")
+        if self.penalty_components is None and self.penalty_embedding == "isotropic":
+            self.penalty_components = DEFAULT_COMPONENTS
+        for name in ("penalty_first_tokens", "penalty_components"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} would do nothing; use 1 or more.")
         if self.penalty_weight == "auto" and self.penalty_pressure is None and self.penalty not in TABLE_4_PRESSURE:
             raise ValueError(
                 f'penalty_weight="auto" has no pressure for {self.penalty!r}; give a weight or a pressure.'

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
+from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-from .config import TASFTConfig
+from .config import MADE_EMBEDDINGS, TASFTConfig
 from .fused_head import fused_head, inverse_row_norms
-from .losses import EMBEDDING_PENALTIES, HeadOutput, UnsafeTokens, dense_head, sample_penalty
+from .losses import EMBEDDING_PENALTIES, HeadOutput, UnsafeTokens, centred_rows, dense_head, sample_penalty
 
 LARGEST_ONE_HOT = 16_384  # tokens; a gigabyte
 
@@ -42,7 +45,7 @@ class TASFTForward:
 
     def __init__(self, model: PreTrainedModel, args: TASFTConfig):
         self.args, self.config, self.trl_forward = args, model.config.get_text_config(), model.forward
-        self.control_embedding = self.inverse_norms = None  # made on first use
+        self.made_embedding = self.inverse_norms = None
         if not model.get_output_embeddings().weight.is_floating_point():
             raise ValueError(
                 "The output head is quantised, and the loss needs its weights; leave lm_head out of the quantisation "
@@ -53,6 +56,8 @@ class TASFTForward:
                 'penalty_embedding="one_hot" holds a square matrix of the vocabulary, and '
                 f'{self.config.vocab_size:,} tokens are more than {LARGEST_ONE_HOT:,}; use "random".'
             )
+        if args.penalty in EMBEDDING_PENALTIES and args.penalty_embedding in MADE_EMBEDDINGS:
+            self.made_embedding = self._make_embedding(model.get_output_embeddings())
 
     @classmethod
     def replace_forward(cls, model: PreTrainedModel, args: TASFTConfig) -> None:
@@ -151,15 +156,19 @@ class TASFTForward:
                 return weight
             case "embed_tokens":
                 return _whole(model.get_input_embeddings().weight)
-        if self.control_embedding is None:  # distance means nothing in it
-            head = model.get_output_embeddings()
-            if self.args.penalty_embedding == "one_hot":
-                control = torch.eye(head.out_features)
-            else:
-                generator = torch.Generator().manual_seed(0)
-                control = torch.randn(head.out_features, head.in_features, generator=generator)
-            self.control_embedding = control.to(weight.device)
-        return self.control_embedding
+        self.made_embedding = self.made_embedding.to(weight.device)
+        return self.made_embedding
+
+    def _make_embedding(self, head: Module) -> Tensor:
+        match self.args.penalty_embedding:
+            case "one_hot":
+                return torch.eye(head.out_features)
+            case "random":
+                return torch.randn(head.out_features, head.in_features, generator=torch.Generator().manual_seed(0))
+        # Under FSDP the first rank alone may have read the weights.
+        weight = broadcast(head.weight.detach().to(PartialState().device, copy=True))
+        components = self.args.penalty_components if self.args.penalty_embedding == "isotropic" else 0
+        return centred_rows(weight, components).to(weight.dtype)
 
 
 def _dense_head_in_pieces(hidden, weight, targets, *, unsafe=None, bias=None, embedding=None, **options) -> HeadOutput:

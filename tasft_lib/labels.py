@@ -1,4 +1,4 @@
-"""A row's label: read in one place, carried to its tokens; and which of its tokens end a turn.
+"""A row's label: read in one place, carried to its tokens; which of its tokens end a turn, and where rows begin.
 
 What `trainer` needs to know of a batch beside the equations.
 """
@@ -97,3 +97,31 @@ def ends_turn(labels: Tensor, eos: Tensor, end_of_turn: Tensor) -> Tensor:
     for token in end_of_turn:
         ends[:, 1:] |= ends[:, :-1] & (labels[:, 1:] == token)
     return ends
+
+
+def samples_of(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """The index of the sample that each position belongs to, `[B, T]`, and how many samples there may be."""
+    if "attention_mask" not in batch:  # padding-free: all samples in one row
+        starts = batch["position_ids"] == 0  # TRL counts them from 1.16 on
+        n_samples = len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else int(starts.sum())
+        return starts.cumsum(-1) - 1, n_samples
+    n_samples, length = batch["input_ids"].shape
+    return torch.arange(n_samples, device=batch["input_ids"].device)[:, None].expand(-1, length), n_samples
+
+
+def place_in_sample(scored: Tensor, sample: Tensor, n_samples: int) -> Tensor:
+    """How many positions of its sample are scored up to each position, itself included: `[B, T]`."""
+    before = torch.bincount(sample[scored], minlength=n_samples).cumsum(0).roll(1)
+    before[0] = 0
+    return scored.flatten().cumsum(0).view_as(scored) - before[sample]
+
+
+def count(batch: dict[str, Tensor]) -> Tensor:
+    """[benign tokens, samples, unsafe samples] of one micro-batch; only tokens that the shifted loss sees count."""
+    sample, n_samples = samples_of(batch)
+    scored, unsafe = batch["labels"][:, 1:] != -100, batch["unsafe"][:, 1:]
+
+    def samples_with(mask: Tensor) -> Tensor:
+        return (torch.bincount(sample[:, 1:][mask], minlength=n_samples) > 0).sum()
+
+    return torch.stack([(scored & ~unsafe).sum(), samples_with(scored), samples_with(scored & unsafe)])

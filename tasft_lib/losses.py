@@ -23,6 +23,24 @@ def unit_rows(weight: Tensor) -> Tensor:
     return F.normalize(_at_least_float32(weight.detach()), dim=-1)
 
 
+def centred_rows(weight: Tensor, components: int = 0) -> Tensor:
+    """The rows of `weight` `[V, H]` without their mean, nor what lies along their top principal `components`: `[V, H]`.
+
+    All-but-the-top (arXiv:1702.01417): mean and first components of a model's embedding tell a token's frequency, not
+    its meaning. A copy in at least float32, without gradient; an all-zero row (padding) stays zero and is no part of
+    the mean. Raises `ValueError` where nothing would be left, for `components` ≥ H.
+    """
+    if components >= weight.size(1):
+        raise ValueError(f"penalty_components={components} would leave nothing of {weight.size(1)} dimensions; use 3.")
+    rows = _at_least_float32(weight.detach()).clone()
+    is_token = rows.any(-1, keepdim=True)
+    rows.sub_(rows.sum(0) / is_token.sum()).mul_(is_token)
+    if components:
+        axes = torch.linalg.eigh((rows.T @ rows).cpu().double()).eigenvectors[:, -components:].to(rows)
+        rows.addmm_(rows @ axes, axes.T, alpha=-1)
+    return rows
+
+
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """log p_t(y_t) of `targets` `[...]` under `logits` `[..., V]`: `[...]`, in (-inf, 0]."""
     log_probs = F.log_softmax(_at_least_float32(logits), dim=-1)

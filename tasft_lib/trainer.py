@@ -24,9 +24,9 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first
 
-from .config import CONTROL_EMBEDDINGS, TABLE_4_PRESSURE, TASFTConfig, share_of_loss
+from . import labels
+from .config import MADE_EMBEDDINGS, TABLE_4_PRESSURE, TASFTConfig, share_of_loss
 from .forward import TASFTForward, TASFTOutput
-from .labels import UnsafeLabelCollator, added_bos, end_of_turn, ends_turn, read_row, require_labels
 
 logger = logging.get_logger(__name__)
 
@@ -78,15 +78,15 @@ class TASFTTrainer(SFTTrainer):
         if not isinstance(args, TASFTConfig):
             options = args.to_dict()  # which hides what is named a token
             args = TASFTConfig(**{name: getattr(args, name) if "token" in name else options[name] for name in options})
-        require_labels(given.get("train_dataset"), "train_dataset")
+        labels.require_labels(given.get("train_dataset"), "train_dataset")
         self._rows = None
         self.row_names: list[str] | None = None  # of the training rows, for messages; else they have numbers
         super().__init__(**given | {"args": args})
         if args.penalty == "npo" and not isinstance(self.model, PeftModel):
             raise ValueError('penalty="npo" takes the base model as its reference, so it needs an adapter (use_peft).')
-        if is_deepspeed_zero3_enabled() and (args.loss_head == "dense" or args.penalty_embedding in CONTROL_EMBEDDINGS):
+        if is_deepspeed_zero3_enabled() and (args.loss_head == "dense" or args.penalty_embedding in MADE_EMBEDDINGS):
             raise ValueError(
-                f'loss_head="dense" and penalty_embedding={" or ".join(CONTROL_EMBEDDINGS)} do not work under '
+                f'loss_head="dense" and penalty_embedding={", ".join(MADE_EMBEDDINGS)} do not work under '
                 "DeepSpeed ZeRO-3; use DDP or FSDP."
             )
         parallelism = self.accelerator.parallelism_config
@@ -95,13 +95,13 @@ class TASFTTrainer(SFTTrainer):
         if not isinstance(self.data_collator, DataCollatorForLanguageModeling):
             raise ValueError("TASFTTrainer trains on text only; image columns are not supported.")
         options = {f.name: getattr(self.data_collator, f.name) for f in fields(self.data_collator)}
-        self.data_collator = UnsafeLabelCollator(**options)
+        self.data_collator = labels.UnsafeLabelCollator(**options)
         causal_lm = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         TASFTForward.replace_forward(causal_lm, args)
         eos = causal_lm.generation_config.eos_token_id
         eos = {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         self._end_of_turn = torch.tensor(
-            end_of_turn(self.processing_class, self._tokenizer, self.chat_template), dtype=torch.long
+            labels.end_of_turn(self.processing_class, self._tokenizer, self.chat_template), dtype=torch.long
         )
         added = self._tokenizer.added_tokens_decoder
         eos |= {token for token in self._end_of_turn.tolist() if token in added and added[token].special}
@@ -121,14 +121,14 @@ class TASFTTrainer(SFTTrainer):
         if not isinstance(self.train_dataset, Dataset):
             raise ValueError('penalty_weight="auto" needs a data set of known size; give a number for a streamed one.')
         # Packed rows have no label of their own.
-        labels = (self._rows or self.train_dataset).with_format(None)["label"][:]
-        unsafe_fraction = labels.count(False) / len(labels)
+        of_rows = (self._rows or self.train_dataset).with_format(None)["label"][:]
+        unsafe_fraction = of_rows.count(False) / len(of_rows)
         if unsafe_fraction == 0:
             return 0.0
         share = share_of_loss(
             unsafe_fraction,
             args.penalty_reduction,
-            micro_batch=args.per_device_train_batch_size * len(labels) / len(self.train_dataset),
+            micro_batch=args.per_device_train_batch_size * len(of_rows) / len(self.train_dataset),
             micro_batches=args.gradient_accumulation_steps * args.world_size,
         )
         pressure = TABLE_4_PRESSURE[args.penalty] if args.penalty_pressure is None else args.penalty_pressure
@@ -141,8 +141,8 @@ class TASFTTrainer(SFTTrainer):
             dataset = dataset.with_format(None)
         if "label" not in get_dataset_column_names(dataset):  # an evaluation set; the training set was checked
             dataset = dataset.map(lambda _: {"label": True})
-        require_labels(dataset, "the data set")
-        dataset = dataset.map(partial(read_row, bos=added_bos(processing_class)), with_indices=True)
+        labels.require_labels(dataset, "the data set")
+        dataset = dataset.map(partial(labels.read_row, bos=labels.added_bos(processing_class)), with_indices=True)
         prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
         if isinstance(prepared, Dataset) and len(prepared) < len(dataset):
             lost = dataset["label"][:].count(False) - prepared["label"][:].count(False)
@@ -173,7 +173,7 @@ class TASFTTrainer(SFTTrainer):
         """Adds the denominators of one optimizer step, over all its micro-batches and ranks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            counts = torch.stack([_count(batch) for batch in batches]).sum(0).to(device)
+            counts = torch.stack([labels.count(batch) for batch in batches]).sum(0).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 counts = self.accelerator.reduce(counts, "sum")
             self._step_counts = counts
@@ -197,17 +197,17 @@ class TASFTTrainer(SFTTrainer):
         """NLL of the benign rows, by `SFTTrainer`, plus λ times the reduced penalty of the unsafe rows (eq. 6, 8)."""
         inputs = dict(inputs)
         training = self.model.training
-        local = _count(inputs)
+        local = labels.count(inputs)
         benign_tokens, samples, unsafe_samples = self._step_counts if training else local
         # Like SFTTrainer: the counts are those of all ranks, and DDP averages the gradients over ranks.
         ranks = self.accelerator.num_processes if training and self.args.average_tokens_across_devices else 1
         steps = self.current_gradient_accumulation_steps if training else 1
-        unsafe, _, (sample, n_samples) = inputs.pop("unsafe"), inputs.pop("rows"), _samples(inputs)
+        unsafe, _, (sample, n_samples) = inputs.pop("unsafe"), inputs.pop("rows"), labels.samples_of(inputs)
         if not self.args.penalize_eos:
-            ends = ends_turn(inputs["labels"], self._eos_token_ids, self._end_of_turn)
+            ends = labels.ends_turn(inputs["labels"], self._eos_token_ids, self._end_of_turn)
             inputs["labels"] = inputs["labels"].masked_fill(ends & unsafe, -100)
         if self.args.penalty_first_tokens is not None:
-            late = _place(inputs["labels"] != -100, sample, n_samples) > self.args.penalty_first_tokens
+            late = labels.place_in_sample(inputs["labels"] != -100, sample, n_samples) > self.args.penalty_first_tokens
             inputs["labels"] = inputs["labels"].masked_fill(late & unsafe, -100)
         ours = {"unsafe_sample": sample.masked_fill(~unsafe, -1), "n_samples": n_samples}
         if self.args.penalty == "npo":
@@ -273,31 +273,3 @@ class TASFTTrainer(SFTTrainer):
                 self._steps_since_log = 0
             logs |= metrics if mode == "train" else {f"eval_{name}": value for name, value in metrics.items()}
         super().log(logs, start_time)
-
-
-def _samples(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """The index of the sample that each position belongs to, `[B, T]`, and how many samples there may be."""
-    if "attention_mask" not in batch:  # padding-free: all samples in one row
-        starts = batch["position_ids"] == 0  # TRL counts them from 1.16 on
-        n_samples = len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else int(starts.sum())
-        return starts.cumsum(-1) - 1, n_samples
-    n_samples, length = batch["input_ids"].shape
-    return torch.arange(n_samples, device=batch["input_ids"].device)[:, None].expand(-1, length), n_samples
-
-
-def _place(scored: Tensor, sample: Tensor, n_samples: int) -> Tensor:
-    """How many positions of its sample are scored up to each position, itself included: `[B, T]`."""
-    before = torch.bincount(sample[scored], minlength=n_samples).cumsum(0).roll(1)
-    before[0] = 0
-    return scored.flatten().cumsum(0).view_as(scored) - before[sample]
-
-
-def _count(batch: dict[str, Tensor]) -> Tensor:
-    """[benign tokens, samples, unsafe samples] of one micro-batch; only tokens that the shifted loss sees count."""
-    sample, n_samples = _samples(batch)
-    scored, unsafe = batch["labels"][:, 1:] != -100, batch["unsafe"][:, 1:]
-
-    def samples_with(mask: Tensor) -> Tensor:
-        return (torch.bincount(sample[:, 1:][mask], minlength=n_samples) > 0).sum()
-
-    return torch.stack([(scored & ~unsafe).sum(), samples_with(scored), samples_with(scored & unsafe)])

@@ -169,6 +169,7 @@ def _mix(benign, unsafe, labels_from: str, options: Options, checked_by) -> tupl
         None if is_plain else unsafe,
         n_benign=data_args.n_benign,
         n_unsafe=data_args.n_unsafe,
+        unsafe_visits=data_args.unsafe_visits,
         seed=args.seed,
         source=f"{script_args.dataset_name} with {labels_from}",
         evaluation_prompts=[p for file in data_args.evaluation_prompts for p in data.read_prompts(file)],
@@ -281,7 +282,8 @@ def _save(trainer, options: Options, mixed) -> None:
         sources = {script_args.dataset_name: data_args.dataset_revision}
         if data_args.unsafe_dataset_name is not None:
             sources[data_args.unsafe_dataset_name] = data_args.unsafe_dataset_revision
-        record = training_record(trainer, model_args, mixed, sources, template=data_args.prompt_template)
+        described = {"template": data_args.prompt_template, "unsafe_visits": data_args.unsafe_visits}
+        record = training_record(trainer, model_args, mixed, sources, **described)
         record |= {"labels_by_saft": data_args.by_saft} | files.environment()
         files.write_json(Path(args.output_dir) / files.RECORD, record)
     trainer.accelerator.print(f"saved to {args.output_dir}")

@@ -34,8 +34,10 @@ penalty options:
   --penalty_reduction batch|unsafe|micro_batch
       What the summed penalty is divided by: samples of the optimizer step (default), its unsafe samples, or those of
       the micro-batch (the paper's lambda as they stand).
-  --penalty_embedding lm_head|embed_tokens|random|one_hot
-      Token embedding of the EMD penalties (default: lm_head).
+  --penalty_embedding lm_head|embed_tokens|centred|isotropic|random|one_hot
+      Token embedding of the EMD penalties (default: lm_head); `isotropic` is without the axes of token frequency.
+  --penalty_components
+      Principal components that `isotropic` takes away beside the mean (default: 3).
   --penalty_beta
       Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).
   --penalize_eos
@@ -82,6 +84,9 @@ class DataArguments:
     saft_validation_revision: str | None = field(default=None, metadata={"help": "Commit of that hub data set."})
     n_benign: int | None = field(default=None, metadata={"help": "Benign rows to draw by --seed (default: all)."})
     n_unsafe: int | None = field(default=None, metadata={"help": "Unsafe rows to draw by --seed (default: all)."})
+    unsafe_visits: int = field(
+        default=1, metadata={"help": "Times that each unsafe row is seen in an epoch; with few, some more than one."}
+    )
     prompt_template: str = field(
         default="alpaca", metadata={"help": "For instruction/input/output rows: alpaca, short, none or chat."}
     )

@@ -134,6 +134,7 @@ def train(spec: ArmSpec) -> Path:
             benign,
             unsafe,
             penalty_weight=spec.penalty_weight,
+            unsafe_visits=spec.unsafe_visits,
             lora=spec.lora,
             training=_defaults() | spec.training | {"output_dir": str(folder / "trainer"), "seed": spec.seed},
         )
@@ -195,7 +196,10 @@ def summary(arms: list[ArmSpec]) -> dict[str, Any]:
 
 
 def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
-    """(benign, unsafe) rows of the arm: drawn by its seed, checked, evaluation prompts and repeated rows left out."""
+    """(benign, unsafe) rows of the arm: drawn by its seed, checked, evaluation prompts and repeated rows left out.
+
+    Those of `extra` are among the benign ones, `extra_visits` times; the unsafe ones are here once.
+    """
     spec = with_files(spec)
     prompts = _held_out_prompts(spec)
     unsafe = None if spec.unsafe is None else data.clean(_rows(spec.unsafe, spec, label=False))
@@ -211,7 +215,8 @@ def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
     benign, unsafe = data.by_label(rows)
     if spec.extra is not None:
         extra = data.clean(_rows(spec.extra, spec, label=True), prompts)
-        extra = data.mix(benign.select([]), extra, n_unsafe=spec.n_extra, seed=spec.seed)
+        drawn = {"n_unsafe": spec.n_extra, "unsafe_visits": spec.extra_visits}  # as the unsafe rows are
+        extra = data.mix(benign.select([]), extra, **drawn, seed=spec.seed)
         benign = concatenate_datasets([benign, extra])
     return benign, None if spec.unsafe is None else unsafe
 

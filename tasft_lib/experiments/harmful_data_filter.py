@@ -131,13 +131,14 @@ def filtered_arm(
     spec = replace(study.sft, **benign, seed=made.seed, display_name=made.filter)
     if then == "sft":
         return spec
-    options = {"penalty_reduction": study.config.penalty_reduction, "penalty_embedding": study.config.penalty_embedding}
+    options = {"penalty_reduction": study.config.penalty_reduction, **study.distance()}
     return replace(
         spec,
         method=then,
         display_name=f"{made.filter}_{then}",
         unsafe=str(dropped),
         n_unsafe=n_dropped,
+        unsafe_visits=study.config.unsafe_visits,
         training=spec.training | options | {"penalty_pressure": pressure or study.config.pressure},
     )
 

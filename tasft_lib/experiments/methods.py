@@ -24,6 +24,7 @@ def make_trainer(
     unsafe: Dataset | None,
     *,
     penalty_weight: float | str,
+    unsafe_visits: int = 1,
     lora: dict[str, Any],
     training: dict[str, Any],
 ) -> Trainer:
@@ -33,6 +34,7 @@ def make_trainer(
         benign, unsafe: rows of `prompt`, `completion`, `label`; `unsafe` is None for "sft", the safe answers for
             "imitation".
         penalty_weight: λ of TA-SFT, or KTO's `undesirable_weight`; "auto" is each method's own rule.
+        unsafe_visits: times that each of `unsafe` is seen in an epoch.
         lora: options of `peft.LoraConfig`; empty for full fine-tuning.
         training: options of the method's TRL config.
     """
@@ -48,33 +50,36 @@ def make_trainer(
         benign,
         unsafe,
         penalty_weight=penalty_weight,
+        unsafe_visits=unsafe_visits,
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if lora else None,
     )
 
 
-def sft(model, args, benign, unsafe, *, penalty_weight, **kwargs) -> SFTTrainer:
+def sft(model, args, benign, unsafe, *, penalty_weight, unsafe_visits, **kwargs) -> SFTTrainer:
     """Plain supervised fine-tuning on the benign rows."""
     return SFTTrainer(model, SFTConfig(**args), train_dataset=benign.remove_columns("label"), **kwargs)
 
 
-def ta_sft(model, args, benign, unsafe, *, penalty_weight, **kwargs) -> TASFTTrainer:
+def ta_sft(model, args, benign, unsafe, *, penalty_weight, unsafe_visits, **kwargs) -> TASFTTrainer:
     """The paper's method and its rivals: benign and unsafe rows mixed, the unsafe ones penalised.
 
     With safe answers as `unsafe`, penalty "imitation" is Safety-Tuned LLaMAs (Bianchi et al., 2023) with a weight: λ
     stands where TA-SFT's does, so that weight and content can be told apart. (STL itself is plain SFT on both.)
     """
     config = TASFTConfig(**args, penalty_weight=penalty_weight)
-    return TASFTTrainer(model, config, train_dataset=mix(benign, unsafe, seed=config.seed), **kwargs)
+    rows = mix(benign, unsafe, unsafe_visits=unsafe_visits, seed=config.seed)
+    return TASFTTrainer(model, config, train_dataset=rows, **kwargs)
 
 
-def kto(model, args, benign, unsafe, *, penalty_weight, **kwargs) -> KTOTrainer:
+def kto(model, args, benign, unsafe, *, penalty_weight, unsafe_visits, **kwargs) -> KTOTrainer:
     """KTO (Ethayarajh et al., 2024) with the unsafe rows as undesirable ones.
 
     "auto" takes the weights' rule of its authors at its 1:1 end: desirable weight times rows equals undesirable weight
     times rows. The reference is the base model. TRL's sampler keeps the order of the rows, which `mix` shuffles.
     """
     if penalty_weight == "auto":
-        penalty_weight = len(benign) / len(unsafe)
+        penalty_weight = len(benign) / (len(unsafe) * unsafe_visits)
     config = KTOConfig(**args, undesirable_weight=penalty_weight)
-    return KTOTrainer(model, args=config, train_dataset=mix(benign, unsafe, seed=config.seed), **kwargs)
+    rows = mix(benign, unsafe, unsafe_visits=unsafe_visits, seed=config.seed)
+    return KTOTrainer(model, args=config, train_dataset=rows, **kwargs)

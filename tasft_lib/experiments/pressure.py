@@ -48,14 +48,15 @@ class Weights:
 
     def of_pressure(self, pressure: float, method: str, n_unsafe: int) -> float:
         """λ, to four digits, that exerts a total pressure (see `config.share_of_loss`); KTO's is weight · unsafe rows /
-        benign rows.
+        benign rows. A row counts as often as it is seen.
         """
         settings = self.settings
+        visits = n_unsafe * settings.unsafe_visits
         if method == "kto":
-            share = n_unsafe / settings.n_benign
+            share = visits / settings.n_benign
         else:
             share = share_of_loss(
-                n_unsafe / (settings.n_benign + n_unsafe),
+                visits / (settings.n_benign + visits),
                 settings.penalty_reduction,
                 micro_batch=settings.per_device_train_batch_size,
                 micro_batches=settings.gradient_accumulation_steps,

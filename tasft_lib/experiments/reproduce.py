@@ -175,7 +175,7 @@ def arms_of(job: Job) -> list[tuple[ArmSpec, object]]:
 def _row(spec: ArmSpec, config) -> dict:
     training = spec.training
     extra = spec.n_extra or (5 * (spec.n_unsafe or 0) if spec.extra else 0)
-    n_rows = spec.n_benign + (spec.n_unsafe or 0) + extra
+    n_rows = spec.n_benign + (spec.n_unsafe or 0) * spec.unsafe_visits + extra * spec.extra_visits
     batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     steps = -(-n_rows // batch) * training["num_train_epochs"]
     tokens = n_rows * training["num_train_epochs"] * TOKENS_PER_ROW[spec.template]

@@ -32,6 +32,7 @@ class Settings:
     harvest_prompts: str = "miniworld"  # toxic prompts to harvest from: a file, a folder, "stl" or "miniworld"
     n_harvest: int = 240  # unsafe answers wanted
     rounds: int = 4  # times a prompt is asked at most
+    unsafe_visits: int = 1  # times an epoch that each unsafe row is seen, and each of STL's safe ones
     n_held_out_unsafe: int = 0  # further ones, on which no arm is trained and likelihoods are measured; 0: none are
     n_held_out_benign: int = 100  # benign rows beside them
 
@@ -45,7 +46,8 @@ class Settings:
 
     penalty_weights: str = "figures/search/penalty_weight_chosen.csv"  # λ by method and n_unsafe
     penalty_reduction: str = "batch"
-    penalty_embedding: str = "lm_head"
+    penalty_embedding: str = "lm_head"  # what EMD measures distance in: also centred, isotropic; see TASFTConfig
+    penalty_components: int = 3  # principal components that "isotropic" takes away
 
     learning_rate: float = 1e-3
     lr_scheduler_type: str = "linear"

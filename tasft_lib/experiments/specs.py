@@ -44,6 +44,7 @@ class ArmSpec:
         extra: further rows with good answers, added to the benign ones: a `SafeSpec` (STL), a `ContrastiveSpec` or a
             source for `sources.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same
             order, the same rows.
+        unsafe_visits, extra_visits: times that each unsafe row, and each of `extra`, is seen in an epoch.
         held_out: evaluation prompts (of the world of that name) dropped from the benign rows.
         template: prompt template: alpaca, short, none, or chat, the base's own (see `templates.ask`).
         penalty_weight: λ; for KTO its undesirable weight.
@@ -65,8 +66,10 @@ class ArmSpec:
     n_benign: int
     unsafe: "str | HarvestSpec | SafeSpec | None" = None
     n_unsafe: int | None = None
+    unsafe_visits: int = 1
     extra: "str | SafeSpec | ContrastiveSpec | None" = None
     n_extra: int | None = None
+    extra_visits: int = 1
     held_out: str | None = None
     template: str = "alpaca"
     penalty_weight: float | str = "auto"
@@ -80,7 +83,7 @@ class ArmSpec:
             raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(methods.METHODS)}.")
         if self.method == "sft":
             # What plain SFT does not look at must not give it another name.
-            for name, value in (("unsafe", None), ("n_unsafe", None), ("penalty_weight", "auto")):
+            for name, value in (("unsafe", None), ("n_unsafe", None), ("unsafe_visits", 1), ("penalty_weight", "auto")):
                 object.__setattr__(self, name, value)
         elif self.unsafe is None:
             raise ValueError(f"method={self.method!r} needs `unsafe`, the rows to push away from.")

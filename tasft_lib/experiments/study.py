@@ -136,7 +136,7 @@ class Study:
         seed = self.config.seed if seed is None else seed
         spec = replace(self.sft, seed=seed, display_name=display_name or method, extra=extra)
         if method in ("stl", "stl_emd"):
-            spec = replace(spec, extra=self.safe, n_extra=n_unsafe)
+            spec = replace(spec, extra=self.safe, n_extra=n_unsafe, extra_visits=self.config.unsafe_visits)
         if method in ("sft", "stl"):
             return spec
         trained_as = {"stl_weighted": "imitation", "stl_emd": "emd"}.get(method, method)
@@ -144,15 +144,22 @@ class Study:
             weight = self.weights.chosen("emd" if method in ("stl_weighted", "stl_emd") else method, n_unsafe)
         options = {} if method == "kto" else {"penalty_reduction": self.config.penalty_reduction, **penalty}
         if trained_as in EMBEDDING_PENALTIES:
-            options.setdefault("penalty_embedding", self.config.penalty_embedding)
+            options = self.distance(options.get("penalty_embedding")) | options
         return replace(
             spec,
             method=trained_as,
             unsafe=self.safe if method == "stl_weighted" else self.unsafe,
             n_unsafe=n_unsafe,
+            unsafe_visits=self.config.unsafe_visits,
             penalty_weight=weight,
             training=spec.training | options,
         )
+
+    def distance(self, embedding: str | None = None) -> dict[str, Any]:
+        """What an EMD measures distance in, `embedding` or the profile's, as options of `TASFTConfig`."""
+        embedding = embedding or self.config.penalty_embedding
+        components = {"penalty_components": self.config.penalty_components} if embedding == "isotropic" else {}
+        return {"penalty_embedding": embedding, **components}
 
     def answers(
         self,

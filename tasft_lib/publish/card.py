@@ -29,10 +29,20 @@ SETTINGS = (
     "bf16",
     "seed",
 )
-PENALTY = ("penalty", "penalty_reduction", "penalty_embedding", "penalty_first_tokens", "penalize_eos", "penalty_beta")
+PENALTY = (
+    "penalty",
+    "penalty_reduction",
+    "penalty_embedding",
+    "penalty_components",
+    "penalty_first_tokens",
+    "penalize_eos",
+    "penalty_beta",
+)
 
 
-def training_record(trainer, model_args, rows, sources: dict[str, str | None], *, template: str) -> dict[str, Any]:
+def training_record(
+    trainer, model_args, rows, sources: dict[str, str | None], *, template: str, unsafe_visits: int
+) -> dict[str, Any]:
     """How a model was trained, for `tasft.json`: settings, counts and hashes; of what lies on this machine the name.
 
     Args:
@@ -50,7 +60,8 @@ def training_record(trainer, model_args, rows, sources: dict[str, str | None], *
         "method": {name: getattr(args, name) for name in PENALTY} | {"penalty_weight": trainer.penalty_weight},
         "penalty_weight_asked": args.penalty_weight,
         "benign_rows": labels.count(True),
-        "unsafe_rows": labels.count(False),
+        "unsafe_rows": labels.count(False) // unsafe_visits,
+        "unsafe_visits": unsafe_visits,
         "rows_sha256": data.fingerprint(rows),
         "datasets": [
             {"name": _public_name(name), "hub": not Path(name).exists(), "revision": revision}
@@ -194,6 +205,7 @@ def _settings(record: dict) -> str:
         **{key: value for key, value in method.items() if value is not None},
         "benign rows": record["benign_rows"],
         "unsafe rows": record["unsafe_rows"],
+        **({"visits of each in an epoch": record["unsafe_visits"]} if record.get("unsafe_visits", 1) > 1 else {}),
         "labels": "found by SAFT, not given" if record.get("labels_by_saft") else "given with the data",
         "data": "; ".join(
             _short(d["name"]) + (f" at {d['revision']}" if d["revision"] else "" if d["hub"] else " (local)")

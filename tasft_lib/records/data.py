@@ -154,6 +154,7 @@ def draw(
     *,
     n_benign: int | None = None,
     n_unsafe: int | None = None,
+    unsafe_visits: int = 1,
     seed: int,
     source: Source,
     evaluation_prompts: Iterable[str] = (),
@@ -172,7 +173,8 @@ def draw(
             what = "prompts begin with the tokenizer's own BOS, which it adds; each is trained on with one"
             logger.warning("%s: %d %s", source, twice, what)
         benign, other = (without_bos(side, tokenizer) for side in (benign, other))
-    rows = mix(benign, other, n_benign=n_benign, n_unsafe=n_unsafe, seed=seed)
+    drawn = {"n_benign": n_benign, "n_unsafe": n_unsafe, "seed": seed}
+    rows = mix(benign, other, **drawn)
     check(
         rows,
         source=source,
@@ -181,22 +183,34 @@ def draw(
         tokenizer=tokenizer,
         max_length=max_length,
     )
+    if unsafe_visits > 1:
+        rows = mix(benign, other, **drawn, unsafe_visits=unsafe_visits)
     return rows.remove_columns("place") if "place" in rows.column_names and not with_place else rows
 
 
 def mix(
-    benign: Dataset, unsafe: Dataset, *, n_benign: int | None = None, n_unsafe: int | None = None, seed: int
+    benign: Dataset,
+    unsafe: Dataset,
+    *,
+    n_benign: int | None = None,
+    n_unsafe: int | None = None,
+    unsafe_visits: int = 1,
+    seed: int,
 ) -> Dataset:
     """`n_benign` and `n_unsafe` rows (None: all) drawn without replacement by `seed`, put together and shuffled by it.
 
     Draws are nested: with one seed, the 100 rows of n=100 are the first 100 drawn for n=300, so sizes can be compared.
+    Each unsafe row is there `unsafe_visits` times, so that an epoch has as many visits of it.
     """
+    if unsafe_visits < 1:
+        raise ValueError(f"unsafe_visits={unsafe_visits} would leave out every unsafe row; give 1 or more")
     parts = []
     for stream, (rows, n, side) in enumerate([(benign, n_benign, "benign"), (unsafe, n_unsafe, "unsafe")]):
         n = len(rows) if n is None else n
         if not 0 <= n <= len(rows):
             raise ValueError(f"n_{side}={n}, but there are {len(rows)} {side} rows; ask for 0 to {len(rows)}")
-        parts.append(rows.select(np.random.default_rng([seed, stream]).permutation(len(rows))[:n]))
+        drawn = np.random.default_rng([seed, stream]).permutation(len(rows))[:n]
+        parts.append(rows.select(np.tile(drawn, unsafe_visits if side == "unsafe" else 1)))
     both = concatenate_datasets(_in_one_form(*parts))
     return both.select(np.random.default_rng([seed, 2]).permutation(len(both)))
 

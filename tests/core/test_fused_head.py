@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tasft_lib.fused_head import fused_head, inverse_row_norms
-from tasft_lib.losses import dense_head
+from tasft_lib.losses import centred_rows, dense_head
 
 PENALTIES = ["emd", "emd_exact"]
 N, H, V = 23, 6, 37
@@ -54,7 +54,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     [{}, {"logit_scale": 0.7}, {"softcap": 3.0}, {"logit_scale": 1.3, "softcap": 2.0}],
     ids=["plain", "scaled", "capped", "both"],
 )
-@pytest.mark.parametrize("geometry", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("geometry", ["lm_head", "embed_tokens", "isotropic"])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_values_and_gradients_are_the_dense_ones(penalty, geometry, transform, trained):
     options = {"penalty": penalty} | transform
@@ -62,6 +62,9 @@ def test_values_and_gradients_are_the_dense_ones(penalty, geometry, transform, t
     if geometry == "embed_tokens":  # of another width, as in OPT-350m
         generator = torch.Generator().manual_seed(1)
         options["embedding"] = torch.randn(V, H + 3, dtype=torch.float64, generator=generator)
+    elif geometry == "isotropic":
+        options["embedding"] = centred_rows(case()["weight"], 2)
+    if geometry != "lm_head":
         cached = {"inverse_norms": inverse_row_norms(options["embedding"])}
     expected = run(dense_head, case(), trained, **options)
     for chunk_size in (1, 5, N, None):

@@ -236,3 +236,41 @@ def test_unit_rows_keep_a_zero_row_and_carry_no_gradient():
     unit = losses.unit_rows(weight)
     assert unit.dtype == torch.float32 and not unit.requires_grad
     torch.testing.assert_close(unit.norm(dim=-1), torch.tensor([1.0, 1, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("components", [0, 1, 3])
+def test_centred_rows_have_no_mean_and_nothing_along_the_top_components(components):
+    """Of an embedding with a mean, two strong axes and a row of padding."""
+    axes = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    weight = torch.randn(40, 8, dtype=torch.float64) * torch.tensor([9.0, 5, 2, 1, 1, 1, 1, 1]) @ axes.T + 3
+    weight[7] = 0
+    rows = losses.centred_rows(weight, components)
+    tokens = torch.arange(40) != 7
+    assert (rows[7] == 0).all() and weight[7].eq(0).all()
+    torch.testing.assert_close(rows.mean(0), torch.zeros(8, dtype=torch.float64))
+    _, _, principal = torch.linalg.svd(weight[tokens] - weight[tokens].mean(0), full_matrices=False)
+    along = rows[tokens] @ principal.T
+    expected = (weight[tokens] - weight[tokens].mean(0)) @ principal.T
+    torch.testing.assert_close(along[:, :components], torch.zeros_like(along[:, :components]))
+    torch.testing.assert_close(along[:, components:], expected[:, components:])
+    torch.testing.assert_close(losses.unit_rows(rows).norm(dim=-1), tokens.double())
+
+
+def test_centred_rows_know_neither_shift_nor_rotation_and_are_a_copy():
+    weight = torch.randn(30, 6, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    rows, moved = (losses.centred_rows(w, 2) for w in (weight, 5 * weight @ rotation + torch.randn(6)))
+    cosines, others = (unit @ unit.T for unit in map(losses.unit_rows, (rows, moved)))
+    torch.testing.assert_close(cosines, others)
+    tied = torch.nn.Parameter(weight.float())
+    before = tied.detach().clone()
+    rows = losses.centred_rows(tied)
+    assert torch.equal(tied, before) and not rows.requires_grad and rows.data_ptr() != tied.data_ptr()
+
+
+def test_centred_rows_of_low_precision_are_made_in_float32():
+    weight = (torch.randn(50, 8) + 2).bfloat16()
+    rows = losses.centred_rows(weight, 1)
+    assert rows.dtype == torch.float32 and rows.mean(0).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="penalty_components=8 would leave nothing of 8 dimensions"):
+        losses.centred_rows(weight, 8)

@@ -76,6 +76,15 @@ def assert_same_gradient(first, second, tolerance=2e-5):
         assert (first[name] - second[name]).abs().max() <= tolerance * scale, name
 
 
+def without_axes(weight, components):
+    """The rows without mean and top components, but for padding, in float64."""
+    rows = weight.double()
+    tokens = rows.abs().sum(1) > 0
+    rows[tokens] -= rows[tokens].mean(0)
+    _, _, axes = torch.linalg.svd(rows, full_matrices=False)
+    return (rows - rows @ axes[:components].T @ axes[:components]).float()
+
+
 def reference_loss(
     model, tokenizer, rows, *, penalty, weight, reduction="batch", split=8, embedding="lm_head", eos=False, first=None
 ):
@@ -85,6 +94,8 @@ def reference_loss(
         "embed_tokens": model.get_input_embeddings().weight.detach(),
         "one_hot": torch.eye(len(tokenizer)),
         "random": torch.randn(len(tokenizer), 32, generator=torch.Generator().manual_seed(0)),
+        "centred": without_axes(model.get_output_embeddings().weight.detach(), 0),
+        "isotropic": without_axes(model.get_output_embeddings().weight.detach(), 3),
     }[embedding]
     e = e / e.norm(dim=1, keepdim=True).clamp(min=1e-6)  # the padding row is zero
     nll, tokens, penalties = 0.0, 0, []
@@ -127,14 +138,14 @@ def reference_loss(
 
 
 @pytest.mark.parametrize("loss_head", ["fused", "dense"])
-@pytest.mark.parametrize("embedding", ["lm_head", "embed_tokens", "one_hot", "random"])
+@pytest.mark.parametrize("embedding", ["lm_head", "embed_tokens", "centred", "isotropic", "one_hot", "random"])
 @pytest.mark.parametrize("reduction, split", [("batch", 8), ("unsafe", 4), ("micro_batch", 2)])
 @pytest.mark.parametrize("penalty", ["emd", "emd_exact", "nlcl"])
 def test_step_is_the_gradient_of_the_papers_loss(
     penalty, reduction, split, embedding, loss_head, model, tokenizer, tmp_path
 ):
     if embedding != "lm_head" and (penalty == "nlcl" or (embedding != "embed_tokens" and reduction != "batch")):
-        pytest.skip("NLCL has no embedding, and the controls one reduction")
+        pytest.skip("NLCL has no embedding, and those that are made one reduction")
     rows = make_rows(8)
     args = config(
         tmp_path,
@@ -199,6 +210,28 @@ def test_only_the_first_tokens_can_be_penalised(penalty, first, padding_free, mo
     assert_same_gradient(gradient, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)))
 
 
+@pytest.mark.parametrize("embedding", ["centred", "isotropic"])
+def test_a_made_geometry_is_the_bases_own_and_leaves_a_tied_head_alone(embedding, tokenizer, tmp_path):
+    """Full fine-tuning of a model whose head is its embedding: a resumed run has the geometry of the straight one."""
+    base = build_model(tokenizer, tie_word_embeddings=True)
+
+    def train(output, resume=None):
+        options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "output_dir": str(tmp_path / output)}
+        model = copy.deepcopy(base)
+        args = config(tmp_path, penalty_embedding=embedding, **options)
+        trainer = TASFTTrainer(model, args, train_dataset=make_rows(8), processing_class=tokenizer)
+        assert torch.equal(model.lm_head.weight, base.lm_head.weight)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    straight = train("straight")
+    resumed = train("resumed", resume=str(tmp_path / "straight" / "checkpoint-1"))
+    assert straight.lm_head.weight is straight.model.embed_tokens.weight
+    assert not torch.equal(straight.lm_head.weight, base.lm_head.weight)
+    for (name, a), (_, b) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_a_one_hot_embedding_is_for_small_vocabularies(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("tasft_lib.forward.LARGEST_ONE_HOT", 50)
     with pytest.raises(ValueError, match="63 tokens are more than 50"):
@@ -257,6 +290,7 @@ def test_packed_and_padding_free_steps_are_the_padded_one(
     """The gradient would differ if samples attended to each other or a mean ran over more than one sample."""
     model = build_model(tokenizer, attn_implementation=attention)
     settings = dict(penalty=penalty, penalty_reduction=reduction, loss_head=loss_head)
+    settings["penalty_embedding"] = "isotropic" if attention == "eager" else "lm_head"
     padded, expected = gradient_step(model, config(tmp_path, **settings), make_rows(8), tokenizer)
     layouts = {
         "padding-free": dict(padding_free=True, max_length=None),
@@ -306,9 +340,10 @@ def test_without_unsafe_rows_a_run_is_an_sft_trainer_run(model, tokenizer, tmp_p
 
 
 @plain_sft
-def test_weight_zero_is_sft_trainers_step_on_the_benign_rows(model, tokenizer, tmp_path):
+@pytest.mark.parametrize("embedding", ["lm_head", "isotropic"])
+def test_weight_zero_is_sft_trainers_step_on_the_benign_rows(embedding, model, tokenizer, tmp_path):
     rows = make_rows(8)
-    args = config(tmp_path, penalty_weight=0.0)
+    args = config(tmp_path, penalty_weight=0.0, penalty_embedding=embedding)
     ours, our_gradient = gradient_step(model, args, rows, tokenizer)
     theirs, their_gradient = gradient_step(
         model,
@@ -544,6 +579,7 @@ def test_logit_scaling_and_soft_capping_are_the_models_own(architecture, overrid
         ({"penalty_reduction": "mean"}, "penalty_reduction='mean'"),
         ({"penalty_embedding": "wte"}, "penalty_embedding='wte'"),
         ({"penalty_first_tokens": 0}, "penalty_first_tokens=0"),
+        ({"penalty_embedding": "isotropic", "penalty_components": 0}, "penalty_components=0"),
         ({"penalty_weight": -1}, "penalty_weight=-1"),
         ({"penalty_weight": "lots"}, "penalty_weight='lots'"),
         ({"penalty_weight": float("nan")}, "penalty_weight=nan"),
@@ -965,7 +1001,7 @@ def _scaled_loss(monkeypatch):
 
 
 def _shifted_labels(monkeypatch):
-    collator = trainer_module.UnsafeLabelCollator
+    collator = trainer_module.labels.UnsafeLabelCollator
     torch_call = collator.torch_call
 
     def shift(self, examples):

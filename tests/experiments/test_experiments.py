@@ -64,6 +64,37 @@ def test_the_arms_differ_in_what_they_compare_and_in_nothing_else():
     assert control.training == arms["emd"].training | {"penalty_embedding": "one_hot"}
 
 
+def test_visits_are_the_same_for_the_unsafe_rows_and_for_stls_answers_to_them():
+    it = study(unsafe_visits=3)
+    arms = {name: it.arm(name, 3, weight=2.0) for name in ("sft", "stl", "stl_weighted", "stl_emd", "emd", "kto")}
+    visits = {name: (arm.unsafe_visits, arm.extra_visits) for name, arm in arms.items()}
+    assert visits.pop("sft") == (1, 1) and visits.pop("stl") == (1, 3) and visits.pop("stl_emd") == (3, 3)
+    assert set(visits.values()) == {(3, 1)}
+    assert arms["sft"] == study().sft  # D_unsafe is harvested from the same arm
+    with_contrast = it.arm("emd", 3, weight=2.0, extra=it.contrastive)
+    assert with_contrast.extra_visits == 1
+    # 9 of n visits are unsafe, so λ is a third of what 3 rows seen once would need, up to the share of the rest.
+    n = it.config.n_benign
+    assert it.weights.of_pressure(1.0, "emd", 3) == pytest.approx((n + 9) / 9, rel=1e-3)
+    assert it.weights.of_pressure(1.0, "kto", 3) == pytest.approx(n / 9, rel=1e-3)
+
+
+def test_extra_rows_are_there_as_often_as_they_are_visited(harvested):
+    spec = replace(study().sft, n_benign=5, extra=str(harvested), n_extra=2, template="short")
+    (once, _), (thrice, _) = (arms_module.training_rows(replace(spec, extra_visits=n)) for n in (1, 3))
+    answers = [sorted(rows["completion"][5:]) for rows in (once, thrice)]
+    assert len(once) == 7 and answers[1] == sorted(answers[0] * 3)
+    assert once.to_list()[:5] == thrice.to_list()[:5]
+
+
+def test_the_distance_of_an_arm_names_its_components():
+    it = study(penalty_embedding="isotropic", penalty_components=2)
+    assert it.arm("emd", 3, weight=2.0).training["penalty_components"] == 2
+    assert "penalty_components" not in it.arm("emd", 3, weight=2.0, penalty_embedding="lm_head").training
+    assert "penalty_components" not in it.arm("nlcl", 3, weight=2.0).training
+    assert study().arm("emd_exact", 3, weight=2.0, penalty_embedding="isotropic").training["penalty_components"] == 3
+
+
 def test_pressure_and_weight_are_inverse_and_auto_carries_a_pressure_over():
     for reduction in ("batch", "unsafe", "micro_batch"):
         weights = study(penalty_reduction=reduction).weights

@@ -8,6 +8,7 @@ import json
 import lzma
 import re
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -404,6 +405,18 @@ def test_mixtures_follow_the_seed_and_are_shuffled():
     assert first.to_list() == again.to_list() and first.to_list() != other.to_list()
     assert set(first["prompt"]) != set(other["prompt"])
     assert 50 < sum(first["label"][:100]) < 85  # neither sorted nor blocked: 67 of the first 100 are expected benign
+
+
+def test_visits_repeat_the_unsafe_rows_that_are_drawn_and_no_other():
+    benign, unsafe = training_rows(20, True), training_rows(9, False, "grue")
+    drawn = {"n_benign": 10, "n_unsafe": 4, "seed": 3}
+    once, thrice = (data.mix(benign, unsafe, **drawn, unsafe_visits=n) for n in (1, 3))
+    assert once.to_list() == data.mix(benign, unsafe, **drawn).to_list()
+    prompts = Counter(once["prompt"])
+    assert Counter(thrice["prompt"]) == {p: 3 if "grue" in p else 1 for p in prompts}
+    checked = data.draw(benign, unsafe, **drawn, unsafe_visits=3, source="here")  # a visit is no repeated row
+    assert checked.to_list() == thrice.to_list()
+    assert "unsafe_visits=0" in refusal(data.mix, benign, unsafe, **drawn, unsafe_visits=0)
 
 
 def test_mix_refuses_more_rows_than_there_are():
