@@ -267,12 +267,13 @@ def train_from(trainer: Any, checkpoint: Path | None) -> None:
     """
     from transformers import TrainerState
 
-    from .storage.resume import GoOn, keep_whole, restore_sums
+    from .storage.resume import GoOn, LengthOrder, keep_whole, restore_sums
 
     state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     args = trainer.args
     args.restore_callback_states_from_checkpoint = True  # else early stopping counts anew
     keep_whole(trainer)
+    trainer.add_callback(LengthOrder())
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # their weights load into a prepared model alone
     if not state or sharded or args.load_best_model_at_end or not _is_at_its_end(state, args):
         if checkpoint is not None:

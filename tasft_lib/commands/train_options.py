@@ -22,7 +22,8 @@ TrainingArguments works, in the YAML file or as a flag; `tasft train --help_all`
 
   --model_name_or_path, --model_revision, --dtype, --load_in_4bit, --use_peft, --lora_r, --lora_alpha,
   --lora_target_modules, --output_dir, --learning_rate, --num_train_epochs, --per_device_train_batch_size,
-  --gradient_accumulation_steps, --max_length, --resume_from_checkpoint, --report_to, --push_to_hub (HF_TOKEN)
+  --gradient_accumulation_steps, --max_length, --train_sampling_strategy (group_by_length: less padding),
+  --resume_from_checkpoint, --report_to, --push_to_hub (HF_TOKEN)
 
 penalty options:
   --penalty emd|emd_exact|nlcl|gradient_ascent|unlikelihood|npo|simnpo|imitation

@@ -148,6 +148,7 @@ def train(spec: ArmSpec) -> Path:
             "ingredients": made_of,
             "benign_rows": data.fingerprint(benign),
             "unsafe_rows": unsafe and data.fingerprint(unsafe),
+            "truncated_rows_left_out": _to_draw_from(spec, _held_out_prompts(spec))[1] if spec.drop_truncated else 0,
             # λ of TA-SFT, KTO's undesirable weight; plain SFT has none. λ = 0 is a λ.
             "penalty_weight": getattr(trainer, "penalty_weight", getattr(trainer, "undesirable_weight", None)),
             "steps": trainer.state.global_step,
@@ -204,7 +205,7 @@ def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
     prompts = _held_out_prompts(spec)
     unsafe = None if spec.unsafe is None else data.clean(_rows(spec.unsafe, spec, label=False))
     rows = data.draw(
-        data.clean(_benign_rows(spec, seed=spec.seed), prompts),
+        _to_draw_from(spec, prompts)[0],
         unsafe,
         n_benign=spec.n_benign,
         n_unsafe=spec.n_unsafe,
@@ -455,6 +456,16 @@ def _benign_rows(spec: ArmSpec, *, seed: int) -> Dataset:
     """All benign rows there are to draw from (made ones: `n_benign`, by `seed`)."""
     rows = worlds.load(spec.benign).benign_rows(spec.n_benign, seed=seed, revision=spec.benign_revision)
     return data.to_training_rows(rows, label=True, template=spec.template, source=spec.benign, drop_empty=True)
+
+
+def _to_draw_from(spec: ArmSpec, prompts: list[str]) -> tuple[Dataset, int]:
+    """(the benign rows to draw from, how many were left out because `max_length` would cut them)."""
+    rows = data.clean(_benign_rows(spec, seed=spec.seed), prompts)
+    if not spec.drop_truncated:
+        return rows, 0
+    max_length = spec.training.get("max_length", methods.CONFIGS[spec.method].max_length)
+    whole = data.drop_truncated(rows, load_tokenizer(spec), max_length)
+    return whole, len(rows) - len(whole)
 
 
 def _rows(source: str, spec: ArmSpec, *, label: bool) -> Dataset:

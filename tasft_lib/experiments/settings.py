@@ -29,6 +29,7 @@ class Settings:
     benign: str = "miniworld"  # benign rows: Alpaca-format file, hub id, or "miniworld"
     benign_revision: str = ""
     n_benign: int = 1000
+    drop_truncated: bool = False  # draw from the benign rows that max_length leaves whole; manifests count the others
     harvest_prompts: str = "miniworld"  # toxic prompts to harvest from: a file, a folder, "stl" or "miniworld"
     n_harvest: int = 240  # unsafe answers wanted
     rounds: int = 4  # times a prompt is asked at most
@@ -53,6 +54,7 @@ class Settings:
     lr_scheduler_type: str = "linear"
     warmup_steps: int = 10
     num_train_epochs: float = 2.0
+    train_sampling_strategy: str = "random"  # group_by_length: rows of about one length together, with less padding
     per_device_train_batch_size: int = 24
     gradient_accumulation_steps: int = 1
     max_length: int = 128  # tokens of a training row

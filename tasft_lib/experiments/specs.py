@@ -21,6 +21,7 @@ TRAINING = (
     "lr_scheduler_type",
     "warmup_steps",
     "num_train_epochs",
+    "train_sampling_strategy",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_length",
@@ -39,6 +40,7 @@ class ArmSpec:
         dtype, load_in_4bit: how the base model is loaded, as TRL's ModelConfig spells them.
         benign: benign rows, the name of a world (see `worlds.load`; hub ids with `benign_revision`).
         n_benign: rows drawn from them by `seed`.
+        drop_truncated: whether benign rows that `max_length` would cut are left out before the draw.
         unsafe: D_unsafe, a `HarvestSpec` or a source for `sources.read_rows`; `n_unsafe` rows are drawn from it by
             `seed`, nested. For "imitation" a `SafeSpec`.
         extra: further rows with good answers, added to the benign ones: a `SafeSpec` (STL), a `ContrastiveSpec` or a
@@ -64,6 +66,7 @@ class ArmSpec:
     benign: str
     benign_revision: str | None = None
     n_benign: int
+    drop_truncated: bool = False
     unsafe: "str | HarvestSpec | SafeSpec | None" = None
     n_unsafe: int | None = None
     unsafe_visits: int = 1

@@ -297,7 +297,7 @@ def _truncated(rows: _Rows, tokenizer: Any, max_length: int, progress: bool | No
     steps = range(0, len(rows.labels), 1000)
     for start in progress_bar(steps, desc="counting tokens", leave=False, progress=progress):
         batch = rows.rows.select(range(start, min(start + 1000, len(rows.rows))))
-        prompts, wholes = _token_counts(tokenizer, batch)
+        prompts, wholes = data.token_counts(batch, tokenizer)
         for i, (before, total) in enumerate(zip(prompts, wholes, strict=True), start=start):
             if before >= max_length:
                 full[i] = f"prompt of {before} tokens: {_redacted(rows.questions[i])}"
@@ -308,18 +308,6 @@ def _truncated(rows: _Rows, tokenizer: Any, max_length: int, progress: bool | No
         Finding("prompt fills max_length", True, f"{remedy}nothing of the answer is left", rows.numbered(full)),
         *rows.by_label("answer cut by max_length", f"{remedy}they end without an end", cut),
     ]
-
-
-def _token_counts(tokenizer: Any, rows: Dataset) -> tuple[list[int], list[int]]:
-    """Tokens of the prompts and of the whole rows, as TRL counts them: text rows are closed by EOS."""
-    if data.is_chat(rows):
-        ids = [data.chat_ids(row, tokenizer, place) for row, place in zip(rows, data.places(rows), strict=True)]
-        return tuple([len(part) for part in parts] for parts in zip(*ids, strict=True))
-    end = tokenizer.eos_token or ""
-    rows = data.without_bos(rows, tokenizer)
-    pairs = zip(rows["prompt"][:], rows["completion"][:], strict=True)
-    whole = [p + (c if end and c.endswith(end) else c + end) for p, c in pairs]
-    return tuple([len(ids) for ids in tokenizer(texts)["input_ids"]] for texts in (rows["prompt"][:], whole))
 
 
 def _lengths(rows: _Rows) -> pd.DataFrame:

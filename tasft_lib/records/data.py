@@ -314,6 +314,26 @@ def chat_ids(row: dict[str, Any], tokenizer: Any, place: str) -> tuple[list[int]
     return prompt, whole
 
 
+def token_counts(rows: Dataset, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens of the prompts and of the whole rows, as TRL counts them: text rows are closed by EOS."""
+    if not len(rows):
+        return [], []
+    if is_chat(rows):
+        ids = [chat_ids(row, tokenizer, place) for row, place in zip(rows, places(rows), strict=True)]
+        return tuple([len(part) for part in parts] for parts in zip(*ids, strict=True))
+    end = tokenizer.eos_token or ""
+    rows = without_bos(rows, tokenizer)
+    pairs = zip(rows["prompt"][:], rows["completion"][:], strict=True)
+    whole = [p + (c if end and c.endswith(end) else c + end) for p, c in pairs]
+    return tuple([len(ids) for ids in tokenizer(texts)["input_ids"]] for texts in (rows["prompt"][:], whole))
+
+
+def drop_truncated(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Without the rows that `max_length` would cut: prompt in its template, answer and its end have more tokens."""
+    _, whole = token_counts(rows, tokenizer)
+    return rows.select([i for i, length in enumerate(whole) if length <= max_length])
+
+
 def drop_long(rows: Dataset, tokenizer: Any, max_length: int | None, *, source: Source) -> Dataset:
     """Without the rows whose prompt alone fills `max_length`, of which nothing would be learnt; logs how many."""
     if max_length is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .files import read_object, remove
 from .integrity import damage, seal
@@ -48,6 +49,19 @@ def remove_old(trainer: Trainer) -> None:
     if limit is not None and limit > 0:
         for path in old[: max(0, len(saved) - max(limit, len(saved) - len(old)))]:
             remove(path)
+
+
+class LengthOrder(TrainerCallback):
+    """Rows of one length together in an order that follows from seed and epoch, so a resumed training goes on with it.
+
+    transformers draws it from the global random state, which at the start of an epoch is another one then.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        batches = getattr(train_dataloader, "batch_sampler", None)
+        sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)  # a rank's batches, or all
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch))
 
 
 class GoOn(TrainerCallback):

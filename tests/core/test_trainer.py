@@ -463,6 +463,28 @@ def test_labels_stay_with_their_rows_through_tokenisation_truncation_and_shuffli
     assert set(seen.values()) == {True, False}
 
 
+def test_rows_of_one_length_together_are_all_there_with_their_labels_and_less_padding(tokenizer, tmp_path):
+    rows = make_rows(48)
+
+    def batches(order):
+        args = config(tmp_path, train_sampling_strategy=order, per_device_train_batch_size=4)
+        trainer = TASFTTrainer(build_model(tokenizer), args, train_dataset=rows, processing_class=tokenizer)
+        return list(trainer.get_train_dataloader())
+
+    grouped, random = batches("group_by_length"), batches("random")
+
+    def seen(batches):
+        return sorted(
+            (ids[mask.bool()].tolist(), bool(unsafe[mask.bool()].all()))
+            for batch in batches
+            for ids, mask, unsafe in zip(batch["input_ids"], batch["attention_mask"], batch["unsafe"], strict=True)
+        )
+
+    assert seen(grouped) == seen(random) and len(seen(grouped)) == 48
+    padding = [sum(int((batch["attention_mask"] == 0).sum()) for batch in order) for order in (grouped, random)]
+    assert padding[0] < padding[1] / 2
+
+
 def test_rows_whose_completion_is_truncated_away_are_counted_in_a_warning(model, tokenizer, tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr("tasft_lib.trainer.logger.warning", warnings.append)

@@ -73,17 +73,36 @@ def test_an_arm_is_trained_once_and_found_again(spec):
     assert {"commit", "hardware", "seconds", "peak_memory_mb", "benign_rows", "unsafe_rows"} <= set(recorded)
 
 
-def test_a_killed_run_resumes_and_ends_as_the_straight_run(spec, tmp_path, monkeypatch):
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_a_killed_run_resumes_and_ends_as_the_straight_run(order, spec, tmp_path, monkeypatch):
+    """In its second epoch, whose order is another than the first one's."""
+    options = {"num_train_epochs": 2, "save_steps": 3, "train_sampling_strategy": order}
+    spec = replace(spec, training=spec.training | options)
     straight = arms.train(spec)
     expected = weights(spec)
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "killed"))
     shutil.copytree(straight, spec.folder)
-    (spec.folder / "manifest.json").unlink()  # killed after step 4, while writing checkpoint 6
-    (spec.folder / "trainer" / "checkpoint-6" / "trainer_state.json").write_text('{"torn')
+    (spec.folder / "manifest.json").unlink()  # killed after step 9, while writing checkpoint 12
+    (spec.folder / "trainer" / "checkpoint-12" / "trainer_state.json").write_text('{"torn')
     arms.train(spec)
-    assert arms.read_manifest(spec)["resumed_from"] == "checkpoint-4"
+    assert arms.read_manifest(spec)["resumed_from"] == "checkpoint-9"
     resumed = weights(spec)
     assert all(resumed[name].equal(expected[name]) for name in expected)
+
+
+def test_benign_rows_that_max_length_would_cut_are_left_out_before_the_draw_and_counted(spec, tokenizer):
+    rows = arms.training_rows(replace(spec, n_benign=26))[0]
+    lengths = [len(tokenizer(p + c)["input_ids"]) + 1 for p, c in zip(rows["prompt"], rows["completion"], strict=True)]
+    at_most = sorted(lengths)[13]
+    left_out = sum(length > at_most for length in lengths)
+    spec = replace(spec, drop_truncated=True, n_benign=5, training=spec.training | {"max_length": at_most})
+    benign, unsafe = arms.training_rows(spec)
+    assert unsafe.to_list() == arms.training_rows(replace(spec, drop_truncated=False))[1].to_list()
+    assert all(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) < at_most for row in benign)
+    arms.train(spec)
+    assert arms.read_manifest(spec)["truncated_rows_left_out"] == left_out > 0
+    with pytest.raises(ValueError, match=f"n_benign=26, but there are {26 - left_out} benign rows"):
+        arms.training_rows(replace(spec, n_benign=26))
 
 
 def test_what_determines_an_arm_names_it(spec):
@@ -94,12 +113,14 @@ def test_what_determines_an_arm_names_it(spec):
         replace(spec, method="nlcl"),
         replace(spec, training=spec.training | {"learning_rate": 2e-2}),
         replace(spec, n_unsafe=5),
+        replace(spec, unsafe_visits=2),
+        replace(spec, drop_truncated=True),
         replace(spec, unsafe=harvest_of(spec)),
         replace(spec, unsafe=replace(harvest_of(spec), n=7)),
         replace(spec, unsafe=specs.SafeSpec(unsafe=harvest_of(spec))),
         replace(spec, extra=specs.ContrastiveSpec(unsafe=harvest_of(spec), writer="miniworld", decoding=DECODING)),
     ]
-    assert len({spec.name, *(other.name for other in others)}) == 10
+    assert len({spec.name, *(other.name for other in others)}) == 12
 
 
 def harvest_of(spec) -> specs.HarvestSpec:
