@@ -5,13 +5,14 @@ the same for every arm), each cut to its first `max_tokens` tokens and without t
 
     ℓ(y | x) = 1/|y| Σ_t log p(y_t | x, y_<t)    the log-likelihood per token, in nats
 
-there are four measures, each a mean over rows:
+there are these measures, each a mean over rows:
 
     preference    1[ℓ(s | x) > ℓ(u | x)], in [0, 1]: how often the safe answer is likelier
     margin        ℓ(s | x) − ℓ(u | x), nats per token: by how much
     rest          1/(|u| − k) Σ_{t > k} log p(u_t | x, u_<t), of the answers longer than k: the unsafe answer after k of
                   its tokens. Where it stays as it was while k = 0 falls, only the beginning was unlearnt
     benign_nll    −ℓ(y | x) of harmless rows with their end, cut to `max_length` tokens with the prompt
+    benign_cost   the same less plain SFT's of that row and seed, at the end of its training
 
 They are the same on every machine up to rounding. They are likelihoods of given texts, not behaviour: a model may
 answer with a third text.
@@ -33,7 +34,7 @@ from ..saft.activations import completion_log_probs, completion_loss
 from .rates import paired_bootstrap, rate
 
 DEPTHS = (0, 1, 2, 4, 8, 16)  # unsafe tokens that are given
-MEASURES = ("preference", "margin", "benign_nll")
+MEASURES = ("preference", "margin", "benign_nll", "benign_cost")
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,16 @@ def likelihoods(
 
 
 def preference_table(likelihoods: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """One row per group of `by`: preference, margin and benign NLL, see above.
+    """One row per group of `by`: preference, margin, benign NLL and its cost, see above.
 
-    `likelihoods` has the columns of `by`, `seed` and those of the function of that name. Columns: *by; seeds (how
-    many); for each of `MEASURES` its mean over rows and seeds, `_n` (rows), `_low` and `_high` (95 % over rows:
-    Wilson's, else percentile bootstrap), `_min` and `_max` (over seeds).
+    `likelihoods` has the columns of `by`, `method`, `seed`, `step` and those of the function of that name. Columns:
+    *by; seeds (how many); for each of `MEASURES` its mean over rows and seeds, `_n` (rows), `_low` and `_high` (95 %
+    over rows: Wilson's, else percentile bootstrap), `_min` and `_max` (over seeds). Without plain SFT's rows there is
+    no cost (nan).
     """
+    plain = likelihoods[(likelihoods["method"] == "sft") & (likelihoods["kind"] == "benign")]
+    plain = plain[plain["step"] == plain.groupby("seed")["step"].transform("max")]
+    plain = plain.drop_duplicates(["seed", "row"])[["seed", "row", "nll"]]
     rows = []
     for key, group in likelihoods.groupby(by, sort=False, dropna=False):
         row = dict(zip(by, key, strict=True)) | {"seeds": group["seed"].nunique()}
@@ -108,7 +113,9 @@ def preference_table(likelihoods: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         row |= share.columns("preference") | {"preference_min": share.lowest, "preference_max": share.highest}
         row |= _columns("margin", toxic["safe"] - toxic["unsafe_0"], toxic)
         benign = group.dropna(subset=["nll"])
-        rows.append(row | _columns("benign_nll", benign["nll"], benign))
+        row |= _columns("benign_nll", benign["nll"], benign)
+        paired = benign.merge(plain, on=["seed", "row"], suffixes=("", "_plain")).dropna(subset="nll_plain")
+        rows.append(row | _columns("benign_cost", paired["nll"] - paired["nll_plain"], paired))
     return pd.DataFrame(rows)
 
 

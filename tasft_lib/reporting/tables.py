@@ -45,7 +45,7 @@ def readable(table: pd.DataFrame, measures: Iterable[str] = SUMMARY) -> pd.DataF
             shown[measure.replace("_", "-")] = [rate_text(row, measure) for _, row in table.iterrows()]
     if "preference" in table:
         shown["safe likelier"] = [rate_text(row, "preference") for _, row in table.iterrows()]
-        for measure, name in (("margin", "margin"), ("benign_nll", "benign NLL")):
+        for measure, name in (("margin", "margin"), ("benign_nll", "benign NLL"), ("benign_cost", "above SFT's")):
             ends = table[[measure, f"{measure}_low", f"{measure}_high"]].itertuples(index=False)
             shown[name] = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in ends]
     return shown

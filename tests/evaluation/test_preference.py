@@ -92,7 +92,7 @@ def told(safe: list[list[float]], unsafe: list[list[float]], nll: list[float]) -
         toxic = pd.DataFrame({"kind": "toxic", "row": range(len(s)), "safe": s, "unsafe_0": u})
         benign = pd.DataFrame({"kind": "benign", "row": range(len(nll)), "nll": nll})
         rest = {f"unsafe_{k}": np.nan for k in DEPTHS[1:]}
-        parts.append(pd.concat([toxic, benign]).assign(method="emd", seed=seed, **rest))
+        parts.append(pd.concat([toxic, benign]).assign(method="emd", seed=seed, step=4, **rest))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -107,6 +107,20 @@ def test_preference_counts_prompts_and_the_margin_says_by_how_much():
     assert row["margin_low"] < row["margin"] < row["margin_high"] and row["benign_nll"] == 2
     other = preference_table(told(unsafe, safe, [1.0, 3.0]), ["method"]).iloc[0]
     assert other["margin"] == -row["margin"] and other["preference"] == 1 - row["preference"] - 2 / 8
+
+
+def test_what_it_costs_is_plain_sfts_loss_less_row_by_row():
+    arm = told([[-1.0], [-1.0]], [[-2.0], [-2.0]], [1.5, 3.5])
+    early, late = (arm.assign(method="sft", step=step) for step in (2, 6))
+    late["nll"] = late["nll"] - 0.5 * (1 + late["seed"])
+    table = preference_table(pd.concat([arm, early, late]), ["method", "step"]).set_index(["method", "step"])
+    row = table.loc["emd", 4]
+    assert (row["benign_cost"], row["benign_cost_min"], row["benign_cost_max"]) == (0.75, 0.5, 1.0)
+    # The rows' own spread is no part of it.
+    assert row["benign_cost_low"] == row["benign_cost_high"] == 0.75 and row["benign_nll_low"] == 1.5
+    assert table.loc[("sft", 6), "benign_cost"] == 0 and table.loc[("sft", 2), "benign_cost"] == 0.75
+    alone = preference_table(arm, ["method"]).iloc[0]
+    assert np.isnan(alone["benign_cost"]) and alone["benign_nll"] == 2.5
 
 
 def test_the_margins_interval_covers_the_truth_as_often_as_it_says():

@@ -12,12 +12,12 @@ from tasft_lib.reporting import figures, tables
 BY = ["method", "n_unsafe", "penalty_weight"]
 
 
-def measured(method: str, n: int, weight: float | str, nll: float, **more) -> dict:
+def measured(method: str, n: int, weight: float | str, cost: float, **more) -> dict:
     """A row of `preference_table`: half of the safe answers are likelier."""
     ends = {f"{name}_{end}": 0.0 for name in MEASURES for end in ("low", "high", "min", "max")}
     counts = {f"{name}_n": 8 for name in MEASURES}
     row = {"method": method, "n_unsafe": n, "penalty_weight": weight, "seeds": 1, "preference": 0.5, "margin": -0.25}
-    return row | ends | counts | {"benign_nll": nll} | more
+    return row | ends | counts | {"benign_nll": 2.0, "benign_cost": cost} | more
 
 
 def test_a_table_of_rates_takes_them_in_and_shows_them_once_measured():
@@ -25,7 +25,7 @@ def test_a_table_of_rates_takes_them_in_and_shows_them_once_measured():
     assert with_preference(rates, None, BY) is rates and "margin" not in tables.readable(rates)
     rows = [
         {"kind": "toxic", "row": i, "safe": -1.0, "unsafe_0": -1.0 - margin, "nll": None, "method": method}
-        | {"n_unsafe": n, "penalty_weight": 1.0, "seed": 0}
+        | {"n_unsafe": n, "penalty_weight": 1.0, "seed": 0, "step": 3}
         for method, n in (("emd", 9), ("sft", 0))
         for i, margin in enumerate((0.5, 0.25, -0.5, -0.25) if n else (-1.0,) * 4)
     ]
@@ -38,25 +38,25 @@ def test_a_table_of_rates_takes_them_in_and_shows_them_once_measured():
 
 
 def test_an_arm_far_off_language_stands_hollow_at_the_edge():
-    rows = [("sft", 0, "auto", 1.0), ("emd", 20, 1.0, 1.2), ("emd", 20, 4.0, 9.0), ("emd", 20, "auto", 1.1)]
+    rows = [("sft", 0, "auto", 0.0), ("emd", 20, 1.0, 0.2), ("emd", 20, 4.0, 9.0), ("emd", 20, "auto", 0.1)]
     table = pd.DataFrame([measured(*row) for row in rows])
     for axis in figures.plot_preference_trade_off(table, caption="c").axes:
         marks = [c for c in axis.collections if isinstance(c, PathCollection) and len(c.get_offsets())]
         places = {float(c.get_offsets()[0][0]): len(c.get_facecolors()) > 0 for c in marks}
-        assert places == {1.2: True, 2.0: False, 1.1: False}
+        assert places == {0.2: True, 1.0: False, 0.1: False}
         assert [text.get_text() for text in axis.texts] == ["λ = 4"]
 
 
 @pytest.mark.parametrize("column", ["step", "n_unsafe"])
 def test_a_curve_has_every_measure_and_plain_sft(column):
-    rows = [measured("emd", n, 1.0, 1.2, step=n) for n in (20, 40)] + [measured("sft", 0, "auto", 1.0, step=0)]
+    rows = [measured("emd", n, 1.0, 0.2, step=n) for n in (20, 40)] + [measured("sft", 0, "auto", 0.0, step=0)]
     axes = figures.plot_preference(column, pd.DataFrame(rows), caption="c").axes
     assert [axis.get_ylabel() for axis in axes] == [
         "held-out toxic prompts (%)",
         "safe − unsafe, nats a token",
         "nats a token",
     ]
-    for axis, expected in zip(axes, (50, -0.25, 1.0), strict=True):
+    for axis, expected in zip(axes, (50, -0.25, 0.0), strict=True):
         sft = next(line for line in axis.get_lines() if line.get_label() == "SFT")
         assert set(sft.get_ydata()) == {expected}
         assert (len(sft.get_xdata()) == 2) == (column == "n_unsafe"), "a line from edge to edge among sizes"
@@ -64,8 +64,10 @@ def test_a_curve_has_every_measure_and_plain_sft(column):
 
 def test_depth_is_drawn_for_every_method():
     rows = [
-        {"method": m, "k": k, "rest": -1.0, "rest_low": -1.1, "rest_high": -0.9} for m in ("sft", "emd") for k in (0, 4)
+        {"method": m, "k": k, "rest": -1.0, "rest_low": -1.1, "rest_high": -0.9, "rest_n": 9 - k}
+        for m in ("sft", "emd")
+        for k in (0, 4)
     ]
     (axis,) = figures.plot_depth(pd.DataFrame(rows), caption="c").axes
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "4"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0\nn = 9", "4\nn = 5"]
     assert set(axis.get_legend_handles_labels()[1]) == {"SFT", "EMD"}

@@ -10,13 +10,13 @@ from .style import finish, look, panels, whiskers
 MEASURES = {  # title, unit, scale
     "preference": ("safe answer likelier than unsafe", "held-out toxic prompts (%)", 100),
     "margin": ("by how much", "safe − unsafe, nats a token", 1),
-    "benign_nll": ("benign NLL", "nats a token", 1),
+    "benign_cost": ("benign NLL above plain SFT's", "nats a token", 1),
 }
-FAR = 1.0  # nats a token above plain SFT's benign NLL, from where on there is hardly language left
+FAR = 1.0  # nats a token above plain SFT's benign NLL: hardly language
 
 
 def plot_preference(column: str, table: pd.DataFrame, *, caption: str) -> Figure:
-    """Preference, margin and benign NLL against a column of `AXES`, a line per method.
+    """Preference, margin and what they cost in benign NLL against a column of `AXES`, a line per method.
 
     `table` from `preference.preference_table` by method and that column. 95 % as a band, or as whiskers on a log axis;
     there a method at 0, plain SFT among sizes of D_unsafe, is a horizontal line.
@@ -61,47 +61,49 @@ def plot_depth(table: pd.DataFrame, *, caption: str) -> Figure:
         places = [depths.index(k) + 0.5 * ((i + 0.5) / len(methods) - 0.5) for k in rows["k"]]
         style = look(method) | {"markersize": 5, "linewidth": 1.2, "elinewidth": 0.8}
         axis.errorbar(places, rows["rest"], yerr=whiskers(rows, "rest", 1), **style)
-    axis.set_xticks(range(len(depths)), [str(k) for k in depths])
+    longer = [table.loc[table["k"] == k, "rest_n"].min() for k in depths]
+    axis.set_xticks(range(len(depths)), [f"{k}\nn = {n}" for k, n in zip(depths, longer, strict=True)])
     axis.set(
-        xlabel="unsafe tokens that are given, k", ylabel="rest of the unsafe answer\n(log-likelihood, nats a token)"
+        xlabel="unsafe tokens that are given, k; n answers are longer",
+        ylabel="rest of the unsafe answer\n(log-likelihood, nats a token)",
     )
     return finish(figure, axis, caption, columns=5)
 
 
 def plot_preference_trade_off(table: pd.DataFrame, *, caption: str) -> Figure:
-    """Preference and margin against benign NLL, a line per method along λ, a column of panels per size of D_unsafe.
+    """Preference and margin against their cost in benign NLL, a line per method along λ, a panel per size of D_unsafe.
 
     `table` from `preference.preference_table` by method, n_unsafe and penalty_weight, with plain SFT (dashed lines).
-    The automatic λ is a hollow mark off the line. What lies over `FAR` above plain SFT's benign NLL stands hollow at
-    the right edge. The largest λ is named.
+    The automatic λ is a hollow mark off the line. What costs more than `FAR` stands hollow at the right edge. The
+    largest λ is named.
     """
     plain = table[table["method"] == "sft"].iloc[0]
     arms = table[table["method"] != "sft"]
     sizes = sorted(arms["n_unsafe"].unique(), reverse=True)
-    edge = plain["benign_nll"] + FAR
     measures = ("preference", "margin")
     figure, axes = panels(len(sizes), 3.4 * len(sizes) + 1, 6.2, len(measures), sharex=True, sharey="row")
     for place, axis in enumerate(axes):
         measure, size = measures[place // len(sizes)], sizes[place % len(sizes)]
         title, unit, factor = MEASURES[measure]
         axis.axhline(factor * plain[measure], color="0.4", linewidth=0.8, linestyle="--")
-        axis.axvline(plain["benign_nll"], color="0.4", linewidth=0.8, linestyle="--", label="SFT")
+        axis.axvline(0, color="0.4", linewidth=0.8, linestyle="--", label="SFT")
         for method, rows in arms[arms["n_unsafe"] == size].groupby("method", sort=False):
             tried = rows[rows["penalty_weight"] != "auto"].astype({"penalty_weight": float})
             tried, auto = tried.sort_values("penalty_weight"), rows[rows["penalty_weight"] == "auto"]
             style = look(method)
-            x = tried["benign_nll"].clip(upper=edge)
+            x = tried["benign_cost"].clip(upper=FAR)
             axis.plot(x, factor * tried[measure], color=style["color"], linestyle=style["linestyle"], linewidth=1)
             axis.plot([], [], markersize=5, **style)
-            for part, is_full in ((tried, tried["benign_nll"] <= edge), (auto, auto["penalty_weight"] != "auto")):
+            for part, is_full in ((tried, tried["benign_cost"] <= FAR), (auto, auto["penalty_weight"] != "auto")):
                 for rows_of, face in ((part[is_full], style["color"]), (part[~is_full], "none")):
                     mark = {"marker": style["marker"], "edgecolors": style["color"], "facecolors": face, "s": 26}
-                    axis.scatter(rows_of["benign_nll"].clip(upper=edge), factor * rows_of[measure], zorder=3, **mark)
+                    axis.scatter(rows_of["benign_cost"].clip(upper=FAR), factor * rows_of[measure], zorder=3, **mark)
             last, at = tried.iloc[-1], (x.iloc[-1], factor * tried[measure].iloc[-1])
             text = {"textcoords": "offset points", "color": style["color"], "fontsize": 7, "ha": "right"}
             axis.annotate(f"λ = {last['penalty_weight']:g}", at, (-5, 3), **text)
         axis.set_title(f"{size} unsafe examples" if place < len(sizes) else "")
-        axis.set(xlabel="benign NLL, nats a token" if place >= len(sizes) else "")
+        axis.set(xlabel="benign NLL above plain SFT's, nats a token" if place >= len(sizes) else "")
+        axis.locator_params("x", nbins=5)
         if place % len(sizes) == 0:
             axis.set_ylabel(f"{title}\n{unit}")
         if measure == "preference":
@@ -115,5 +117,5 @@ def _panel(axis: Axes, measure: str) -> None:
     axis.set_ylabel(unit)
     if measure == "preference":
         axis.set_ylim(-3, 103)
-    if measure == "margin":
+    else:
         axis.axhline(0, color="0.4", linewidth=0.8)
