@@ -191,7 +191,8 @@ def _row(spec: ArmSpec, config) -> dict:
         "steps": int(steps),
         "tokens": int(tokens),
     }
-    gpu_gb, hours = _cost(spec, tokens, 2 * 800 * config.max_new_tokens)
+    sets = len(getattr(config, "decodings", ("greedy", "sampled")))
+    gpu_gb, hours = _cost(spec, tokens, sets * 800 * config.max_new_tokens)
     return row | {"gpu_gb": gpu_gb, "hours": hours}
 
 
@@ -207,6 +208,6 @@ def _cost(spec: ArmSpec, trained: float, answered: float) -> tuple[float, float]
     # Weights, LoRA's states and activations with checkpointing; the loss head needs no logits.
     batch = spec.training["per_device_train_batch_size"]
     gpu_gb = billions * (0.7 if spec.load_in_4bit else 2.1) + 2 + 0.1 * batch * billions**0.5
-    # Forward, recomputed forward and backward; two sets of some 800 answers.
+    # Forward, recomputed forward and backward.
     hours = (8 * billions * 1e9 * trained / TRAINING_FLOPS + answered * billions / DECODED_TOKENS) / 3600
     return round(gpu_gb), round(hours, 2)

@@ -134,13 +134,13 @@ def test_the_papers_tables_are_whole():
     assert quality.loc[("Mistral-7B", "kto"), "AlpacaEval"] == 64.85
 
 
-@pytest.mark.parametrize("profile", ["smoke", "mini", "small", "paper"])
+@pytest.mark.parametrize("profile", ["smoke", "mini", "pocket", "small", "paper"])
 def test_every_arm_of_a_profile_is_listed(profile):
     arms = reproduce.plan(profile)
     assert set(arms["notebook"]) >= {"safety", "data_efficiency", "stl_comparison", "contrastive_augmentation"}
     assert not arms.drop(columns="notebook").duplicated().any()
     assert (arms["steps"] > 0).all() and (arms["tokens"] > 0).all()
-    assert arms["hours"].notna().all() == (profile in ("small", "paper"))
+    assert arms["hours"].notna().all() == (profile in ("pocket", "small", "paper"))
     twice = reproduce.plan(profile, ["safety"], {"n_seeds": 2})
     assert len(twice) == 2 * len(reproduce.plan(profile, ["safety"]))
 
