@@ -5,7 +5,7 @@ import argparse
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("tasft reproduce", description="Run the notebooks of a profile by papermill.")
-    parser.add_argument("--profile", default="mini", help="folder of params/: smoke, mini, pocket, local, small or paper")
+    parser.add_argument("--profile", default="mini", help="folder of params/: mini, smoke, pocket, small, paper, ...")
     parser.add_argument("--notebooks", nargs="+", metavar="NAME", help="default: all that the profile has")
     parser.add_argument(
         "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="override one"
