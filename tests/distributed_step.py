@@ -1,9 +1,10 @@
 """TA-SFT steps on each of two gloo processes; rank 0 writes gradients and logs. Run by test_distributed.py.
 
-torchrun --nproc_per_node=2 distributed_step.py FOLDER ddp|fsdp2|zero3
+torchrun --nproc_per_node=2 distributed_step.py FOLDER ddp fsdp2 | zero3
 """
 
 import copy
+import gc
 import json
 import sys
 from pathlib import Path
@@ -95,11 +96,13 @@ def gradient(folder: Path, tokenizer, case: dict, strategy: str):
 
 
 if __name__ == "__main__":
-    folder, strategy = Path(sys.argv[1]), sys.argv[2]
-    {"ddp": lambda: None, "fsdp2": allow_fsdp_on_cpu, "zero3": allow_deepspeed_on_cpu}[strategy]()
+    gc.freeze()  # as in conftest.py
+    folder = Path(sys.argv[1])
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    results = {name: gradient(folder, tokenizer, case, strategy) for name, case in cases(strategy).items()}
-    if torch.distributed.get_rank() == 0:
-        torch.save({name: gradients for name, (_, gradients) in results.items()}, folder / f"{strategy}.pt")
-        (folder / f"{strategy}.json").write_text(json.dumps({name: log for name, (log, _) in results.items()}))
+    for strategy in sys.argv[2:]:
+        {"ddp": lambda: None, "fsdp2": allow_fsdp_on_cpu, "zero3": allow_deepspeed_on_cpu}[strategy]()
+        results = {name: gradient(folder, tokenizer, case, strategy) for name, case in cases(strategy).items()}
+        if torch.distributed.get_rank() == 0:
+            torch.save({name: gradients for name, (_, gradients) in results.items()}, folder / f"{strategy}.pt")
+            (folder / f"{strategy}.json").write_text(json.dumps({name: log for name, (log, _) in results.items()}))
     torch.distributed.destroy_process_group()
