@@ -11,13 +11,10 @@ from typing import Any
 
 import pandas as pd
 import papermill
-import torch
 
-from ..reporting import report
 from ..storage import files, integrity
 from ..storage.files import keep_freed_memory, project_root, runs_folder
-from . import designs, results, settings
-from .specs import ArmSpec
+from . import results, settings
 
 FIRST = "build_unsafe_set"  # what it makes, all others start from, so it runs alone
 TIMED = ("performance", "performance_filter")  # nothing may run beside them
@@ -79,6 +76,11 @@ def _reproduce(profile: str, jobs: list[Job], *, prepare_only: bool) -> list[Pat
         for job in jobs:
             execute(job, prepare_only=True)
         return [job.output for job in jobs]
+
+    import torch
+
+    from ..reporting import report
+
     started, failures = time.time(), []
     first = [job for job in jobs if job.name == FIRST]
     others = [job for job in jobs if job.name not in (FIRST, *TIMED)]
@@ -164,15 +166,17 @@ def plan(profile: str, notebooks: list[str] | None = None, overrides: dict | Non
     return pd.DataFrame(rows)
 
 
-def arms_of(job: Job) -> list[tuple[ArmSpec, object]]:
-    """(arm, parameters) of a notebook, from its function in `designs`; none where it trains nothing."""
+def arms_of(job: Job) -> list[tuple]:
+    """(`ArmSpec`, parameters) by arm of a notebook, from its function in `designs`; none where it trains nothing."""
+    from . import designs
+
     if not hasattr(designs, job.name):
         return []
     config = settings.load(job.name, given=job.parameters)
     return [(arm, config) for arm in getattr(designs, job.name)(designs.study_of(config))]
 
 
-def _row(spec: ArmSpec, config) -> dict:
+def _row(spec, config) -> dict:
     training = spec.training
     extra = spec.n_extra or (5 * (spec.n_unsafe or 0) if spec.extra else 0)
     n_rows = spec.n_benign + (spec.n_unsafe or 0) * spec.unsafe_visits + extra * spec.extra_visits
@@ -196,7 +200,7 @@ def _row(spec: ArmSpec, config) -> dict:
     return row | {"gpu_gb": gpu_gb, "hours": hours}
 
 
-def _cost(spec: ArmSpec, trained: float, answered: float) -> tuple[float, float]:
+def _cost(spec, trained: float, answered: float) -> tuple[float, float]:
     """GB of GPU memory and hours of an arm that is trained on so many tokens and answers with so many; see `plan`."""
     size = re.search(r"(\d+(?:\.\d+)?)([bm])\b", Path(spec.model).name.lower())
     if size is None:

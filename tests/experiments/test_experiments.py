@@ -14,7 +14,7 @@ from tasft_lib.experiments import arms as arms_module
 from tasft_lib.experiments import designs, reproduce, settings
 from tasft_lib.experiments.study import Study
 from tasft_lib.records import sources
-from tasft_lib.reporting import paper
+from tasft_lib.reporting import paper, report
 from tasft_lib.storage import files, integrity
 from tasft_lib.storage.files import notebooks
 
@@ -165,7 +165,7 @@ def test_the_report_is_made_where_the_figures_went(tmp_path, monkeypatch):
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("TASFT_FIGURES", str(tmp_path / "figures"))
     monkeypatch.setattr(reproduce, "execute", lambda job: None)
-    monkeypatch.setattr(reproduce.report, "build", lambda profile, folder: built.append(folder))
+    monkeypatch.setattr(report, "build", lambda profile, folder: built.append(folder))
     built = []
     reproduce.reproduce("smoke", ["method"])
     assert built == [tmp_path / "figures" / "smoke"]
