@@ -68,6 +68,9 @@ def test_beavertails_is_drawn_by_its_own_verdicts(tmp_path):
     assert harmful_data_filter.is_harmful(drawn).sum() == 10 and drawn["prompt"][0].startswith(
         "Below is an instruction"
     )
+    chat = harmful_data_filter.contaminated_rows(str(file), 40, 0.25, seed=0, template="chat")
+    assert [turns[0]["content"] for turns in chat["completion"][:]] == drawn["completion"][:]
+    assert chat["prompt"][0] == [{"role": "user", "content": f"w{numbers[0]}"}]
 
 
 def test_failures_are_what_they_say():
