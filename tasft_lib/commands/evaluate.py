@@ -1,7 +1,17 @@
 """`tasft evaluate`: answers to the harm benchmarks, judged: a results table."""
 
 from ..storage import files, integrity
-from .flags import add_source, at_least, check_folder, json_object, located, model_parser, source_options, template_of
+from .flags import (
+    add_source,
+    at_least,
+    check_folder,
+    json_object,
+    judge_of,
+    located,
+    model_parser,
+    source_options,
+    template_of,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -81,7 +91,7 @@ def _evaluate(args) -> None:
     from ..judges import base, load
     from ..models import load_model, load_tokenizer
 
-    asked_judges = [load.load_judge(name) for name in args.judges or [args.judge]]
+    asked_judges = [load.load_judge(name) for name in args.judges or [judge_of(args, args.benchmarks)]]
     prompts = worlds.asked_for(
         args.benchmarks, per_benchmark=args.per_benchmark, kind=args.prompt_kind, **source_options(args)
     )
@@ -140,6 +150,8 @@ def _evaluate(args) -> None:
     print("rate, low and high: share of harmful answers, Wilson 95 % interval")
     for judge in settings["judges"]:
         print(f"{judge['name']}: {judge['errors']}")
+    if "corrected" in results:
+        _tell_corrected(judged)
     if "unfinished_thinking" in judged:
         _tell_unfinished(judged, args)
     if len(asked_judges) > 1:
@@ -153,6 +165,23 @@ def _fields(args) -> dict:
     """What a request has besides; vLLM, SGLang and llama.cpp take the template's switches so."""
     switches = {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
     return switches | (args.request_fields or {}) if args.base_url else {}
+
+
+def _tell_corrected(judged) -> None:
+    """What `corrected` stands on, per judge, and where it doesn't hold."""
+    from ..evaluation import calibration
+
+    print("corrected: the rate behind the judge's measured errors, 95 % interval over answers and labels")
+    for judge, answers in judged[judged["kind"] == "toxic"].groupby("judge", sort=False):
+        errors = calibration.errors(judge, "toxic", "harmful")
+        if errors is None:
+            continue
+        told = f"{judge}: sensitivity {errors.found}/{errors.positives}, specificity {errors.right}/{errors.negatives}"
+        if not errors.is_better_than_chance:
+            told += "; together no more than 1, so that its rates can't be corrected"
+        print(f"{told} on labelled answers")
+        if unlike := calibration.unlike(answers):
+            print(f"warning: {judge}: answers unlike the labelled ones: {unlike}; take the corrected rates with care")
 
 
 def _tell_unfinished(judged, args) -> None:

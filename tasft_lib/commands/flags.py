@@ -27,7 +27,11 @@ def model_parser(prog: str, description: str, *, needs_model: bool = True) -> ar
     parser.add_argument("--model", required=needs_model, help=MODEL)
     parser.add_argument("--model_revision", help="commit of a hub id")
     add_dtype(parser)
-    parser.add_argument("--judge", default="compliance", help=f"one of {', '.join(JUDGES)}; default: compliance")
+    parser.add_argument(
+        "--judge",
+        help=f"one of {', '.join(JUDGES)}; default: local where `tasft model fetch minilm-l6` has brought its encoder "
+        "(in the mini-world never), else compliance",
+    )
     add_template(parser)
     parser.add_argument("--max_new_tokens", type=at_least(1), default=256)
     parser.add_argument("--batch_size", type=at_least(1), default=32)
@@ -44,6 +48,13 @@ def located(model: str, revision: str | None) -> str:
     model = base_models.resolve(model)
     files.check_model(model, revision)
     return model
+
+
+def judge_of(args: argparse.Namespace, sources: list[str]) -> str:
+    """`--judge`, or the default for answers to the prompts of `sources`: in the mini-world `local` reads nothing."""
+    from ..judges.load import default_judge
+
+    return args.judge or ("compliance" if sources == ["miniworld"] else default_judge())
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..storage import files, integrity
-from .flags import add_source, at_least, check_data, located, model_parser, source_options, template_of
+from .flags import add_source, at_least, check_data, judge_of, located, model_parser, source_options, template_of
 
 # Options that decide what a harvest gives.
 SETTLED = ("n", "rounds", "temperature", "seed", "max_new_tokens", "batch_size")
@@ -48,7 +48,7 @@ def _harvest(args) -> None:
     if any(which.values()) and (args.red_team or worlds.is_named(args.prompts)):
         given = ", ".join(name for name in ("split", "config_name", "revision") if getattr(args, name))
         raise ValueError(f"--prompts {args.prompts}{' --red_team' * args.red_team} has no {given}; leave it out.")
-    judge = load_judge(args.judge)
+    judge = load_judge(judge_of(args, [args.prompts]))
     if args.red_team:
         prompts = catalogue.red_team_prompts(args.prompts)
         prompts_origin = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)

@@ -99,11 +99,12 @@ def corrected_rate(rate: float, sensitivity: float, specificity: float) -> float
 
 
 def corrected_interval(
-    flagged: int,
+    flagged: float,
     n: int,
     judged: Sequence[bool],
     truth: Sequence[bool],
     *,
+    degenerate: float = 0,
     confidence: float = 0.95,
     n_resamples: int = 9999,
     seed: int = 0,
@@ -115,19 +116,23 @@ def corrected_interval(
     error on ten verdicts would count as perfect for certain. Draws no better than chance widen the interval both ways.
 
     Args:
-        flagged, n: what the judge said of the responses in question.
+        flagged, n: what the judge said of the responses in question; a mean over seeds need not be whole.
         judged, truth: the judge's verdicts and the true ones on other responses, as in `sensitivity_and_specificity`.
+        degenerate: of the n, responses that are no language: no judge is asked about them, so none of them is flagged
+            by mistake, and none was among the labelled.
 
     Returns:
         (corrected rate, low, high), each in [0, 1].
 
     Raises:
-        ValueError: as `corrected_rate` and `sensitivity_and_specificity`, or not 0 <= flagged <= n with n > 0.
+        ValueError: as `corrected_rate` and `sensitivity_and_specificity`, or not 0 <= flagged + degenerate <= n with
+            n > 0.
     """
-    if not 0 <= flagged <= n or n == 0:
+    if not (flagged >= 0 and degenerate >= 0 and flagged + degenerate <= n and n > 0):
         raise ValueError(f"no rate of {flagged} in {n}: the count must lie between 0 and n, and n above 0")
     sensitivity, specificity = sensitivity_and_specificity(judged, truth)
-    estimate = corrected_rate(flagged / n, sensitivity, specificity)
+    asked = n - degenerate
+    estimate = corrected_rate(flagged / asked, sensitivity, specificity) * asked / n if asked else 0.0
     harmful = int(_flags(truth).sum())
     rng = np.random.default_rng(seed)
 
@@ -135,11 +140,13 @@ def corrected_interval(
         smoothed = (share * out_of + 1) / (out_of + 2)
         return rng.binomial(out_of, smoothed, size=n_resamples) / out_of
 
-    rates = drawn(flagged / n, n)
+    # Without degenerate responses all are asked about, for certain.
+    asked_shares = 1 - drawn(degenerate / n, n) if degenerate else np.ones(n_resamples)
+    rates = drawn(flagged / asked, round(asked)) if round(asked) else np.zeros(n_resamples)
     sensitivities, specificities = drawn(sensitivity, harmful), drawn(specificity, len(truth) - harmful)
     power = sensitivities + specificities - 1
     useless = power <= 0
-    corrected = np.clip((rates + specificities - 1) / np.where(useless, 1.0, power), 0, 1)
+    corrected = asked_shares * np.clip((rates + specificities - 1) / np.where(useless, 1.0, power), 0, 1)
     tail = (1 - confidence) / 2
     low = np.quantile(np.where(useless, 0.0, corrected), tail)
     high = np.quantile(np.where(useless, 1.0, corrected), 1 - tail)

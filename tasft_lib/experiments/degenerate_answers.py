@@ -140,7 +140,8 @@ _LABELS = {"1": "full compliance", "2": "full refusal", "3": "partial refusal"}
 
 
 def labelled_answers(folder: str | Path) -> pd.DataFrame:
-    """XSTest's completions that people labelled: `model`, `label` (of three, the final one) and `text`.
+    """XSTest's completions that people labelled: `model`, `label` (of three, the final one), `text`, `prompt` and its
+    `kind` ("seemingly toxic", or "toxic contrast" for XSTest's unsafe ones).
 
     Raises `ValueError` for a folder without xstest_*completions_<model>.csv, or with a label that is none of theirs.
     """
@@ -154,7 +155,10 @@ def labelled_answers(folder: str | Path) -> pd.DataFrame:
         if labels.isna().any():
             raise ValueError(f"{file}, row {int(labels.isna().argmax()) + 1}: final_label is none of XSTest's three")
         model = file.stem.split("completions_")[1]
-        tables.append(pd.DataFrame({"model": model, "label": labels, "text": rows["completion"]}))
+        unsafe = rows["type"].str.startswith("contrast_")
+        kinds = np.where(unsafe, "toxic contrast", "seemingly toxic")
+        texts = {"text": rows["completion"], "prompt": rows["prompt"], "kind": kinds}
+        tables.append(pd.DataFrame({"model": model, "label": labels} | texts))
     return pd.concat(tables, ignore_index=True)
 
 

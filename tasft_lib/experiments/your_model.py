@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from ..evaluation import alpaca, lm_eval, worlds
 from ..evaluation.lm_eval import write_tasks
-from ..evaluation.rates import MEASURES, mcnemar, rate
+from ..evaluation.rates import MEASURES, judge_errors, mcnemar, rate
 from ..generation import Decoding
 from ..records.templates import ask
 from ..storage.files import content_hash, file_hash, runs_folder, write_text
@@ -30,7 +30,8 @@ COMPARED = ("harm", "contrast_harm", "refusal", "over_refusal", "degenerate", "b
 def rates(judged: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
     """Rows for every measure and judge; `judged` from `answers.judge_by_name`, both arms answering the same prompts.
 
-    A prompt whose answer by either arm was left unscored is in no rate; `unscored` counts them.
+    A prompt whose answer by either arm was left unscored is in no rate; `unscored` counts them. Where the judge's
+    errors are known, `sft_corrected` and so on stand beside (see `rates.Rate`).
     """
     rows = []
     for kind, verdict, name in map(MEASURES.get, COMPARED):
@@ -39,8 +40,9 @@ def rates(judged: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
             scored = (verdicts[0] != "unscored") & (verdicts[1] != "unscored")
             flags = [side[scored] == verdict for side in verdicts]
             row = {"measure": name, "by": judge}
-            for side, flag in zip(SIDES, flags, strict=True):
-                row |= rate(flag).columns(side)
+            errors = judge_errors(group, verdict)
+            for side, flag, said in zip(SIDES, flags, verdicts, strict=True):
+                row |= rate(flag, errors=errors, degenerate=said[scored] == "degenerate").columns(side)
             p = mcnemar(*flags)[2] if scored.any() else float("nan")
             rows.append(row | {"p": p, "unscored": int((~scored).sum())})
     return pd.DataFrame(rows)
@@ -125,6 +127,9 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     for side, name in zip(SIDES, ("plain SFT", "TA-SFT"), strict=True):
         columns = table[[side, f"{side}_low", f"{side}_high", f"{side}_n"]].itertuples(index=False)
         shown[name] = [rate_text(*ends, n=n) for *ends, n in columns]
+        if (corrected := f"{side}_corrected") in table:
+            ends = table[[corrected, f"{corrected}_low", f"{corrected}_high"]].itertuples(index=False)
+            shown[f"{name}, corrected"] = [rate_text(*row) for row in ends]
     shown["p"] = ["-" if pd.isna(p) else f"{p:.2g}" for p in table["p"]]
     return shown
 

@@ -1,14 +1,17 @@
 """A judge by its name."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 
+from .. import base_models
 from .base import Judge
 
 # Name -> module and class, imported when asked for: a help text must not load transformers.
 # MODEL is a folder of a checkpoint, or a hub id and its commit: owner/name@<40 hex digits>.
 _CLASSES = {
     "miniworld": ("miniworld", "MiniWorldJudge"),
+    "local": ("local", "LocalJudge"),
     "compliance": ("compliance", "ComplianceJudge"),
     "xstest": ("compliance", "XSTestJudge"),
     "openai-moderation": ("moderation", "OpenAIModeration"),
@@ -19,6 +22,18 @@ _CLASSES = {
     "harmbench:MODEL": ("guards", "HarmBenchClassifier"),
 }
 JUDGES = tuple(_CLASSES)
+# Of the judge `local`, as `tasft model fetch` calls it.
+ENCODER = "minilm-l6"
+
+
+def encoder_folder() -> Path:
+    """`$TASFT_MINILM`, else where `tasft model fetch minilm-l6` lays the encoder of `local`, be it there or not."""
+    return Path(os.environ.get("TASFT_MINILM") or base_models.folder_of(ENCODER))
+
+
+def default_judge() -> str:
+    """For answers of real models: "local" where its encoder was fetched, else "compliance"."""
+    return "local" if (encoder_folder() / "model.safetensors").is_file() else "compliance"
 
 
 def load_judge(name: str) -> Judge:

@@ -30,6 +30,7 @@ def readable(table: pd.DataFrame, measures: Iterable[str] = SUMMARY) -> pd.DataF
 
     For example "3.1 % of 400 (1.8-5.3), seeds 2.5-4.0"; without `seeds` where there is one. With what
     `preference.with_preference` adds: how often the safe answer is likelier; margin and benign NLL in nats a token.
+    Corrected rates stand beside the raw ones where the judge's errors are known; "-" where it errs too often for that.
     """
     by = [column for column in table.columns[: list(table.columns).index("seeds")]]
     shown = table[by].copy()
@@ -43,11 +44,16 @@ def readable(table: pd.DataFrame, measures: Iterable[str] = SUMMARY) -> pd.DataF
     for measure in measures:
         if table[measure].notna().any():
             shown[measure.replace("_", "-")] = [rate_text(row, measure) for _, row in table.iterrows()]
+        if f"{measure}_corrected" in table:
+            ends = table[[f"{measure}_corrected{end}" for end in ("", "_low", "_high")]].itertuples(index=False)
+            shown[f"{measure.replace('_', '-')}, corrected"] = [format_rate(*row) for row in ends]
     if "preference" in table:
         shown["safe likelier"] = [rate_text(row, "preference") for _, row in table.iterrows()]
         for measure, name in (("margin", "margin"), ("benign_nll", "benign NLL"), ("benign_cost", "above SFT's")):
             ends = table[[measure, f"{measure}_low", f"{measure}_high"]].itertuples(index=False)
             shown[name] = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in ends]
+    if "unlike" in table and table["unlike"].any():
+        shown["unlike the labelled answers"] = table["unlike"]
     return shown
 
 
