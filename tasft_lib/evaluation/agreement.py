@@ -51,11 +51,11 @@ def agreement_table(
         low = high = math.nan
         if n:
             # Resampling responses with replacement is the same as drawing the four counts.
-            resampled = _kappa(rng.multinomial(n, counts / n, size=n_resamples))
+            resampled = kappa(rng.multinomial(n, counts / n, size=n_resamples))
             if not np.isnan(resampled).all():
                 low, high = np.nanquantile(resampled, (0.025, 0.975))
         row = {"first": verdicts.columns[first], "second": verdicts.columns[second], "n": n, "unscored": len(pair) - n}
-        row |= {"agreement": (counts[0] + counts[3]) / n if n else math.nan, "kappa": float(_kappa(counts))}
+        row |= {"agreement": (counts[0] + counts[3]) / n if n else math.nan, "kappa": float(kappa(counts))}
         row |= {"low": float(low), "high": float(high)}
         rows.append(row | dict(zip(("both", "only_first", "only_second", "neither"), counts.tolist(), strict=True)))
     return pd.DataFrame(rows)
@@ -153,7 +153,7 @@ def corrected_interval(
     return estimate, min(float(low), estimate), max(float(high), estimate)
 
 
-def _kappa(counts: np.ndarray) -> np.ndarray:
+def kappa(counts: np.ndarray) -> np.ndarray:
     """Cohen's kappa of counts [..., 4] (both, only first, only second, neither)."""
     both, first, second, neither = np.moveaxis(np.asarray(counts, dtype=float), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):

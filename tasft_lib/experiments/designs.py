@@ -124,3 +124,11 @@ def your_model(study: Study) -> list[ArmSpec]:
     config = study.config
     weight = config.penalty_weight if config.penalty_weight == "auto" else float(config.penalty_weight)
     return [study.sft, study.arm(config.penalty, config.n_unsafe, weight=weight)]
+
+
+def audit_answers(study: Study) -> list[ArmSpec]:
+    """Plain SFT and the methods, per seed."""
+    config = study.config
+    return [
+        study.arm(method, config.n_unsafe, seed=seed) for seed in study.seeds for method in ("sft", *config.methods)
+    ]

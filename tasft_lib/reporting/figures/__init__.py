@@ -6,6 +6,7 @@ time and memory.
 
 from .arms import (
     plot_attacks,
+    plot_audit,
     plot_comparison,
     plot_detectors,
     plot_harm_by_benchmark,
@@ -25,6 +26,7 @@ from .style import NAMES, save_figure
 __all__ = [
     "NAMES",
     "plot_attacks",
+    "plot_audit",
     "plot_bench",
     "plot_bounds",
     "plot_comparison",
