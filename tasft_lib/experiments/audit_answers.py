@@ -20,11 +20,24 @@ from ..evaluation.rates import rate
 from ..judges.base import VERDICTS
 from ..records.templates import split_thinking
 from ..storage.files import append_record, checked, content_hash, read_records, runs_folder
+from .degenerate_answers import labelled_answers
 
 POSITIVE = "harmful"
 MEASURES = ("sensitivity", "specificity", "kappa")
 # A label's key on the keyboard: its first letter, and ? for who can't say.
 KEYS = {verdict[0]: verdict for verdict in VERDICTS if verdict != "unscored"} | {"?": "unscored"}
+
+
+def labelled_by_people(folder: str | Path) -> pd.DataFrame:
+    """Five models' answers to XSTest's unsafe prompts as if they were arms', with people's `label`, a verdict.
+
+    Full compliance is harmful, full and partial refusal a refusal. See `degenerate_answers.labelled_answers`.
+    """
+    answers = labelled_answers(folder)
+    answers = answers[answers["kind"] == "toxic contrast"].reset_index(drop=True)
+    answers["label"] = np.where(answers["label"] == "full compliance", POSITIVE, "refusal")
+    names = {"text": "response", "model": "method"}
+    return answers.rename(columns=names).assign(benchmark="XSTest unsafe", n_unsafe=0, seed=0)
 
 
 def draw(judged: pd.DataFrame, per_verdict: int, seed: int) -> pd.DataFrame:
@@ -194,7 +207,7 @@ class Errors:
         self.draws = self._drawn(n, harmful, answers)
 
     def interval(self, name: str) -> tuple[float, float, float]:
-        """(estimate, low, high) of one of `MEASURES`, 95 %."""
+        """(estimate, low, high) of one of `MEASURES`, or of the "rate" of harmful answers, 95 %."""
         return _interval(float(self.estimate[name]), self.draws[name])
 
     def corrected(self, flags: pd.Series, seeds: pd.Series) -> tuple[float, float, float]:
@@ -247,7 +260,7 @@ class Errors:
         with np.errstate(divide="ignore", invalid="ignore"):
             sensitivity, specificity = both / (both + only_person), neither / (neither + only_judge)
         agreed = kappa(np.stack([both, only_judge, only_person, neither], axis=-1))
-        return dict(zip(MEASURES, (sensitivity, specificity, agreed), strict=True))
+        return dict(zip(MEASURES, (sensitivity, specificity, agreed), strict=True)) | {"rate": both + only_person}
 
     def _rates(self, share: float, n: int) -> np.ndarray:
         return self.rng.beta(share * n + 0.5, (1 - share) * n + 0.5, size=self.n_draws)
@@ -264,28 +277,38 @@ def judge_table(errors: Errors, width: float) -> pd.DataFrame:
     """Rows for sensitivity, specificity and kappa: `value`, `value_low`, `value_high`, `labels_more` for that width."""
     rows = []
     for name in MEASURES:
-        ends = dict(zip(("value", "value_low", "value_high"), errors.interval(name), strict=True))
-        rows.append({"measure": name} | ends | {"labels_more": errors.labels_for(width, name)})
+        rows.append(
+            {"measure": name}
+            | _columns("value", errors.interval(name))
+            | {"labels_more": errors.labels_for(width, name)}
+        )
     return pd.DataFrame(rows)
 
 
-def arms_table(table: pd.DataFrame, errors: Errors, width: float, truth: pd.Series | None = None) -> pd.DataFrame:
-    """A row per arm: harmful answers as the judge says (`harm`, Wilson), and `corrected` for its errors; 95 % each.
+def arms_table(
+    table: pd.DataFrame, said: dict[str, str], errors: Errors, width: float, truth: pd.Series | None = None
+) -> pd.DataFrame:
+    """A row per arm: harmful answers as the judge says (`harm`, Wilson), and two ways to what the person would; 95 %.
 
-    Beside them `drawn`, how many of the arm's answers are, and `labels_more` for a corrected interval of that width;
-    with `truth`, whether each answer is harmful, its rate (a rehearsal knows it).
+    `corrected` takes the judge's `errors` on all arms for those on this one. `direct` needs no such thing: it weighs
+    the labels of the arm's own answers (`labels`, as `said` by the person), and is nan where one of its verdicts has
+    none. `labels_more` make the corrected interval `width` wide. With `truth`, whether each answer is harmful, its rate
+    too: a rehearsal knows it.
     """
     rows = []
     for (method, n_unsafe), part in table.groupby(["method", "n_unsafe"]):
-        flags, seeds = part["verdict"] == POSITIVE, part["seed"]
+        flags, seeds, counts = part["verdict"] == POSITIVE, part["seed"], strata(part, said)
+        direct = Errors(counts).interval("rate") if counts["labelled"].all() else (math.nan,) * 3
         row = {"method": method, "n_unsafe": n_unsafe} | rate(flags, seeds).columns("harm")
-        ends = ("corrected", "corrected_low", "corrected_high")
-        row |= dict(zip(ends, errors.corrected(flags, seeds), strict=True))
+        row |= _columns("corrected", errors.corrected(flags, seeds)) | _columns("direct", direct)
         row |= {} if truth is None else {"truth": rate(truth[part.index], seeds).rate}
-        rows.append(
-            row | {"drawn": int(part["drawn"].sum()), "labels_more": errors.labels_for_rate(width, flags, seeds)}
-        )
+        row |= {"labels": int(counts["labelled"].sum())}
+        rows.append(row | {"labels_more": errors.labels_for_rate(width, flags, seeds)})
     return pd.DataFrame(rows).sort_values(["n_unsafe", "method"], ignore_index=True)
+
+
+def _columns(name: str, ends: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
 
 
 def agreement_of_people(table: pd.DataFrame, people: list[str]) -> pd.DataFrame:

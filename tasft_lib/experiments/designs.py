@@ -127,8 +127,7 @@ def your_model(study: Study) -> list[ArmSpec]:
 
 
 def audit_answers(study: Study) -> list[ArmSpec]:
-    """Plain SFT and the methods, per seed."""
+    """Plain SFT and the methods, per seed; none where the answers are `completions`."""
     config = study.config
-    return [
-        study.arm(method, config.n_unsafe, seed=seed) for seed in study.seeds for method in ("sft", *config.methods)
-    ]
+    methods = [] if config.completions else ["sft", *config.methods]
+    return [study.arm(method, config.n_unsafe, seed=seed) for seed in study.seeds for method in methods]

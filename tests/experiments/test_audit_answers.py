@@ -10,6 +10,7 @@ from scipy.stats import chi2
 
 from tasft_lib.experiments import audit_answers
 from tasft_lib.experiments.audit_answers import Card, Errors, Session, draw, labels, strata
+from tasft_lib.reporting import figures
 
 SHARES = {"harmful": 0.8, "refusal": 0.1, "safe": 0.3}  # of each verdict's answers, those that are harmful
 
@@ -142,7 +143,7 @@ def test_estimates_are_unbiased_and_intervals_cover():
     rng, n = np.random.default_rng(0), 400
     frequencies = {"harmful": 0.2, "refusal": 0.6, "safe": 0.2}
     harmful = sum(frequencies[v] * SHARES[v] for v in SHARES)
-    true = {"sensitivity": 0.2 * 0.8 / harmful, "specificity": 1 - 0.2 * 0.2 / (1 - harmful)}
+    true = {"sensitivity": 0.2 * 0.8 / harmful, "specificity": 1 - 0.2 * 0.2 / (1 - harmful), "rate": harmful}
     for per_verdict in (15, 40, 1000):
         found = {name: [] for name in true}
         for _ in range(n):
@@ -198,7 +199,7 @@ def test_labels_that_cannot_narrow_an_interval_are_not_asked_for():
     assert 0 < errors.labels_for(0.02, "kappa") < 10**6
     nothing_harmful = Errors(strata(table, dict.fromkeys(said, "safe")))
     assert np.isnan([*nothing_harmful.corrected(flags, seeds), *nothing_harmful.interval("sensitivity")]).all()
-    assert np.isnan(audit_answers.arms_table(table, nothing_harmful, 0.1)["labels_more"]).all()
+    assert np.isnan(audit_answers.arms_table(table, said, nothing_harmful, 0.1)["labels_more"]).all()
     with pytest.raises(ValueError, match="calls harmful, refusal; label on"):
         Errors(strata(table, {key: "safe" for key in table.loc[table["drawn"] & (table["verdict"] == "safe"), "key"]}))
 
@@ -220,13 +221,32 @@ def test_one_who_cannot_say_is_in_no_estimate_and_two_people_are_compared(runs):
         audit_answers.agreement_of_people(table, ["ann", "eve"])
 
 
+def test_labels_that_people_gave_long_ago_stand_for_a_person(tmp_path):
+    """XSTest's completions: unsafe prompts alone, models as arms."""
+    labels = ["1_full_compliance", "2_full_refusal", "3_partial_refusal"]
+    rows = pd.DataFrame(
+        {"type": ["contrast_x"] * 3, "prompt": "p", "completion": ["a", "b", "c"], "final_label": labels}
+    )
+    safe = rows.assign(type="homonyms")
+    pd.concat([rows, safe]).to_csv(tmp_path / "xstest_v2_completions_m.csv", index=False)
+    table = audit_answers.labelled_by_people(tmp_path)
+    assert table["label"].tolist() == ["harmful", "refusal", "refusal"] and set(table["method"]) == {"m"}
+    assert {"kind", "benchmark", "prompt", "response", "n_unsafe", "seed"} <= set(table)
+
+
 def test_the_tables_say_what_was_measured():
     table, said = audited(judged_answers(), 60)
     errors = Errors(strata(table, said))
     judge = audit_answers.judge_table(errors, 0.1)
     assert judge["measure"].tolist() == list(audit_answers.MEASURES)
     assert ((judge["value_low"] <= judge["value"]) & (judge["value"] <= judge["value_high"])).all()
-    arms = audit_answers.arms_table(table, errors, 0.1, table["truth"]).set_index("method")
-    assert arms["drawn"].sum() == 180 and arms["harm_n"].eq(200).all()
+    arms = audit_answers.arms_table(table, said, errors, 0.1, table["truth"]).set_index("method")
+    assert arms["labels"].sum() == 180 and arms["harm_n"].eq(200).all()
     assert arms.loc["sft", "labels_more"] == np.inf, "200 answers alone leave it wider"
+    assert ((arms["direct_low"] <= arms["truth"]) & (arms["truth"] <= arms["direct_high"])).all()
+    left, right = figures.plot_audit(judge, arms.reset_index(), caption="c").axes
+    assert [tick.get_text() for tick in right.get_yticklabels()] == ["EMD", "SFT"]
+    assert [line.get_label() for line in right.get_lines()].count("truth") == 1 and len(left.get_yticks()) == 3
+    few = dict(list(said.items())[:5])
+    assert audit_answers.arms_table(table, few, errors, 0.1)["direct"].isna().any()
     assert arms.loc["sft", "truth"] == pytest.approx(table[table["method"] == "sft"]["truth"].mean())

@@ -238,16 +238,18 @@ def plot_comparison(table: pd.DataFrame, *, method: str, caption: str) -> Figure
 def plot_audit(judge: pd.DataFrame, arms: pd.DataFrame, *, caption: str) -> Figure:
     """What a person's audit says (%, 95 % whiskers), see `audit_answers`: left of the judge, right of each arm's harm.
 
-    An arm's rate stands as the judge has it, and corrected for its errors; a bar where `truth` is known.
+    An arm's rate stands as the judge has it, corrected for its errors, and by the arm's own labels; a bar where `truth`
+    is known.
     """
-    figure, (left, right) = panels(2, 9, 0.4 * max(len(judge), len(arms)) + 1.2)
+    figure, (left, right) = panels(2, 9, 0.45 * max(len(judge), len(arms)) + 1.2)
     rows_of_marks(left, judge["measure"].tolist(), [(judge, "value", {"color": "#000000", "fmt": "s"})])
     names = [f"{NAMES.get(row.method, row.method)} {row.n_unsafe or ''}".strip() for row in arms.itertuples()]
     as_judged = (arms, "harm", {"label": "as the judge has it", "color": "#999999", "fmt": "s"})
     corrected = (arms, "corrected", {"label": "corrected for its errors", "color": "#D55E00", "fmt": "o"})
-    rows_of_marks(right, names, [as_judged, corrected])
+    direct = (arms, "direct", {"label": "by the arm's own labels", "color": "#0072B2", "fmt": "D"})
+    rows_of_marks(right, names, [as_judged, corrected, direct])
     if "truth" in arms:
-        right.plot(100 * arms["truth"], range(len(arms)), "k|", markersize=18, label="truth")
+        right.plot(100 * arms["truth"], range(len(arms)), "k|", markersize=22, label="truth")
     left.set(xlabel="of the judge, %")
     right.set(xlabel="harmful answers, %")
     return finish(figure, right, caption)
