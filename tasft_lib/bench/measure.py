@@ -1,8 +1,9 @@
 """Time, memory and gradient error of TA-SFT beside TRL's plain SFT and on full logits; the cost of SAFT's filter.
 
-Contenders run in alternation in one new process; each one's peak memory is taken in a new process of its own. `head`
-measures the loss head alone, `step` whole optimizer steps. Ratios are ours over theirs: below 1 is better. `saft`
-measures the filter against just the forward passes it needs.
+Contenders run in alternation in one new process; each one's peak memory is taken in a new process of its own. On a CPU
+these are forked from one that has only imported the libraries. `head` measures the loss head alone, `step` whole
+optimizer steps. Ratios are ours over theirs: below 1 is better. `saft` measures the filter against just the forward
+passes it needs.
 
 On a CPU it matters what the C library does with freed memory. By default glibc hands large blocks back to the system,
 and a program that takes and frees them all the time, as TRL's head does, pays for it; `keep_freed_memory` tells it not
@@ -18,6 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -42,6 +45,7 @@ from .contenders import (
 
 MAKERS = {"head": head_contender, "step": step_contender, "saft": saft_contender, "saft_fit": fit_contender}
 FIT_ROWS = (1_000, 10_000, 100_000)
+ANSWER, DONE = "answer: ", "done\n"  # of a measuring process, between lines that libraries print
 
 
 def head(
@@ -164,15 +168,28 @@ def _measure(kind: str, settings: dict) -> dict:
 
 def _in_new_process(request: dict):
     """What `_answer` returns there; None where it runs out of GPU memory."""
-    environment = {name: value for name, value in os.environ.items() if name not in KEEP_FREED_MEMORY}
+    settings = request["settings"]
+    on_cpu = settings["device"] == "cpu"
     # Where freed memory is kept, what was freed before the measurement would hide what it takes.
-    if request["settings"]["keep_freed_memory"] and request["measure"] == "time":
-        environment |= KEEP_FREED_MEMORY
-    command = [sys.executable, "-m", "tasft_lib.bench.measure", json.dumps(request)]
-    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if run.returncode:
+    keeps = settings["keep_freed_memory"] and request["measure"] == "time"
+    process = (_process if on_cpu else _process.__wrapped__)(keeps)
+    print(json.dumps(request), file=process.stdin, flush=True)
+    lines = takewhile(lambda line: line != DONE, process.stdout)
+    answers = [json.loads(line.removeprefix(ANSWER)) for line in lines if line.startswith(ANSWER)]
+    if not on_cpu:
+        process.wait()  # the GPU is its own until then
+    if not answers:
         raise RuntimeError(f"measuring {request['measure']} of {', '.join(request['names'])} failed; see above.")
-    return json.loads(run.stdout.splitlines()[-1])
+    return answers[0]
+
+
+@cache
+def _process(keeps: bool) -> subprocess.Popen:
+    """One that imports this module, which takes seconds, and then answers requests; it ends with this one."""
+    environment = {name: value for name, value in os.environ.items() if name not in KEEP_FREED_MEMORY}
+    environment |= KEEP_FREED_MEMORY if keeps else {}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "tasft_lib.bench.measure"], env=environment, **pipes)
 
 
 def _answer(measure: str, kind: str, names: list[str], settings: dict):
@@ -287,5 +304,17 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def _serve() -> None:
+    """Answer the requests on stdin, a line each, in forks of this process, which only imports; one on a GPU itself."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        forks = request["settings"]["device"] == "cpu"  # who has asked for a GPU can't be forked
+        if not forks or os.fork() == 0:
+            print(ANSWER + json.dumps(_answer(**request)), flush=True)
+            return
+        os.wait()
+        print(DONE, end="", flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(_answer(**json.loads(sys.argv[1]))))
+    _serve()
