@@ -10,7 +10,7 @@ SEEDS   ?=
 ARGS    ?=
 DATA    ?=
 SOURCES := $(sort $(wildcard notebooks/*.ipynb))
-NAMES   := $(or $(NB),$(shell ls notebooks | sed -n 's/^[0-9]*_\(.*\)\.ipynb$$/\1/p'))
+NAMES   := $(or $(NB),$(shell ls -r notebooks | sed -n 's/^[0-9]*_\(.*\)\.ipynb$$/\1/p'))
 WORKERS ?= 2
 BIN     := .venv/bin
 
@@ -44,15 +44,20 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
-# A file's tests stay in one process and in order: fixtures are shared, and a notebook's cells follow each other.
+# A file's tests stay in one process and in order: fixtures are shared, and a notebook's cells follow each other. Files
+# with many tests do not go first: those with few take the longest. A worker for each core, so one thread for each.
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+unit notebooks: export OMP_NUM_THREADS ?= 1
+
 unit: .venv/installed
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/pytest $(SIDE_BY_SIDE) $(ARGS)
 
 # nbval cannot inject parameters, so papermill writes a parameterised copy first; its cells are then run and checked.
-# Notebooks run side by side, so each trains its arms in its own process: another would first load its libraries.
+# Notebooks run side by side, so each trains its arms in its own process: another would first load its libraries. In
+# reverse order those that train nothing run while one makes the rows that the rest need.
 notebooks: .venv/installed
 	$(BIN)/tasft reproduce --profile smoke --prepare-only $(if $(NB),--notebooks $(NB))
-	TASFT_WORKERS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --nbval-lax --nbval-cell-timeout 300 $(NAMES:%=runs/smoke/%.ipynb)
+	TASFT_WORKERS=1 PYTHONPATH=tests $(BIN)/pytest $(SIDE_BY_SIDE) -p forked_kernels --nbval-lax --nbval-cell-timeout 300 $(NAMES:%=runs/smoke/%.ipynb)
 
 # Copies, so that exploring changes nothing that git sees; results of a notebook run by hand go to runs/figures.
 # Where a notebook is newer than its copy, the old copy stays as before_<name>.
