@@ -76,10 +76,10 @@ def kto(model, args, benign, unsafe, *, penalty_weight, unsafe_visits, **kwargs)
     """KTO (Ethayarajh et al., 2024) with the unsafe rows as undesirable ones.
 
     "auto" takes the weights' rule of its authors at its 1:1 end: desirable weight times rows equals undesirable weight
-    times rows. The reference is the base model. TRL's rows have no length of their own: their order is random.
+    times rows. The reference is the base model. TRL takes the rows in their order, which `mix` shuffles, and no other.
     """
     if penalty_weight == "auto":
         penalty_weight = len(benign) / (len(unsafe) * unsafe_visits)
-    config = KTOConfig(**args | {"train_sampling_strategy": "random"}, undesirable_weight=penalty_weight)
+    config = KTOConfig(**args | {"train_sampling_strategy": "sequential"}, undesirable_weight=penalty_weight)
     rows = mix(benign, unsafe, unsafe_visits=unsafe_visits, seed=config.seed)
     return KTOTrainer(model, args=config, train_dataset=rows, **kwargs)
