@@ -100,7 +100,7 @@ def test_refusals_are_counted_per_model_and_once_more_for_those_kept_aside(tmp_p
         ],
     }
     for model, rows in answers.items():
-        table = pd.DataFrame(rows, columns=["final_label", "completion"])
+        table = pd.DataFrame(rows, columns=["final_label", "completion"]).assign(prompt="Why?", type="homonyms")
         table.to_csv(tmp_path / f"xstest_v2_completions_{model}.csv", index=False)
     labelled = degenerate_answers.labelled_answers(tmp_path)
     table = degenerate_answers.refusal_errors(labelled, seen=["old"]).set_index(["judge", "model"])

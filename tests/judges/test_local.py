@@ -31,7 +31,7 @@ def judge(monkeypatch):
 @pytest.fixture(scope="module")
 def real() -> LocalJudge:
     if not (load.encoder_folder() / "model.safetensors").is_file():
-        pytest.skip("the encoder is not here: tasft model fetch minilm-l6")
+        pytest.skip("no encoder: TASFT_MINILM=<folder that tasft model fetch minilm-l6 gives>")
     return LocalJudge()
 
 
