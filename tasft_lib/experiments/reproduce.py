@@ -1,5 +1,6 @@
 """Run the notebooks of a profile by papermill, two at a time on a CPU, and make the report of what they found."""
 
+import logging
 import os
 import re
 import sys
@@ -15,6 +16,9 @@ import papermill
 from ..storage import files, integrity
 from ..storage.files import keep_freed_memory, project_root, runs_folder
 from . import results, settings
+
+# It warns of each parameter that stands in no cell; `settings` knows the shared ones and refuses unknown ones.
+logging.getLogger("papermill").setLevel(logging.ERROR)
 
 FIRST = "build_unsafe_set"  # what it makes, all others start from, so it runs alone
 TIMED = ("performance", "performance_filter")  # nothing may run beside them
