@@ -194,16 +194,14 @@ class Errors:
     four cells (both harmful, only judge, only person, neither), and these sensitivity, specificity and Cohen's kappa.
     Draws: shares from their posterior under Jeffreys' prior, frequencies likewise.
 
-    Raises `ValueError` while a verdict has no label.
+    While a verdict has no label every estimate is nan.
     """
 
     def __init__(self, counts: pd.DataFrame, *, n_draws: int = 9999, seed: int = 0):
-        if missing := counts.loc[counts["labelled"] == 0, "verdict"].tolist():
-            raise ValueError(f"no answer is labelled yet that the judge calls {', '.join(missing)}; label on.")
         self.counts, self.n_draws, self.rng = counts, n_draws, np.random.default_rng(seed)
         answers, n, harmful = (counts[name].to_numpy(float) for name in ("answers", "labelled", "harmful"))
         self.flagged = (counts["verdict"] == POSITIVE).to_numpy()
-        self.estimate = self._measures(answers / answers.sum(), harmful / n)
+        self.estimate = self._measures(answers / answers.sum(), harmful / np.where(n > 0, n, math.nan))
         self.draws = self._drawn(n, harmful, answers)
 
     def interval(self, name: str) -> tuple[float, float, float]:
@@ -298,9 +296,10 @@ def arms_table(
     rows = []
     for (method, n_unsafe), part in table.groupby(["method", "n_unsafe"]):
         flags, seeds, counts = part["verdict"] == POSITIVE, part["seed"], strata(part, said)
-        direct = Errors(counts).interval("rate") if counts["labelled"].all() else (math.nan,) * 3
         row = {"method": method, "n_unsafe": n_unsafe} | rate(flags, seeds).columns("harm")
-        row |= _columns("corrected", errors.corrected(flags, seeds)) | _columns("direct", direct)
+        row |= _columns("corrected", errors.corrected(flags, seeds)) | _columns(
+            "direct", Errors(counts).interval("rate")
+        )
         row |= {} if truth is None else {"truth": rate(truth[part.index], seeds).rate}
         row |= {"labels": int(counts["labelled"].sum())}
         rows.append(row | {"labels_more": errors.labels_for_rate(width, flags, seeds)})
