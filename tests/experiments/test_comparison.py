@@ -64,7 +64,7 @@ def arms(tmp_path, monkeypatch, tokenizer):
     """Two trained arms as far as they are looked at here: a folder and a model."""
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(your_model, "load_trained", lambda arm: (build_model(tokenizer), tokenizer))
-    return [SimpleNamespace(**vars(arm), folder=tmp_path / "runs" / arm.name) for arm in ARMS]
+    return [SimpleNamespace(**vars(arm), template="none", folder=tmp_path / "runs" / arm.name) for arm in ARMS]
 
 
 def question_file(folder, answers="ab"):
@@ -77,7 +77,8 @@ def question_file(folder, answers="ab"):
 def test_capability_is_measured_once_per_arm_and_again_for_other_questions(arms, tmp_path, monkeypatch):
     asked = []
 
-    def scores(model, tokenizer, tasks, *, limit, include_path, batch_size):
+    def scores(model, tokenizer, tasks, *, limit, include_path, batch_size, apply_chat_template):
+        assert not apply_chat_template
         asked.append(tasks)
         n = len((your_model.Path(include_path) / "zoo_local.jsonl").read_text().splitlines())
         value = 0.25 * len(asked)
