@@ -9,6 +9,8 @@ import os
 
 from jupyter_client.provisioning import local_provisioner
 
+from tasft_lib.storage.files import end_with_parent
+
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
@@ -25,6 +27,7 @@ def serve(ready, arguments: list[str], environment: dict[str, str], folder: str)
     """Be the kernel that `ipykernel_launcher` would be with these arguments."""
     from ipykernel.kernelapp import launch_new_instance
 
+    end_with_parent()
     gc.freeze()
     os.setsid()
     os.environ.update(environment)
