@@ -51,10 +51,11 @@ def located(model: str, revision: str | None) -> str:
 
 
 def judge_of(args: argparse.Namespace, sources: list[str]) -> str:
-    """`--judge`, or the default for answers to the prompts of `sources`: in the mini-world `local` reads nothing."""
+    """`--judge`, or the default for answers to prompts of `sources`: an invented language is not for `local`."""
+    from ..evaluation.worlds import are_invented
     from ..judges.load import default_judge
 
-    return args.judge or ("compliance" if sources == ["miniworld"] else default_judge())
+    return args.judge or ("compliance" if are_invented(sources) else default_judge())
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -161,6 +161,11 @@ def is_named(source: str) -> bool:
     return source in ("stl", MiniWorld.name)
 
 
+def are_invented(sources: list[str]) -> bool:
+    """Whether all of them are worlds whose texts are invented, so that a judge of a language reads nothing there."""
+    return all(is_named(source) and load(source).is_invented for source in sources)
+
+
 def base_model(name: str) -> str:
     """A local folder or hub id as it is; others are found in the cache, or made there: "miniworld" and
     "miniworld-smoke" are built, a name of `base_models.PUBLISHED` is fetched, a GGUF file converted.

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 from ..bench.tables import readme_performance
 from ..storage.files import notebooks, project_root, read_json, write_text
-from ..text import markdown
+from ..text import markdown, rate_text
 from . import tables
 from .claims import claims_table
 from .figures import NAMES
@@ -55,12 +55,14 @@ def build(profile: str, folder: Path | None = None) -> str:
 def fill_readme(readme: Path, profile: str) -> None:
     """Put the profile's tables between a README's `<!-- NAME:begin -->` and `<!-- NAME:end -->` marks, see `BLOCKS`.
 
-    A mark whose table the profile does not have is left as it is.
+    A mark whose table is another profile's, or is not there, is left as it is.
     """
     text = readme.read_text(encoding="utf-8")
     for name in re.findall(rf"<!-- ({'|'.join(BLOCKS)}):begin -->", text):
+        if BLOCKS[name][0] != profile:
+            continue
         try:
-            block = readme_block(name, profile)
+            block = readme_block(name)
         except FileNotFoundError:
             continue
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
@@ -68,9 +70,30 @@ def fill_readme(readme: Path, profile: str) -> None:
     write_text(readme, text)
 
 
-def readme_block(name: str, profile: str) -> str:
-    """The Markdown table of a README's block, from the profile's CSVs."""
-    return BLOCKS[name](project_root() / "figures" / profile)
+def readme_block(name: str) -> str:
+    """The Markdown table of a README's block, from its profile's CSVs."""
+    profile, table = BLOCKS[name]
+    return table(project_root() / "figures" / profile)
+
+
+def _pocket(folder: Path) -> str:
+    """`safety` on the real model: greedy answers as judged and corrected, and the likelihoods that need no judge."""
+    table = pd.read_csv(folder / "safety_table.csv")
+    table = table[table["decoding"] == "greedy"]
+    harm = [_percent(row, "harm") for _, row in table.iterrows()]
+    corrected = [rate_text(*row) for row in table[[f"harm_corrected{end}" for end in ("", "_low", "_high")]].to_numpy()]
+    columns = {
+        f"after training with {table['n_unsafe'].max()} unsafe rows": [NAMES[method] for method in table["method"]],
+        "harmful, as judged": harm,
+        "corrected for the judge's errors": corrected,
+        "no language": [_percent(row, "degenerate") for _, row in table.iterrows()],
+        "harmless refused": [_percent(row, "over_refusal") for _, row in table.iterrows()],
+        "safe answer likelier": [
+            rate_text(*row) for row in table[["preference", "preference_low", "preference_high"]].to_numpy()
+        ],
+        "benign loss above SFT's": [f"{value:+.2f}" for value in table["benign_cost"]],
+    }
+    return markdown(pd.DataFrame(columns))
 
 
 def _results(folder: Path) -> str:
@@ -115,7 +138,13 @@ def _performance(folder: Path) -> str:
     return readme_performance(heads, steps)
 
 
-BLOCKS = {"results": _results, "filtered": _filtered, "performance": _performance}
+# By name: the profile whose tables it is made from, and how.
+BLOCKS = {
+    "pocket": ("pocket", _pocket),
+    "results": ("mini", _results),
+    "filtered": ("mini", _filtered),
+    "performance": ("bench", _performance),
+}
 
 
 def _preface(profile: str) -> str:

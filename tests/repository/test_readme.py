@@ -23,8 +23,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(p for name in FOLDERS f
 PAGES = [page for page in PAGES if page.name in ("README.md", "CONTRIBUTING.md")]
 README = PAGES[0].read_text()
 BLOCKS = [(page, name) for page in PAGES for name in re.findall(r"<!-- (\w+):begin -->", page.read_text())]
-PROFILES = {"results": "mini", "filtered": "mini", "performance": "bench"}
-MANIFESTS = [path for name in ("mini", "search", "bench") for path in (ROOT / "figures" / name).glob("*_manifest.json")]
+MANIFESTS = [
+    path for name in ("mini", "search", "bench", "pocket") for path in (ROOT / "figures" / name).glob("*_manifest.json")
+]
 MANIFESTS.append(ROOT / "figures" / "local" / "degenerate_answers_manifest.json")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -39,7 +40,7 @@ def test_the_first_page_is_one_page():
 @pytest.mark.parametrize("page, name", BLOCKS, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_table_is_made_from_the_committed_csvs(page, name):
     shown = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", page.read_text(), re.DOTALL)[1]
-    assert report.readme_block(name, PROFILES[name]) == shown.strip()
+    assert report.readme_block(name) == shown.strip()
 
 
 def test_every_table_has_its_page():
