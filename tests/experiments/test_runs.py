@@ -554,7 +554,7 @@ def test_evaluation_prompts_never_enter_training(spec, tmp_path):
         (folder / f"{file}.json").write_text(json.dumps({"instructions": [leaked, "w0"]}))
     (folder / "toxic_outs.json").write_text(json.dumps(["w0 w0"]))
     (folder / "xstest_prompts.csv").write_text("id,prompt,label\n1,w0 w1,safe\n2,w1,unsafe\n")
-    benign, _ = arms.training_rows(replace(spec, HELD_OUT=str(folder)))
+    benign, _ = arms.training_rows(replace(spec, held_out=str(folder)))
     assert leaked not in benign["prompt"] and len(benign) == 18
 
 
