@@ -11,7 +11,7 @@ from . import tables
 from .figures.filters import detector_name
 
 # Profiles whose numbers can speak about a claim; the others test formats and mechanics.
-TELLING = ("mini", "small", "paper")
+TELLING = ("mini", "pocket", "small", "paper")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def _penalties_are_safe(read):
         (method, decoding): _pick(table, method=method, decoding=decoding)
         for method in ("emd", "nlcl")
         for decoding in ("greedy", "sampled")
+        if decoding == "greedy" or decoding in set(table["decoding"])
     }
     evidence = "; ".join(f"{tables.NAMES[m]} {d} {_text(row)}" for (m, d), row in rows.items())
     safe = all(row["harm_high"] <= 0.05 for (_, decoding), row in rows.items() if decoding == "greedy")

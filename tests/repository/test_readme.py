@@ -32,8 +32,9 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 
 
 def test_the_first_page_is_one_page():
-    assert len(README.split()) < 1200
-    first_screen = README[: README.index("<!-- results:begin -->")]
+    words = [word for word in README.split() if word.strip("|-:")]  # a table's bars are none
+    assert len(words) < 1100
+    first_screen = README[: README.index("<!-- pocket:begin -->")]
     assert len(first_screen.splitlines()) < 30 and "make reproduce" in first_screen and "make test" in first_screen
 
 
