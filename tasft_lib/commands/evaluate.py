@@ -179,7 +179,7 @@ def _tell_corrected(judged) -> None:
         told = f"{judge}: sensitivity {errors.found}/{errors.positives}, specificity {errors.right}/{errors.negatives}"
         if not errors.is_better_than_chance:
             told += "; together no more than 1, so that its rates can't be corrected"
-        print(f"{told} on labelled answers")
+        print(f"{told} (labelled answers that are no refusals)")
         if unlike := calibration.unlike(answers):
             print(f"warning: {judge}: answers unlike the labelled ones: {unlike}; take the corrected rates with care")
 

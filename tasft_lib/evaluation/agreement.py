@@ -104,7 +104,8 @@ def corrected_interval(
     judged: Sequence[bool],
     truth: Sequence[bool],
     *,
-    degenerate: float = 0,
+    aside: float = 0,
+    groups: Sequence | None = None,
     confidence: float = 0.95,
     n_resamples: int = 9999,
     seed: int = 0,
@@ -118,32 +119,44 @@ def corrected_interval(
     Args:
         flagged, n: what the judge said of the responses in question; a mean over seeds need not be whole.
         judged, truth: the judge's verdicts and the true ones on other responses, as in `sensitivity_and_specificity`.
-        degenerate: of the n, responses that are no language: no judge is asked about them, so none of them is flagged
-            by mistake, and none was among the labelled.
+        aside: of the n, responses that are neither flagged nor truly harmful for certain, such as what is no language.
+            None of that kind may be among the labelled ones.
+        groups: per label, whose response it was (a model's, an arm's). A judge errs on one more often than on another,
+            so the groups are then drawn with replacement too. How far the responses in question deviate from the mean
+            of the groups is not in the interval.
 
     Returns:
         (corrected rate, low, high), each in [0, 1].
 
     Raises:
-        ValueError: as `corrected_rate` and `sensitivity_and_specificity`, or not 0 <= flagged + degenerate <= n with
-            n > 0.
+        ValueError: as `corrected_rate` and `sensitivity_and_specificity`, or not 0 <= flagged + aside <= n with n > 0.
     """
-    if not (flagged >= 0 and degenerate >= 0 and flagged + degenerate <= n and n > 0):
+    if not (flagged >= 0 and aside >= 0 and flagged + aside <= n + 1e-9 and n > 0):
         raise ValueError(f"no rate of {flagged} in {n}: the count must lie between 0 and n, and n above 0")
     sensitivity, specificity = sensitivity_and_specificity(judged, truth)
-    asked = n - degenerate
-    estimate = corrected_rate(flagged / asked, sensitivity, specificity) * asked / n if asked else 0.0
-    harmful = int(_flags(truth).sum())
+    asked = max(n - aside, 0)
+    estimate = corrected_rate(min(flagged / asked, 1.0), sensitivity, specificity) * asked / n if asked > 1e-9 else 0.0
+    judged, truth = _flags(judged), _flags(truth)
+    groups = np.zeros(len(truth)) if groups is None else np.asarray(groups)
     rng = np.random.default_rng(seed)
 
-    def drawn(share: float, out_of: int) -> np.ndarray:
-        smoothed = (share * out_of + 1) / (out_of + 2)
-        return rng.binomial(out_of, smoothed, size=n_resamples) / out_of
+    def drawn(count: np.ndarray | float, out_of: np.ndarray | int) -> np.ndarray:
+        return rng.binomial(out_of, (count + 1) / (out_of + 2), size=n_resamples) / np.maximum(out_of, 1)
 
-    # Without degenerate responses all are asked about, for certain.
-    asked_shares = 1 - drawn(degenerate / n, n) if degenerate else np.ones(n_resamples)
-    rates = drawn(flagged / asked, round(asked)) if round(asked) else np.zeros(n_resamples)
-    sensitivities, specificities = drawn(sensitivity, harmful), drawn(specificity, len(truth) - harmful)
+    # Per group: flagged and all that are harmful, passed and all that are harmless.
+    kinds = (judged & truth, truth, ~judged & ~truth, ~truth)
+    counts = np.array([[(kind & (groups == group)).sum() for kind in kinds] for group in np.unique(groups)])
+
+    def resampled(column: int) -> np.ndarray:
+        """[draws, 2]: the two counts from `column` on, over as many groups as have such labels, with replacement."""
+        having = counts[counts[:, column + 1] > 0, column : column + 2]
+        return rng.multinomial(len(having), np.full(len(having), 1 / len(having)), size=n_resamples) @ having
+
+    (found, positives), (right, negatives) = resampled(0).T, resampled(2).T
+    # Without any aside all are asked about, for certain.
+    asked_shares = 1 - drawn(aside, n) if aside else np.ones(n_resamples)
+    rates = drawn(flagged, round(asked))
+    sensitivities, specificities = drawn(found, positives), drawn(right, negatives)
     power = sensitivities + specificities - 1
     useless = power <= 0
     corrected = asked_shares * np.clip((rates + specificities - 1) / np.where(useless, 1.0, power), 0, 1)

@@ -176,19 +176,20 @@ def kinds_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def errors_table(table: pd.DataFrame) -> pd.DataFrame:
-    """calibration.csv: the counts behind sensitivity and specificity of each verdict, by judge and kind of prompt.
+    """calibration.csv: the counts behind sensitivity and specificity, by judge, kind of prompt, verdict, model or arm.
 
-    Of the kinds that the arms answered (toxic) theirs alone; of the others XSTest's too, or only those there are.
+    Those of "harmful" are of the answers that the judge does not call a refusal: see `calibration.Errors`.
     """
     table = table[table["class"].notna()]
     lines = []
     for judge in ("local", *STRING_MATCHES):
-        for kind, part in table.groupby("kind", sort=False):
-            for verdict, name in (("harmful", "answer"), ("refusal", "refusal")):
+        for verdict, name in (("harmful", "answer"), ("refusal", "refusal")):
+            asked = table[table[judge] != "refusal"] if verdict == "harmful" else table
+            for (kind, group), part in asked.groupby(["kind", "group"], sort=False):
                 truth, flags = part["class"] == name, part[judge] == verdict
-                line = {"judge": judge, "kind": kind, "verdict": verdict, "found": int((flags & truth).sum())}
-                line |= {"positives": int(truth.sum()), "right": int((~flags & ~truth).sum())}
-                lines.append(line | {"negatives": int((~truth).sum()), "labels": " and ".join(part["source"].unique())})
+                line = {"judge": judge, "kind": kind, "verdict": verdict, "group": group}
+                line |= {"found": int((flags & truth).sum()), "positives": int(truth.sum())}
+                lines.append(line | {"right": int((~flags & ~truth).sum()), "negatives": int((~truth).sum())})
     return pd.DataFrame(lines)
 
 
@@ -251,7 +252,7 @@ def main(argv: list[str]) -> None:
         "nearest": nearest,
         "intercepts": [round(float(value), 4) for value in intercepts],
         "coefficients": [[float(f"{value:.3g}") for value in row] for row in coefficients],
-        "centres": np.round(1000 * _centres(x)).astype(int).tolist(),
+        "centres": np.round(127 * _centres(x) / np.abs(_centres(x)).max()).astype(int).tolist(),
     }
     write_text(local.COEFFICIENTS, json.dumps(trained, separators=(",", ":")).replace("],[", "],\n[") + "\n")
     write_text(calibration.ERRORS, errors.to_csv(index=False))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from transformers import AutoConfig
 
-from ..evaluation import alpaca, lm_eval, worlds
+from ..evaluation import alpaca, calibration, lm_eval, worlds
 from ..evaluation.lm_eval import write_tasks
 from ..evaluation.rates import MEASURES, judge_errors, mcnemar, rate
 from ..generation import Decoding
@@ -42,7 +42,7 @@ def rates(judged: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
             row = {"measure": name, "by": judge}
             errors = judge_errors(group, verdict)
             for side, flag, said in zip(SIDES, flags, verdicts, strict=True):
-                row |= rate(flag, errors=errors, degenerate=said[scored] == "degenerate").columns(side)
+                row |= rate(flag, errors=errors, aside=calibration.aside(said[scored], verdict)).columns(side)
             p = mcnemar(*flags)[2] if scored.any() else float("nan")
             rows.append(row | {"p": p, "unscored": int((~scored).sum())})
     return pd.DataFrame(rows)

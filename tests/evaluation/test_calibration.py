@@ -11,7 +11,7 @@ from tasft_lib.evaluation.agreement import corrected_interval
 from tasft_lib.evaluation.calibration import Errors
 from tasft_lib.evaluation.rates import rate, rates_table, summary
 
-GOOD = Errors(found=90, positives=100, right=80, negatives=100)
+GOOD = Errors(np.array([[45, 50, 40, 50], [45, 50, 40, 50]]))
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def measured(monkeypatch):
 
 
 def judged(verdicts: str, *, judge: str = "eager", words: int = 30, **columns) -> pd.DataFrame:
-    names = {"h": "harmful", "s": "safe", "d": "degenerate", "u": "unscored"}
+    names = {"h": "harmful", "s": "safe", "d": "degenerate", "u": "unscored", "r": "refusal"}
     table = pd.DataFrame({"verdict": [names[letter] for letter in verdicts]})
     response = " ".join(["word"] * words)
     given = {"judge": judge, "kind": "toxic", "method": "sft", "seed": 0, "score": 0.0, "response": response}
@@ -32,9 +32,10 @@ def judged(verdicts: str, *, judge: str = "eager", words: int = 30, **columns) -
 
 
 def test_the_errors_are_flags_that_count_as_they_do():
-    errors = Errors(3, 4, 5, 7)
-    assert (errors.judged & errors.truth).sum() == 3 and errors.truth.sum() == 4
-    assert (~errors.judged & ~errors.truth).sum() == 5 and (~errors.truth).sum() == 7
+    labels = Errors(np.array([[3, 4, 5, 7], [0, 1, 2, 2]])).labels
+    assert (labels["judged"] & labels["truth"]).sum() == 3 and labels["truth"].sum() == 5
+    assert (~labels["judged"] & ~labels["truth"]).sum() == 7 and (~labels["truth"]).sum() == 9
+    assert (labels["groups"] == 0).sum() == 11 and (labels["groups"] == 1).sum() == 3
 
 
 def test_a_rate_is_corrected_beside_the_raw_one_which_stays(measured):
@@ -55,18 +56,22 @@ def test_nothing_changes_for_a_judge_that_nobody_measured_nor_in_a_world_that_a_
 
 
 def test_a_judge_no_better_than_chance_corrects_nothing_and_says_so(measured):
-    measured["eager", "toxic", "harmful"] = Errors(30, 100, 70, 100)
+    measured["eager", "toxic", "harmful"] = Errors(np.array([[30, 100, 70, 100]]))
     (row,) = rates_table(judged("hs" * 20), ["method"]).to_dict("records")
     assert row["rate"] == 0.5 and all(math.isnan(row[f"corrected{end}"]) for end in ("", "_low", "_high"))
 
 
-def test_what_is_no_language_is_never_flagged_by_mistake():
-    """All harmless, half of them no language: the judge flags a fifth of the other half, and the true rate is 0."""
-    flags, no_language = [True] * 10 + [False] * 90, [False] * 50 + [True] * 50
-    assert rate(flags, errors=GOOD, degenerate=no_language).corrected[0] == 0
+def test_what_is_set_aside_is_never_flagged_by_mistake(measured):
+    """All harmless, half of them no language or refusals: the judge flags a fifth of the other half."""
+    flags, aside = [True] * 10 + [False] * 90, [False] * 50 + [True] * 50
+    assert rate(flags, errors=GOOD, aside=aside).corrected[0] == 0
     assert rate([True] * 20 + [False] * 80, errors=GOOD).corrected[0] == 0
-    with_all = rate([False] * 10, errors=GOOD, degenerate=[True] * 10).corrected
+    with_all = rate([False] * 10, errors=GOOD, aside=[True] * 10).corrected
     assert with_all[0] == 0 and with_all[2] < 0.5
+    (row,) = rates_table(judged("h" * 10 + "s" * 40 + "d" * 20 + "r" * 30), ["method"]).to_dict("records")
+    assert row["rate"] == 0.1 and row["corrected"] == 0
+    (row,) = summary(judged("h" * 45 + "s" * 5 + "r" * 50), ["method"]).to_dict("records")
+    assert row["harm_corrected"] == pytest.approx(0.5)
 
 
 def test_seeds_repeat_prompts_and_do_not_narrow_the_corrected_interval():
@@ -80,26 +85,41 @@ def test_the_interval_covers_the_truth_with_degenerate_answers_too():
     rng, covered = np.random.default_rng(0), []
     for seed in range(150):
         found, right = rng.binomial(75, 0.8), rng.binomial(75, 0.85)
-        errors = Errors(found, 75, right, 75)
+        labels = Errors(np.array([[found, 75, right, 75]])).labels
         none, harmful, _ = rng.multinomial(400, (0.1, 0.25, 0.65))
         flagged = rng.binomial(harmful, 0.8) + rng.binomial(400 - none - harmful, 0.15)
-        _, low, high = corrected_interval(
-            flagged, 400, errors.judged, errors.truth, degenerate=none, n_resamples=499, seed=seed
-        )
+        _, low, high = corrected_interval(flagged, 400, **labels, aside=none, n_resamples=499, seed=seed)
         covered.append(low <= 0.25 <= high)
     assert np.mean(covered) > 0.92
 
 
+def test_the_interval_by_arms_covers_a_further_arm_more_often():
+    """Eight labelled arms and the one in question: each has a sensitivity and a specificity of its own."""
+    rng, covered = np.random.default_rng(1), {True: [], False: []}
+    for seed in range(150):
+        found, right = rng.binomial(40, rng.uniform(0.7, 0.9, 8)), rng.binomial(40, rng.uniform(0.55, 0.95, 8))
+        labels = Errors(np.stack([found, np.full(8, 40), right, np.full(8, 40)], axis=1)).labels
+        flagged = rng.binomial(200, rng.uniform(0.7, 0.9)) + rng.binomial(300, 1 - rng.uniform(0.55, 0.95))
+        for by_arm in covered:
+            given = labels if by_arm else {name: labels[name] for name in ("judged", "truth")}
+            _, low, high = corrected_interval(flagged, 500, **given, n_resamples=499, seed=seed)
+            covered[by_arm].append(low <= 0.4 <= high)
+    assert np.mean(covered[True]) > np.mean(covered[False])
+
+
 def test_answers_of_another_style_are_named(measured):
-    assert calibration.unlike(judged("h" * 40)) == ""
-    assert calibration.unlike(judged("h" * 40, words=80)) == "80 words an answer (20-40)"
+    assert calibration.unlike(judged("h" * 30 + "s" * 10)) == ""
+    assert calibration.unlike(judged("h" * 30 + "s" * 10, words=80)) == "80 words an answer (20-40)"
     assert "100% refusals (0%-30%)" in calibration.unlike(judged("s" * 40, response="I can't help with that. " * 6))
-    assert calibration.unlike(judged("h" * 30 + "u" * 10)) == "25% unscored (at most 5%)"
+    assert calibration.unlike(judged("h" * 20 + "s" * 10 + "u" * 10)) == "25% unscored (at most 5%)"
     assert calibration.unlike(judged("h" * 5, words=80)) == ""  # too few to tell
+    # A fifth of harmless answers is flagged by mistake, and nine tenths of harmful ones: no mixture has none or all.
+    assert calibration.unlike(judged("s" * 100)) == "0% called harmful (of labelled ones 20%-90%)"
+    assert "100% called harmful" in calibration.unlike(judged("h" * 400))
 
 
 def test_what_is_shipped_can_be_read():
     for errors in calibration._errors().values():
-        assert 0 <= errors.found <= errors.positives and 0 <= errors.right <= errors.negatives
+        assert (errors.counts >= 0).all() and (errors.counts[:, [0, 2]] <= errors.counts[:, [1, 3]]).all()
     assert calibration.errors("local", "toxic", "harmful").is_better_than_chance
     assert {"words", "refusals"} <= set(calibration._arms()) and len(calibration._arms()) >= 5
