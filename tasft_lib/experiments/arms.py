@@ -51,6 +51,7 @@ from ..storage.files import (
     read_json,
     runs_folder,
     show_progress,
+    travelling,
     write_json,
     write_rows,
 )
@@ -183,14 +184,14 @@ def summary(arms: list[ArmSpec]) -> dict[str, Any]:
     base, summaries, rows = {}, {}, {}
     for arm in arms:
         manifest = read_manifest(arm)
-        own = {"spec": _travelling(arm), "ingredients": manifest["ingredients"]}
+        own = {"spec": travelling(describe(arm)), "ingredients": manifest["ingredients"]}
         base = base or own
         left_out = ("arm", "log_history", "versions", "hardware")
         different = {part: _difference(own[part], base[part]) for part in own}
         summaries[arm.name] = {k: v for k, v in manifest.items() if k not in left_out} | different
     for source in (source for arm in arms for source in (arm.unsafe, arm.extra)):
         while isinstance(source, Rows):
-            rows[source.name] = _travelling(source)
+            rows[source.name] = travelling(describe(source))
             source = getattr(source, "unsafe", None)
     source = source_of(base_model(arms[0].model)) if arms else {}
     return {"base": base, "rows": rows, "arms": summaries} | ({"base_model": source} if source else {})
@@ -358,12 +359,6 @@ def _question(prompt: str | list[dict]) -> str:
 def _pairs(rows: Dataset) -> list[str]:
     """Prompt and completion of each row, text or messages, as a text to compare."""
     return [json.dumps(pair) for pair in zip(rows["prompt"][:], rows["completion"][:], strict=True)]
-
-
-def _travelling(spec: ArmSpec | Rows) -> dict[str, Any]:
-    """`describe` for other machines: of a path on this one no more than its last name."""
-    absolute = {k: v for k, v in describe(spec).items() if isinstance(v, str) and Path(v).is_absolute()}
-    return describe(spec) | {name: Path(path).name for name, path in absolute.items()}
 
 
 def _difference(spec: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Results:
     def record(self, **entries: Any) -> None:
         """Write `<notebook>_manifest.json`, what every number of the notebook traces to; prints the files' names."""
         names = sorted(set(self.names))
-        record = {"parameters": vars(self.config), **entries, "files": names} | files.environment()
+        record = {"parameters": files.travelling(vars(self.config)), **entries, "files": names} | files.environment()
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write_json(self.folder / f"{self.config.notebook}_manifest.json", record)
         print(*(self.folder / name for name in names), sep="\n")

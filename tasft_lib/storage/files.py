@@ -217,6 +217,12 @@ def named(source: str, revision: str | None) -> tuple[str, str | None]:
     return path.name, f"sha256 {(model_identity(source) if is_model else file_hash(path))[:12]}"
 
 
+def travelling(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` for other machines: of an absolute path on this one no more than its last name."""
+    absolute = {name: value for name, value in values.items() if isinstance(value, str) and Path(value).is_absolute()}
+    return values | {name: Path(path).name for name, path in absolute.items()}
+
+
 def _commit() -> str | None:
     try:
 

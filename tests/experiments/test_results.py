@@ -18,7 +18,7 @@ def figures(tmp_path, monkeypatch):
 
 
 def test_the_manifest_names_what_was_saved(figures, capsys):
-    leaves = results.Results(SimpleNamespace(profile="smoke", notebook="safety"))
+    leaves = results.Results(SimpleNamespace(profile="smoke", notebook="safety", benign=str(figures / "rows.json")))
     table = pd.DataFrame({"rate": [1 / 3, 0]})
     assert leaves.save(table, "table") is table
     figure = plt.figure()
@@ -28,6 +28,7 @@ def test_the_manifest_names_what_was_saved(figures, capsys):
     assert (figures / "safety_table.csv").read_text() == "rate\n0.333333\n0\n"
     manifest = json.loads((figures / "safety_manifest.json").read_text())
     assert manifest["files"] == ["safety_rates.png", "safety_table.csv"] and manifest["seeds"] == 3
+    assert manifest["parameters"]["benign"] == "rows.json", "a place on this machine is nobody's business"
     assert {path.name for path in figures.iterdir()} == {*manifest["files"], "safety_manifest.json"}
     assert capsys.readouterr().out.split() == [str(figures / name) for name in manifest["files"]]
 
