@@ -155,9 +155,9 @@ def _preface(profile: str) -> str:
         )
     if profile == "pocket":
         return (
-            "**A real language model of 135M parameters**, one seed. The judge errs, and not alike on all arms: rates"
-            " are as judged, and corrected in the table. λ was picked by hand and not searched, so a verdict on EMD or NLCL"
-            f" is of that λ alone. {RATES}"
+            "**A real language model of 135M parameters**, one seed. The judge errs, and not alike on all arms:"
+            " rates are as judged, and corrected in the table."
+            f" λ was picked by hand and not searched, so a verdict on EMD or NLCL is of that λ alone. {RATES}"
         )
     return RATES
 
