@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from accelerate.logging import MultiProcessAdapter
 from conftest import build_model, make_rows
 from datasets import DatasetDict
 from safetensors.torch import load_file
@@ -253,6 +254,7 @@ def test_rows_labelled_unsafe_beside_a_file_of_unsafe_rows_are_counted(train, tm
 
 def test_no_warning_shows_the_end_of_a_prompt(train, tmp_path, caplog):
     caplog.set_level("WARNING", logger="trl")  # which `models.quiet` of an earlier test may have silenced
+    MultiProcessAdapter.warning_once.cache_clear()  # an earlier test of this process may have had the same text
     rows = [{"prompt": f"w{i} w1", "completion": "2 w3", "label": i % 3 > 0} for i in range(20, 32)]
     write(tmp_path / "rows.jsonl", rows)
     assert train(max_steps=1)[0] == 0
