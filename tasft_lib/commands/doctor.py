@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 
     from ..models import load_tokenizer
     from ..prepare import doctor
-    from ..records import data
+    from ..records import forms
 
     if args.tokenizer is not None and args.max_length is None:
         from ..config import TASFTConfig
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         **source_options(args),
         template=args.prompt_template,
         label=args.label == "true",
-        evaluation_prompts={file: data.read_prompts(file) for file in args.evaluation_prompts},
+        evaluation_prompts={file: forms.read_prompts(file) for file in args.evaluation_prompts},
         tokenizer=None if args.max_length is None else checked_by,  # without a limit nothing is cut
         max_length=args.max_length,
     )
@@ -95,10 +95,10 @@ def _of_training(args: argparse.Namespace) -> dict:
 def _show(args: argparse.Namespace, config: dict, tokenizer, checked_by) -> None:
     """Print the masks of the first rows, as the trainer itself makes them; only here a command prints texts."""
     from ..prepare.masks import OPTIONS, first_of_each, masks
-    from ..records import data, sources
+    from ..records import forms, sources, tokens
 
     raw = sources.read_rows(args.data, **source_options(args))
-    rows = data.to_training_rows(
+    rows = forms.to_training_rows(
         raw,
         label=None if "label" in raw.column_names else args.label == "true",
         template=args.prompt_template,
@@ -108,7 +108,7 @@ def _show(args: argparse.Namespace, config: dict, tokenizer, checked_by) -> None
     )
     options = {name: config[name] for name in OPTIONS if name in config} | {"max_length": args.max_length}
     rows = first_of_each(rows, args.show)
-    data.prompt_lengths(rows, checked_by, source=args.data)  # messages that the template can't read are told by row
+    tokens.prompt_lengths(rows, checked_by, source=args.data)  # messages that the template can't read are told by row
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for row in masks(rows, tokenizer, model=args.tokenizer, revision=args.model_revision, **options):
         print(row.text(colours=colours), end="\n\n")

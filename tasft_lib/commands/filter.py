@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 def _filter(args) -> None:
     from ..models import load_model
-    from ..records import data, sources
+    from ..records import forms, sources
     from ..reporting import figures
     from ..saft.find import Search
     from ..saft.report import Output
@@ -74,11 +74,13 @@ def _filter(args) -> None:
     has_label = "label" in rows.column_names
     template = args.prompt_template
     reading = {"template": template, "drop_empty": args.drop_empty}
-    texts = data.to_training_rows(rows, label=None if has_label else True, source=args.data, with_place=True, **reading)
-    rows = rows.select([number - 1 for number in data.row_numbers(texts)])  # those with an answer
+    texts = forms.to_training_rows(
+        rows, label=None if has_label else True, source=args.data, with_place=True, **reading
+    )
+    rows = rows.select([number - 1 for number in forms.row_numbers(texts)])  # those with an answer
     if has_label and "original_label" in rows.column_names:
         raise ValueError(f"{args.data}: has both label and original_label; remove or rename one.")
-    validation = args.validation and data.read_training_rows(
+    validation = args.validation and forms.read_training_rows(
         args.validation, **in_validation, label=None, with_place=True, **reading
     )
     search = Search(**how, validation=validation)

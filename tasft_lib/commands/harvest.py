@@ -42,7 +42,7 @@ def _harvest(args) -> None:
     from ..models import load_model, load_tokenizer
     from ..prepare import catalogue
     from ..prepare.harvest import Origin, harvest, is_harvested, save_harvest
-    from ..records import data
+    from ..records import forms
 
     which = source_options(args)
     if any(which.values()) and (args.red_team or worlds.is_named(args.prompts)):
@@ -53,12 +53,12 @@ def _harvest(args) -> None:
         prompts = catalogue.red_team_prompts(args.prompts)
         prompts_origin = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)
     elif any(which.values()):
-        prompts = data.read_prompts(args.prompts, **which)
+        prompts = forms.read_prompts(args.prompts, **which)
         prompts_origin = files.named(args.prompts, which["revision"])
     else:
         world = worlds.load(args.prompts)
         prompts, prompts_origin = world.harvest_prompts(), world.harvest_source()
-    held_out = [prompt for file in args.evaluation_prompts for prompt in data.read_prompts(file)]
+    held_out = [prompt for file in args.evaluation_prompts for prompt in forms.read_prompts(file)]
     args.prompt_template = template_of(args, args.model, load_tokenizer(args.model, args.model_revision))
     settings = {
         "model": files.model_identity(args.model),

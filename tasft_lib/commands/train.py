@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
         return
 
     from ..models import load_tokenizer, train_from
-    from ..records import data
+    from ..records import data, forms
     from ..storage.checkpoints import check_weights
     from . import run_folder
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         benign, unsafe = _fit_rows(benign, unsafe, options, checked_by)
         mixed, row_names = _mix(benign, unsafe, labels_from, options, checked_by)
         evaluated = _evaluation_rows(options)
-        sample_prompts = data.read_prompts(data_args.sample_prompts) if data_args.sample_prompts else []
+        sample_prompts = forms.read_prompts(data_args.sample_prompts) if data_args.sample_prompts else []
 
         stops = {"patience": data_args.early_stopping_patience}
         asked = run_folder.settings(args, model_args, data.fingerprint(mixed), files.model_identity(base), **stops)
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 def _read_rows(options: Options) -> tuple:
     """(benign rows, unsafe rows, what says which those are), each row with its place."""
-    from ..records import data, sources
+    from ..records import data, forms, sources
 
     script_args, data_args, _, _ = options
     rows = sources.read_rows(
@@ -64,7 +64,7 @@ def _read_rows(options: Options) -> tuple:
         revision=data_args.dataset_revision,
         name=script_args.dataset_config,
     )
-    rows = data.to_training_rows(
+    rows = forms.to_training_rows(
         rows,
         label=None if "label" in rows.column_names else True,
         template=data_args.prompt_template,
@@ -80,7 +80,7 @@ def _read_rows(options: Options) -> tuple:
     if len(unsafe):
         what = "%s: left out %d rows labelled false, since unsafe_dataset_name gives the unsafe rows"
         logging.getLogger(__name__).warning(what, script_args.dataset_name, len(unsafe))
-    unsafe = data.read_training_rows(
+    unsafe = forms.read_training_rows(
         data_args.unsafe_dataset_name,
         label=False,
         template=data_args.prompt_template,
@@ -101,12 +101,12 @@ def _labelled_by_saft(rows, options: Options):
     from trl import get_quantization_config
 
     from ..models import load_tokenizer, load_weights
-    from ..records import data
+    from ..records import forms
     from ..saft.find import Search
     from ..saft.workflow import label_rows
 
     script_args, data_args, args, model_args = options
-    validation = data_args.saft_validation and data.read_training_rows(
+    validation = data_args.saft_validation and forms.read_training_rows(
         data_args.saft_validation,
         label=None,
         template=data_args.prompt_template,
@@ -142,24 +142,24 @@ def _fit_rows(benign, unsafe, options: Options, checked_by) -> tuple:
 
     Raises `ValueError` for messages where `checked_by`, the tokenizer, has no chat template.
     """
-    from ..records import data
+    from ..records import forms, tokens
 
     script_args, data_args, args, _ = options
     unsafe_source = data_args.unsafe_dataset_name or script_args.dataset_name
     for rows, source in ((benign, script_args.dataset_name), (unsafe, unsafe_source)):
-        if len(rows) and data.is_chat(rows) and checked_by.chat_template is None:
+        if len(rows) and forms.is_chat(rows) and checked_by.chat_template is None:
             what = "messages, and the model has no chat template"
             raise ValueError(f"{source}: {what}; give chat_template_path, or write text")
     if data_args.drop_long:
         long = {"tokenizer": checked_by, "max_length": args.max_length}
-        benign = data.drop_long(benign, source=script_args.dataset_name, **long)
-        unsafe = data.drop_long(unsafe, source=unsafe_source, **long)
+        benign = tokens.drop_long(benign, source=script_args.dataset_name, **long)
+        unsafe = tokens.drop_long(unsafe, source=unsafe_source, **long)
     return benign, unsafe
 
 
 def _mix(benign, unsafe, labels_from: str, options: Options, checked_by) -> tuple:
     """(the rows of the run, drawn, shuffled and checked; the name of each, for messages)."""
-    from ..records import data
+    from ..records import data, forms
 
     script_args, data_args, args, _ = options
     named = data_args.unsafe_dataset_name is not None or data_args.by_saft
@@ -172,7 +172,7 @@ def _mix(benign, unsafe, labels_from: str, options: Options, checked_by) -> tupl
         unsafe_visits=data_args.unsafe_visits,
         seed=args.seed,
         source=f"{script_args.dataset_name} with {labels_from}",
-        evaluation_prompts=[p for file in data_args.evaluation_prompts for p in data.read_prompts(file)],
+        evaluation_prompts=[p for file in data_args.evaluation_prompts for p in forms.read_prompts(file)],
         tokenizer=checked_by,
         max_length=args.max_length,
         with_place=True,
@@ -182,7 +182,7 @@ def _mix(benign, unsafe, labels_from: str, options: Options, checked_by) -> tupl
 
 def _evaluation_rows(options: Options):
     """The rows of `dataset_test_split`, benign where they have no label; None where none are evaluated."""
-    from ..records import data, sources
+    from ..records import forms, sources
 
     script_args, data_args, args, _ = options
     if args.eval_strategy == "no":
@@ -191,7 +191,7 @@ def _evaluation_rows(options: Options):
     if Path(source).is_file():
         raise ValueError(f"{source}: a file has no split {split!r} to evaluate; save both with datasets' save_to_disk.")
     rows = sources.read_rows(source, split=split, revision=data_args.dataset_revision, name=script_args.dataset_config)
-    return data.to_training_rows(
+    return forms.to_training_rows(
         rows,
         label=None if "label" in rows.column_names else True,
         template=data_args.prompt_template,

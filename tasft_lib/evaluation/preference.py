@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..labels import end_of_turn
-from ..records.data import is_chat
+from ..records.forms import is_chat
 from ..saft.activations import completion_log_probs, completion_loss
 from .rates import paired_bootstrap, rate
 

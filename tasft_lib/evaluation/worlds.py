@@ -13,7 +13,7 @@ import pandas as pd
 from datasets import Dataset
 
 from .. import base_models, miniworld
-from ..records.data import read_prompts
+from ..records.forms import read_prompts
 from ..records.sources import is_saved, read_rows
 from ..storage.files import named
 from ..storage.integrity import damage, is_sealed, locked, seal, set_aside
@@ -127,7 +127,7 @@ def asked_for(
     Args:
         sources: each "stl" or "miniworld" (all that `load` gives for it); a benchmark of `prompts.BENCHMARKS` by its
             name ("XSTest" for its safe half); a folder with published files, of which those that are there are read and
-            the others named in a warning; one such file; or anybody's own prompts (see `data.read_prompts`).
+            the others named in a warning; one such file; or anybody's own prompts (see `forms.read_prompts`).
         per_benchmark: keep only the first so many of each benchmark.
         kind: of own prompts, by default "toxic".
         source: `split`, `name` and `revision` of own prompts.

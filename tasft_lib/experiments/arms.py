@@ -39,7 +39,7 @@ from ..judges.base import check_ready
 from ..judges.load import load_judge
 from ..prepare import harvest
 from ..prepare.contrastive import contrastive_rows
-from ..records import data, sources
+from ..records import data, forms, sources, tokens
 from ..records.messages import of_text
 from ..records.templates import questions
 from ..storage.files import (
@@ -70,9 +70,11 @@ TRAINED_BY = (
     "trainer",
     "experiments/methods",
     "records/data",
+    "records/forms",
     "records/messages",
     "records/sources",
     "records/templates",
+    "records/tokens",
     "text",
     "storage/files",
 )
@@ -450,7 +452,7 @@ def _defaults() -> dict[str, Any]:
 def _benign_rows(spec: ArmSpec, *, seed: int) -> Dataset:
     """All benign rows there are to draw from (made ones: `n_benign`, by `seed`)."""
     rows = worlds.load(spec.benign).benign_rows(spec.n_benign, seed=seed, revision=spec.benign_revision)
-    return data.to_training_rows(rows, label=True, template=spec.template, source=spec.benign, drop_empty=True)
+    return forms.to_training_rows(rows, label=True, template=spec.template, source=spec.benign, drop_empty=True)
 
 
 def _to_draw_from(spec: ArmSpec, prompts: list[str]) -> tuple[Dataset, int]:
@@ -459,12 +461,12 @@ def _to_draw_from(spec: ArmSpec, prompts: list[str]) -> tuple[Dataset, int]:
     if not spec.drop_truncated:
         return rows, 0
     max_length = spec.training.get("max_length", methods.CONFIGS[spec.method].max_length)
-    whole = data.drop_truncated(rows, load_tokenizer(spec), max_length)
+    whole = tokens.drop_truncated(rows, load_tokenizer(spec), max_length)
     return whole, len(rows) - len(whole)
 
 
 def _rows(source: str, spec: ArmSpec, *, label: bool) -> Dataset:
-    return data.read_training_rows(source, label=label, template=spec.template, drop_empty=True)
+    return forms.read_training_rows(source, label=label, template=spec.template, drop_empty=True)
 
 
 def _held_out_prompts(spec: ArmSpec) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..labels import end_of_turn
-from ..records.data import chat_ids
+from ..records.tokens import chat_ids
 
 # Distance 1 − cos to the unsafe token, in [0, 2]; the token itself has a bin of its own.
 DISTANCES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 2.0)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..evaluation import worlds
 from ..evaluation.rates import summary
 from ..prepare import catalogue
-from ..records import data, templates
+from ..records import data, forms, templates
 from ..saft import find
 from ..saft.activations import POOLINGS, activations, completion_loss, middle_layer, n_layers
 from ..saft.filter import SAFTFitter, check_share
@@ -84,7 +84,7 @@ def contaminated_rows(
     else:
         sides = [Dataset.from_list(rows) if rows else None for rows in sides]
     sides = [
-        data.to_training_rows(side, label=label, template=template, source=source)
+        forms.to_training_rows(side, label=label, template=template, source=source)
         for side, label in zip(sides, (True, False), strict=True)
         if side is not None
     ]

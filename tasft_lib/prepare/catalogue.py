@@ -29,8 +29,7 @@ from ..evaluation.prompts import (
     downloaded_file,
     locate,
 )
-from ..records.data import Source
-from ..records.sources import column_names, read_rows
+from ..records.sources import Source, column_names, read_rows
 from ..text import shown
 
 logger = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def find(published: Published, folder: Path | None = None) -> Path | None:
 def fetch(name: str, folder: Path | None = None) -> Path:
     """The file of the set called `name`: what `find` finds, else downloaded at its commit and kept where that looks.
 
-    It is read like a local copy: `sources.read_rows`, `data.read_prompts`, `beavertails_rows`, `red_team_prompts`.
+    It is read like a local copy: `sources.read_rows`, `forms.read_prompts`, `beavertails_rows`, `red_team_prompts`.
 
     Raises `ValueError` for an unknown name and where the download fails, a gated set included, with the remedy.
     """

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from ..judges.refusals import is_refusal
 from ..judges.strings import is_degenerate
-from ..records import data, sources, templates
+from ..records import data, forms, sources, templates, tokens
 from ..storage.files import progress_bar
 from ..text import markdown, normalise, redact, toxic_words, words_of
 from .near_duplicates import near_duplicates, near_references
@@ -87,7 +87,7 @@ def examine(
 ) -> Diagnosis:
     """Check the rows of a file, a `save_to_disk` folder or a hub data set; nothing is changed.
 
-    Rows are of the forms `data.to_training_rows` takes; without a `label` column all have `label`.
+    Rows are of the forms `forms.to_training_rows` takes; without a `label` column all have `label`.
 
     Args:
         template: for Alpaca's form, as in training; it counts in the tokens.
@@ -107,9 +107,9 @@ def examine(
         "source": source,
         "drop_empty": True,
     }
-    rows = data.to_training_rows(raw, **options, with_place=True)
+    rows = forms.to_training_rows(raw, **options, with_place=True)
     # Rows with an answer; `numbers` leads back to the file.
-    numbers = data.row_numbers(rows)
+    numbers = forms.row_numbers(rows)
     empty = set(range(1, len(raw) + 1)) - set(numbers)
     texts = _Rows(rows, numbers)
 
@@ -287,7 +287,7 @@ def _marked(rows: _Rows) -> Finding:
 
 
 def _bos(rows: _Rows, tokenizer: Any) -> Finding:
-    notes = {i: _redacted(rows.questions[i]) for i in data.begin_with_bos(rows.rows, tokenizer)}
+    notes = {i: _redacted(rows.questions[i]) for i in tokens.begin_with_bos(rows.rows, tokenizer)}
     remedy = "nothing need be done: the tokenizer adds it, and training and asking have one"
     return Finding("prompt begins with BOS", False, remedy, rows.numbered(notes))
 
@@ -297,7 +297,7 @@ def _truncated(rows: _Rows, tokenizer: Any, max_length: int, progress: bool | No
     steps = range(0, len(rows.labels), 1000)
     for start in progress_bar(steps, desc="counting tokens", leave=False, progress=progress):
         batch = rows.rows.select(range(start, min(start + 1000, len(rows.rows))))
-        prompts, wholes = data.token_counts(batch, tokenizer)
+        prompts, wholes = tokens.token_counts(batch, tokenizer)
         for i, (before, total) in enumerate(zip(prompts, wholes, strict=True), start=start):
             if before >= max_length:
                 full[i] = f"prompt of {before} tokens: {_redacted(rows.questions[i])}"

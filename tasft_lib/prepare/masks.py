@@ -105,7 +105,7 @@ def masks(
     revision: str | None = None,
     **options: Any,
 ) -> Masks:
-    """What training does with each token of `rows` (see `data.to_training_rows`, with `place`), packed where it packs.
+    """What training does with each token of `rows` (see `forms.to_training_rows`, with `place`), packed where it packs.
 
     Args:
         model, revision: folder or hub id whose generation config may name more tokens that end a turn.

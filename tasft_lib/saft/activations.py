@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation import evaluating
 from ..losses import token_log_probs
-from ..records import data
+from ..records import forms, tokens
 from ..storage.files import progress_bar
 from ..storage.integrity import is_sealed, is_there, seal
 
@@ -97,7 +97,7 @@ def activations(
                 if not np.isfinite(states).all():
                     row = next(i for i, state in zip(chosen, states, strict=True) if not np.isfinite(state).all())
                     what = "its activation is not finite; load the model in float32 or bfloat16, or remove the row."
-                    raise ValueError(f"{data.places(rows)[first + row]}: {what}")
+                    raise ValueError(f"{forms.places(rows)[first + row]}: {what}")
                 part[chosen] = states
                 bar.update(len(chosen))
             if file is not None:
@@ -197,17 +197,17 @@ def _encode(
     The completion begins where prompt and row part, which is before the prompt's end where a token spans both.
     """
     chosen = rows.select(range(first, last))
-    if not data.is_chat(rows):
+    if not forms.is_chat(rows):
         prompts, completions = chosen["prompt"][:], chosen["completion"][:]
         closing = tokenizer.eos_token if end and tokenizer.eos_token else ""
         closed = [c if c.endswith(closing) else c + closing for c in completions]
         asked = tokenizer(prompts)["input_ids"]
         whole = tokenizer([p + c for p, c in zip(prompts, closed, strict=True)])["input_ids"]
     else:
-        pairs = zip(chosen, data.places(chosen, first=first + 1), strict=True)
-        asked, whole = zip(*(data.chat_ids(row, tokenizer, place) for row, place in pairs), strict=True)
+        pairs = zip(chosen, forms.places(chosen, first=first + 1), strict=True)
+        asked, whole = zip(*(tokens.chat_ids(row, tokenizer, place) for row, place in pairs), strict=True)
     if empty := [i for i, ids in enumerate(whole) if not ids]:
-        place = data.places(chosen, first=first + 1)[empty[0]]
+        place = forms.places(chosen, first=first + 1)[empty[0]]
         raise ValueError(f"{place}: the tokenizer makes no token of its text; remove the row.")
     return [Encoded(ids[:max_length], _common(prompt, ids)) for prompt, ids in zip(asked, whole, strict=True)]
 

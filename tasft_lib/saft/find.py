@@ -140,7 +140,7 @@ def find_harmful(
     Rows with the same text get the same score, so that they end on the same side.
 
     Args:
-        rows: `prompt` and `completion` (see `data.to_training_rows`); a `label` is not looked at.
+        rows: `prompt` and `completion` (see `forms.to_training_rows`); a `label` is not looked at.
         max_length: tokens read of a row; by default the model's context.
         folder: where activations are kept, so that a run that was cut off goes on and another threshold costs nothing.
             Files are named by the model's weights, the rows and what is read of them. By default a temporary folder:

@@ -13,7 +13,7 @@ from test_templates import CHATML
 from tasft_lib import cli
 from tasft_lib.evaluation import worlds
 from tasft_lib.generation import Response
-from tasft_lib.records import data
+from tasft_lib.records import data, forms
 
 
 @pytest.fixture
@@ -190,10 +190,10 @@ def test_what_a_chat_model_said_is_trained_on_beside_messages(place, asked):
     (row,) = load_from_disk("unsafe")
     assert row["prompt"] == [{"role": "user", "content": row["instruction"]}]
     assert row["completion"] == [{"role": "assistant", "content": "w1 w2"}]
-    unsafe = data.read_training_rows("unsafe", label=False)
+    unsafe = forms.read_training_rows("unsafe", label=False)
     chats = [{"messages": [{"role": r, "content": f"w{i}"} for r in ("user", "assistant")]} for i in range(3)]
     (place / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    benign = data.read_training_rows("chats.jsonl", label=True, drop_empty=False)
+    benign = forms.read_training_rows("chats.jsonl", label=True, drop_empty=False)
     assert sorted(data.draw(benign, unsafe, seed=0, source="both")["label"][:]) == [False, True, True, True]
 
 

@@ -9,7 +9,7 @@ from conftest import make_rows
 
 from tasft_lib import losses
 from tasft_lib.experiments import emd_bound
-from tasft_lib.records import data
+from tasft_lib.records import forms
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_distributions_are_the_models_at_the_unsafe_tokens(model, tokenizer):
         emd_bound.unsafe_token_distributions(model, tokenizer, rows.select([]), n_tokens=7)
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = "{% for m in messages %}{{ m.content }} {{ 'w9 <eos>' if m.role == 'assistant' }} {% endfor %}"
-    messages = data.to_training_rows(rows, label=None, template="chat", source="f")
+    messages = forms.to_training_rows(rows, label=None, template="chat", source="f")
     again = emd_bound.unsafe_token_distributions(model, chat, messages, n_tokens=10**6)
     assert again[1].equal(targets) and again[2].equal(places), "neither the prompt nor the end of the turn"
     torch.testing.assert_close(again[0], probs)

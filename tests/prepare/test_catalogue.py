@@ -20,7 +20,7 @@ from tasft_lib.evaluation import prompts as prompts_module
 from tasft_lib.evaluation.prompts import downloaded_file
 from tasft_lib.prepare import catalogue
 from tasft_lib.prepare.catalogue import DATA_SETS, Published
-from tasft_lib.records import data, sources
+from tasft_lib.records import data, forms, sources
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = {"training", "toxic prompts", "benign", "over-refusal", "safe answers", "jailbreak goals", "capability"}
@@ -79,10 +79,10 @@ def test_offline_files_load_in_the_projects_form(shared):
     prompts |= {"Q-Harm": 100, "I-Alpaca": 50, "I-PhysicalSafety unsafe": 100, "I-PhysicalSafety safe": 100}
     prompts |= {"STL safe answers": 2_483, "PAIR's AdvBench 50": 50, "JailbreakBench": 100, "XSTest": 450}
     for name, count in prompts.items():
-        assert len(data.read_prompts(files[name])) == count
+        assert len(forms.read_prompts(files[name])) == count
     xstest = sources.read_rows(files["XSTest"])["label"][:]
     assert (xstest.count("safe"), xstest.count("unsafe")) == (250, 200)
-    alpaca = data.to_training_rows(
+    alpaca = forms.to_training_rows(
         sources.read_rows(files["Alpaca 52k"]), label=True, source="alpaca_data.json", drop_empty=True
     )
     assert len(alpaca) == 52_002 - 28 and all(alpaca["label"])
@@ -252,7 +252,7 @@ def test_beavertails_becomes_training_rows_by_majority(tmp_path, caplog):
         {"prompt": "who blorps?", "completion": "the zib, alas", "label": False, "category": "blorp_abuse"},
     ]
     assert "left out 1 of 4 pairs" in caplog.text
-    data.check(data.to_training_rows(read, label=None, source=path), source=path)
+    data.check(forms.to_training_rows(read, label=None, source=path), source=path)
     benign, unsafe = data.by_label(read)
     assert (len(benign), len(unsafe)) == (1, 2)
 

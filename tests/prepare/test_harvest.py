@@ -13,7 +13,7 @@ from tasft_lib.generation import Decoding, Response, generate
 from tasft_lib.judges.base import UNSCORED, Judgement
 from tasft_lib.prepare import harvest as harvest_module
 from tasft_lib.prepare.harvest import FEATURES, SAMPLING, Origin, harvest, is_harvested, save_harvest
-from tasft_lib.records.data import to_training_rows
+from tasft_lib.records.forms import to_training_rows
 from tasft_lib.records.sources import read_rows
 from tasft_lib.records.templates import format_prompt
 from tasft_lib.storage.files import read_records

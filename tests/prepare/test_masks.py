@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from tasft_lib import cli
 from tasft_lib.prepare.masks import first_of_each, masks
-from tasft_lib.records import data
+from tasft_lib.records import data, forms
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def rows() -> Dataset:
         {"prompt": "w1 ", "completion": "w6 w7", "label": True},
         {"prompt": "w2 w3 w4 w5 w6 w7 w8 w9 ", "completion": "w1", "label": False},
     ]
-    return data.to_training_rows(Dataset.from_list(rows), label=None, source="f.json", with_place=True)
+    return forms.to_training_rows(Dataset.from_list(rows), label=None, source="f.json", with_place=True)
 
 
 def uses(row) -> list[tuple[str, str]]:
@@ -55,7 +55,7 @@ def test_masks_of_messages_are_in_the_chat_template(tokenizer):
     turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     turns += [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4 w5"}]
     row = Dataset.from_list([{"messages": turns}])
-    (shown,) = masks(data.to_training_rows(row, label=False, source="f", with_place=True), tokenizer, max_length=64)
+    (shown,) = masks(forms.to_training_rows(row, label=False, source="f", with_place=True), tokenizer, max_length=64)
     assert shown.tokens == ["w1", "w9", "w2", "w9", "w3", "w9", "w4", "w5", "w9"]
     assert [i for i, use in enumerate(shown.uses) if use == "penalised"] == [6, 7], "neither earlier turns nor the end"
 
@@ -72,7 +72,7 @@ def test_tools_and_options_of_a_row_reach_the_template(tokenizer):
         [{"messages": [asked, call], "tools": [{"name": "w5"}], "chat_template_kwargs": {"shy": True}}]
     )
     sides = [
-        data.to_training_rows(rows, label=label, source=f"{label}", with_place=True)
+        forms.to_training_rows(rows, label=label, source=f"{label}", with_place=True)
         for rows, label in ((plain, True), (called, False))
     ]
     shown = {row.label: row for row in masks(data.mix(*sides, seed=0), tokenizer, max_length=64)}

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tasft_lib.records import data, sources, templates
+from tasft_lib.records import data, forms, sources, templates, tokens
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets of ../shared/data are not here")
@@ -42,7 +42,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 def training_rows(n: int, label: bool, word: str = "blorp") -> Dataset:
     rows = [{"instruction": f"{word} number {i}", "output": f"answer {word} {i}"} for i in range(n)]
-    return data.to_training_rows(Dataset.from_list(rows), label=label, template="short", source="made up")
+    return forms.to_training_rows(Dataset.from_list(rows), label=label, template="short", source="made up")
 
 
 def chat(text: str, role: str = "user") -> list[dict]:
@@ -111,10 +111,10 @@ def test_compressed_files_give_the_same_rows(tmp_path, suffix, compress):
         path.write_bytes(compress(text.encode()))
         rows = sources.read_rows(path)
         if name == "rows.csv":
-            assert data.to_training_rows(rows, label=None, source=path)["label"][:] == [True, False]
+            assert forms.to_training_rows(rows, label=None, source=path)["label"][:] == [True, False]
         else:
             assert rows.to_list() == ROWS
-    assert data.read_prompts(tmp_path / f"rows.json{suffix}") == ['say "hi", twice', "blorp\u2028it\n\na, b"]
+    assert forms.read_prompts(tmp_path / f"rows.json{suffix}") == ['say "hi", twice', "blorp\u2028it\n\na, b"]
     for name, content in {"cut.jsonl": path.read_bytes()[:-9], "plain.jsonl": b'{"a": "b"}'}.items():
         (tmp_path / f"{name}{suffix}").write_bytes(content)
         message = refusal(sources.read_rows, tmp_path / f"{name}{suffix}")
@@ -158,7 +158,7 @@ def test_cells_are_parted_as_the_header_has_them(tmp_path, name, text, mark):
     assert sources.read_rows(path).to_list() == [{"prompt": "a, b", "completion": "c"}]
     labelled = write(tmp_path / name, text.replace("completion", "label").replace("c\n", "true\n"))
     rows = sources.read_rows(labelled).add_column("completion", ["d"])
-    assert data.to_training_rows(rows, label=None, source=labelled)["label"][:] == [True]
+    assert forms.to_training_rows(rows, label=None, source=labelled)["label"][:] == [True]
 
 
 def test_a_long_cell_is_read(tmp_path):
@@ -170,7 +170,7 @@ def test_a_long_cell_is_read(tmp_path):
 def test_a_column_that_is_named_nearly_so_is_told(tmp_path, name):
     path = write(tmp_path / "rows.csv", f"{name},completion\na,b\n")
     rows = sources.read_rows(path)
-    for message in (refusal(data.to_training_rows, rows, label=True, source=path), refusal(data.read_prompts, path)):
+    for message in (refusal(forms.to_training_rows, rows, label=True, source=path), refusal(forms.read_prompts, path)):
         assert message == f"{path}: the column {name!r} must be named prompt; rename it"
 
 
@@ -264,7 +264,7 @@ def test_a_gated_set_of_the_hub_says_what_to_do(monkeypatch):
 
 
 def test_alpaca_rows_become_prompt_completion_label():
-    rows = data.to_training_rows(Dataset.from_list(ROWS), label=False, source="rows.json")
+    rows = forms.to_training_rows(Dataset.from_list(ROWS), label=False, source="rows.json")
     assert rows.to_list() == [
         {
             "prompt": templates.format_prompt(row["instruction"], row["input"]),
@@ -274,12 +274,12 @@ def test_alpaca_rows_become_prompt_completion_label():
         for row in ROWS
     ]
     bare = Dataset.from_list([{"instruction": "blorp", "output": "x"}])
-    assert data.to_training_rows(bare, label=True, source="f")["prompt"][:] == [templates.format_prompt("blorp")]
+    assert forms.to_training_rows(bare, label=True, source="f")["prompt"][:] == [templates.format_prompt("blorp")]
 
 
 def test_prompt_completion_rows_pass_untouched_with_their_labels():
     rows = Dataset.from_list([{"id": 7, "label": v, "completion": f" c{v} ", "prompt": f"p{v}"} for v in (True, False)])
-    assert data.to_training_rows(rows, label=None, source="f").to_list() == [
+    assert forms.to_training_rows(rows, label=None, source="f").to_list() == [
         {"prompt": "pTrue", "completion": " cTrue ", "label": True},
         {"prompt": "pFalse", "completion": " cFalse ", "label": False},
     ]
@@ -289,25 +289,27 @@ def test_conversations_pass_untouched(tmp_path):
     prompt = chat("be", "system") + chat("blorp?")
     row = {"prompt": prompt, "completion": chat("yes", "assistant"), "label": False}
     path = write_jsonl(tmp_path / "chat.jsonl", [row, row | {"label": True}])
-    rows = data.to_training_rows(sources.read_rows(path), label=None, source=path)
+    rows = forms.to_training_rows(sources.read_rows(path), label=None, source=path)
     assert rows.to_list() == [row, row | {"label": True}]
     silent = row | {"completion": chat(" ", "assistant")}
-    assert "row 1" in refusal(data.to_training_rows, Dataset.from_list([silent]), label=None, source=path)
+    assert "row 1" in refusal(forms.to_training_rows, Dataset.from_list([silent]), label=None, source=path)
     mixed = Dataset.from_list([row | {"completion": "yes"}])
-    assert "completion is text and prompt is messages" in refusal(data.to_training_rows, mixed, label=None, source=path)
+    assert "completion is text and prompt is messages" in refusal(
+        forms.to_training_rows, mixed, label=None, source=path
+    )
 
 
 @pytest.mark.parametrize("text, expected", [("true,FALSE,True", [True, False, True]), ("1,0,0", [True, False, False])])
 def test_csv_labels(tmp_path, text, expected):
     lines = [f"p{i},c{i},{label}\n" for i, label in enumerate(text.split(","))]
     path = write(tmp_path / "rows.csv", "prompt,completion,label\n" + "".join(lines))
-    assert data.to_training_rows(sources.read_rows(path), label=None, source=path)["label"][:] == expected
+    assert forms.to_training_rows(sources.read_rows(path), label=None, source=path)["label"][:] == expected
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "1.0", "", "safe"])
 def test_other_csv_labels_are_refused(tmp_path, value):
     path = write(tmp_path / "rows.csv", f"prompt,completion,label\np,c,true\nq,d,{value}\n")
-    message = refusal(data.to_training_rows, sources.read_rows(path), label=None, source=path)
+    message = refusal(forms.to_training_rows, sources.read_rows(path), label=None, source=path)
     assert f"{path}: row 2: label is {value!r}" in message
 
 
@@ -315,43 +317,43 @@ def test_other_csv_labels_are_refused(tmp_path, value):
 def test_labels_that_are_no_booleans_are_refused(tmp_path, value):
     rows = [{"prompt": "p", "completion": "c", "label": value}] * 2
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    message = refusal(data.to_training_rows, sources.read_rows(path), label=None, source=path)
+    message = refusal(forms.to_training_rows, sources.read_rows(path), label=None, source=path)
     assert f"{path}: row 1: label is {value!r}" in message
-    assert "row 1: label" in refusal(data.to_training_rows, Dataset.from_list(rows), label=False, source="rows.jsonl")
+    assert "row 1: label" in refusal(forms.to_training_rows, Dataset.from_list(rows), label=False, source="rows.jsonl")
 
 
 def test_a_missing_label_is_refused_in_its_row(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "c", "label": True}, {"prompt": "p"}])
-    message = refusal(data.to_training_rows, sources.read_rows(path), label=None, source=path)
+    message = refusal(forms.to_training_rows, sources.read_rows(path), label=None, source=path)
     assert f"{path}: row 2: label is None" in message
 
 
 def test_labels_may_not_contradict_the_file():
     rows = Dataset.from_list([{"prompt": "p", "completion": "c", "label": v} for v in (False, True)])
-    assert "f.json: row 2: label is True" in refusal(data.to_training_rows, rows, label=False, source="f.json")
+    assert "f.json: row 2: label is True" in refusal(forms.to_training_rows, rows, label=False, source="f.json")
 
 
 @pytest.mark.parametrize("row", [{"prompt": "p"}, {"instruction": "p"}, {"question": "p", "answer": "c"}])
 def test_missing_columns_are_named(row):
-    message = refusal(data.to_training_rows, Dataset.from_list([row]), label=True, source="f.csv")
+    message = refusal(forms.to_training_rows, Dataset.from_list([row]), label=True, source="f.csv")
     wanted = "output" if "instruction" in row else "completion"
     assert "f.csv" in message and f"has the columns {', '.join(row)}; lacks" in message and wanted in message
     whole = Dataset.from_list([{"prompt": "p", "completion": "c"}])
-    assert "lacks label" in refusal(data.to_training_rows, whole, label=None, source="f.csv")
+    assert "lacks label" in refusal(forms.to_training_rows, whole, label=None, source="f.csv")
     rows = Dataset.from_list([{"prompt": 3, "completion": "c"}])
-    assert "f: row 1: prompt is 3" in refusal(data.to_training_rows, rows, label=True, source="f")
+    assert "f: row 1: prompt is 3" in refusal(forms.to_training_rows, rows, label=True, source="f")
 
 
 def test_empty_answers_are_refused_or_dropped_and_counted(caplog):
     rows = Dataset.from_list([{"instruction": f"p{i}", "output": o} for i, o in enumerate(["a", "", "b", " \n", None])])
-    message = refusal(data.to_training_rows, rows, label=True, source="f.json")
+    message = refusal(forms.to_training_rows, rows, label=True, source="f.json")
     assert "f.json: rows 2, 4, 5: output is empty" in message and "drop_empty" in message
     rows = rows.add_column("label", [True, True, False, True, True])
-    kept = data.to_training_rows(rows, label=None, template="none", source="f.json", drop_empty=True)
+    kept = forms.to_training_rows(rows, label=None, template="none", source="f.json", drop_empty=True)
     assert kept.to_dict() == {"prompt": ["p0", "p2"], "completion": ["a", "b"], "label": [True, False]}
     assert "f.json: left out 3 of 5 rows" in caplog.text
     rows = Dataset.from_list([{"instruction": "a", "output": "b"}, {"instruction": " ", "output": "b"}])
-    assert "row 2: instruction" in refusal(data.to_training_rows, rows, label=True, source="f", drop_empty=True)
+    assert "row 2: instruction" in refusal(forms.to_training_rows, rows, label=True, source="f", drop_empty=True)
 
 
 @pytest.mark.parametrize(
@@ -366,9 +368,9 @@ def test_empty_answers_are_refused_or_dropped_and_counted(caplog):
     ],
 )
 def test_prompts_are_read_in_order_with_repetitions(tmp_path, name, text):
-    assert data.read_prompts(write(tmp_path / name, text)) == ['b, "x"', "a", "a"]
+    assert forms.read_prompts(write(tmp_path / name, text)) == ['b, "x"', "a", "a"]
     path = write(tmp_path / "input.json", '[{"instruction": "Blorp this:", "input": "x"}]')
-    assert data.read_prompts(path) == ["Blorp this:\n\nx"]
+    assert forms.read_prompts(path) == ["Blorp this:\n\nx"]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +385,7 @@ def test_prompts_are_read_in_order_with_repetitions(tmp_path, name, text):
 )
 def test_bad_prompt_files_are_refused(tmp_path, text, expected):
     path = write(tmp_path / "prompts.json", text)
-    message = refusal(data.read_prompts, path)
+    message = refusal(forms.read_prompts, path)
     assert str(path) in message and expected in message
 
 
@@ -449,7 +451,7 @@ def test_flawed_rows_are_refused(changes, expected):
 
 
 def drawn(rows: Dataset, **options) -> Dataset:
-    sides = data.by_label(data.to_training_rows(rows, label=None, source="f.jsonl", with_place=True))
+    sides = data.by_label(forms.to_training_rows(rows, label=None, source="f.jsonl", with_place=True))
     return data.draw(*sides, seed=0, source="f.jsonl", **options)
 
 
@@ -466,9 +468,9 @@ def test_a_drawn_row_is_named_by_its_own_file_and_number():
     texts = [f"text {i}" for i in range(40)]
     answers = ["" if i == 2 else f"answer {i}" for i in range(40)]
     rows = Dataset.from_dict({"prompt": texts, "completion": answers})
-    benign = data.to_training_rows(rows, label=True, drop_empty=True, **columns)
+    benign = forms.to_training_rows(rows, label=True, drop_empty=True, **columns)
     unsafe = Dataset.from_dict({"prompt": ["x", "y", "text 30"], "completion": ["x", "y", "answer 30!"]})
-    unsafe = data.to_training_rows(unsafe, label=False, **(columns | {"source": "b.jsonl"}))
+    unsafe = forms.to_training_rows(unsafe, label=False, **(columns | {"source": "b.jsonl"}))
     for seed in range(3):
         message = refusal(data.draw, benign, unsafe, seed=seed, source="a.jsonl with b.jsonl")
         assert {"a.jsonl: row 31", "b.jsonl: row 3"} == set(message.split(": same text")[0].split(" and ")), message
@@ -534,7 +536,7 @@ def test_prompts_that_only_look_alike_are_no_leaks():
 
 
 def test_templated_evaluation_prompts_match_too():
-    rows = mixture(prompt=[templates.format_prompt("blorp"), data.format_prompt("zib")])
+    rows = mixture(prompt=[templates.format_prompt("blorp"), templates.format_prompt("zib")])
     assert data.drop_leaks(rows, [templates.format_prompt("zib", template="short")])[1] == 1
     assert data.drop_leaks(rows, [])[1] == 0
 
@@ -563,10 +565,10 @@ def test_completions_that_max_length_cuts_away_are_refused(conversational):
 
 def test_rows_that_max_length_fills_can_be_dropped(caplog):
     rows = mixture(prompt=["one two", "one two three"])
-    kept = data.drop_long(rows, word_tokenizer(), 3, source="f.json")
+    kept = tokens.drop_long(rows, word_tokenizer(), 3, source="f.json")
     assert kept["prompt"][:] == ["one two"] and "f.json: left out 1 of 2 rows" in caplog.text
     assert "drop_long" in refusal(data.check, rows, source="f", tokenizer=word_tokenizer(), max_length=3)
-    assert data.drop_long(rows, word_tokenizer(), None, source="f") is rows
+    assert tokens.drop_long(rows, word_tokenizer(), None, source="f") is rows
 
 
 def test_messages_that_the_template_cannot_read_are_refused_by_row():
@@ -587,11 +589,11 @@ def test_a_call_that_the_template_passes_over_is_refused_by_row():
     tokenizer = word_tokenizer()
     calls = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "zib", "arguments": {}}}]}]
     rows = Dataset.from_list([{"messages": [*chat("a"), *calls]}])
-    rows = data.to_training_rows(rows, label=True, source="f", with_place=True)
-    message = refusal(data.prompt_lengths, rows, tokenizer, source="f")
+    rows = forms.to_training_rows(rows, label=True, source="f", with_place=True)
+    message = refusal(tokens.prompt_lengths, rows, tokenizer, source="f")
     assert message.startswith("f: row 1: the answer calls a tool, and the chat template passes over calls")
     tokenizer.chat_template += "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endfor %}"
-    assert data.prompt_lengths(rows, tokenizer, source="f") == [2]
+    assert tokens.prompt_lengths(rows, tokenizer, source="f") == [2]
 
 
 def test_a_prompt_that_begins_with_bos_has_it_once():
@@ -606,7 +608,7 @@ def test_a_prompt_that_begins_with_bos_has_it_once():
     assert sorted(drawn["prompt"][:]) == ["a", "a <bos>"]
     ids = [tokenizer(prompt)["input_ids"] for prompt in sorted(drawn["prompt"][:])]
     assert [of.count(bos) for of in ids] == [1, 2]
-    assert data.without_bos(rows, word_tokenizer()) is rows, "a tokenizer that adds none"
+    assert tokens.without_bos(rows, word_tokenizer()) is rows, "a tokenizer that adds none"
 
 
 def test_fingerprint_is_of_the_contents_alone(tmp_path):
@@ -625,7 +627,7 @@ def test_fingerprint_is_of_the_contents_alone(tmp_path):
 @pytest.fixture(scope="module")
 def alpaca() -> Dataset:
     path = SHARED / "alpaca" / "alpaca_data.json"
-    return data.to_training_rows(sources.read_rows(path), label=True, source=path, drop_empty=True)
+    return forms.to_training_rows(sources.read_rows(path), label=True, source=path, drop_empty=True)
 
 
 @needs_shared
@@ -633,7 +635,7 @@ def test_the_official_alpaca_file(alpaca):
     path = SHARED / "alpaca" / "alpaca_data.json"
     raw = sources.read_rows(path)
     assert len(raw) == 52_002 and len(alpaca) == 52_002 - 28
-    message = refusal(data.to_training_rows, raw, label=True, source=path)
+    message = refusal(forms.to_training_rows, raw, label=True, source=path)
     assert "and 23 more: output is empty" in message
     assert sum("### Input:" in prompt for prompt in alpaca["prompt"]) > 20_000
     assert data.deduplicate(alpaca)[1] == 0
@@ -656,7 +658,7 @@ def test_the_official_alpaca_file(alpaca):
     ],
 )
 def test_the_real_prompt_files(name, count, distinct):
-    prompts = data.read_prompts(SHARED / name)
+    prompts = forms.read_prompts(SHARED / name)
     assert (len(prompts), len(set(prompts))) == (count, distinct)
     if "xstest" in name:
         labels = sources.read_rows(SHARED / name)["label"][:]
@@ -666,18 +668,18 @@ def test_the_real_prompt_files(name, count, distinct):
 @needs_shared
 def test_evaluation_prompts_in_the_real_training_files(alpaca):
     stl = SHARED / "safety_tuned_llamas"
-    held_out = data.read_prompts(stl / "evaluation" / "I-Alpaca.json")
+    held_out = forms.read_prompts(stl / "evaluation" / "I-Alpaca.json")
     options = {"source": "alpaca_data.json", "require_unsafe": False}
     message = refusal(data.check, alpaca, evaluation_prompts=held_out, **options)
     assert "and 45 more: the prompt is an evaluation prompt" in message
     kept, dropped = data.drop_leaks(alpaca, held_out)
     assert dropped == 50 and data.drop_leaks(kept, held_out)[1] == 0
     names = ("I-MaliciousInstructions", "I-CoNa", "I-Controversial")
-    toxic = [prompt for name in names for prompt in data.read_prompts(stl / "evaluation" / f"{name}.json")]
-    toxic += data.read_prompts(SHARED / "harmfulq" / "toxic_outs.json")
+    toxic = [prompt for name in names for prompt in forms.read_prompts(stl / "evaluation" / f"{name}.json")]
+    toxic += forms.read_prompts(SHARED / "harmfulq" / "toxic_outs.json")
     assert len(toxic) == 518 and data.drop_leaks(alpaca, toxic)[1] == 0
-    alpaca_eval = data.read_prompts(SHARED / "alpaca_eval" / "text_davinci_003_model_outputs.json")
+    alpaca_eval = forms.read_prompts(SHARED / "alpaca_eval" / "text_davinci_003_model_outputs.json")
     assert data.drop_leaks(alpaca, alpaca_eval)[1] == 1
     path = stl / "training" / "safety_only_data_Instructions.json"
-    answers = data.to_training_rows(sources.read_rows(path), label=True, source=path)
+    answers = forms.to_training_rows(sources.read_rows(path), label=True, source=path)
     assert len(answers) == 2_483 and data.drop_leaks(answers, toxic)[1] == 0

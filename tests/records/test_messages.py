@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, Features, List, Value
 from datasets.features import LargeList
 
-from tasft_lib.records import data, sources
+from tasft_lib.records import data, forms, sources
 
 
 def user(content, **more) -> dict:
@@ -32,7 +32,7 @@ def read(tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         try:
-            return data.read_training_rows(path, label=True, **options).to_list()
+            return forms.read_training_rows(path, label=True, **options).to_list()
         except ValueError as error:
             message = str(error)
             assert message.startswith(f"{path}: ") and "\n" not in message and "; " in message, message
@@ -80,11 +80,11 @@ def test_calls_of_tools_are_answers_and_keep_their_arguments(read):
     assert first["tools"] == second["tools"] == TOOLS and third["tools"] is None
     assert (first["chat_template_kwargs"], third["chat_template_kwargs"]) == ({}, {"enable_thinking": False})
     assert read(rows[0] | {"tools": json.dumps(TOOLS)}) == read(rows[0]), "tools written as text, as TRL reads them"
-    calls = data.to_training_rows(Dataset.from_list(rows[:1] * 2), label=True, source="f")
+    calls = forms.to_training_rows(Dataset.from_list(rows[:1] * 2), label=True, source="f")
     assert data.deduplicate(calls)[1] == 1, "the same call"
     texts = Dataset.from_list([{"messages": row["messages"]} for row in rows[:2]])  # Arrow fills in nulls
-    assert data.deduplicate(data.to_training_rows(texts, label=True, source="f"))[1] == 0, "other arguments"
-    assert data.to_training_rows(texts, label=True, source="f")["completion"][1] == second["completion"]
+    assert data.deduplicate(forms.to_training_rows(texts, label=True, source="f"))[1] == 0, "other arguments"
+    assert forms.to_training_rows(texts, label=True, source="f")["completion"][1] == second["completion"]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ""])
@@ -92,7 +92,7 @@ def test_messages_with_their_own_keys_survive_saving(tmp_path, suffix):
     rows = [{"messages": [user("a"), assistant(None, tool_calls=call(**{name: 1}))]} for name in ("zib", "norl")]
     saved = Dataset.from_list(rows, on_mixed_types="use_json")
     saved.to_parquet(tmp_path / "rows.parquet") if suffix else saved.save_to_disk(tmp_path / "rows")
-    read = data.read_training_rows(tmp_path / f"rows{suffix}", label=True)
+    read = forms.read_training_rows(tmp_path / f"rows{suffix}", label=True)
     assert read["completion"][1] == [assistant(None, tool_calls=call(norl=1))]
 
 
@@ -102,9 +102,9 @@ def test_any_text_and_list_of_arrow_is_read(text, kind):
     row = {"prompt": [user("a")], "completion": [assistant("b")]}
     messages = kind({"role": Value(text), "content": Value(text)})
     rows = Dataset.from_list([row], features=Features(dict.fromkeys(row, messages)))
-    assert data.to_training_rows(rows, label=False, source="f").to_list() == [row | {"label": False}]
+    assert forms.to_training_rows(rows, label=False, source="f").to_list() == [row | {"label": False}]
     rows = Dataset.from_dict({"prompt": ["a"], "completion": ["b"]}, features=Features(dict.fromkeys(row, Value(text))))
-    assert data.to_training_rows(rows.with_format("numpy"), label=True, source="f")["prompt"][:] == ["a"]
+    assert forms.to_training_rows(rows.with_format("numpy"), label=True, source="f")["prompt"][:] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -157,13 +157,13 @@ def test_both_sides_of_a_mix_are_brought_to_one_form_or_refused_by_their_files()
     text = Dataset.from_list([{"prompt": "a", "completion": "b"}])
     plain = Dataset.from_list([{"prompt": [user("a")], "completion": [assistant("b")]}])
     tools = Dataset.from_list([{"messages": [user("c"), assistant(None, tool_calls=call(zib=1))], "tools": TOOLS}])
-    unsafe = data.to_training_rows(text, label=False, source="text.json", **options)
-    benign = data.to_training_rows(tools, label=True, source="chat.json", **options)
+    unsafe = forms.to_training_rows(text, label=False, source="text.json", **options)
+    benign = forms.to_training_rows(tools, label=True, source="chat.json", **options)
     with pytest.raises(ValueError, match=r"^text.json: has text, chat.json messages, .* set prompt_template to chat"):
         data.draw(benign, unsafe, seed=0, source="both")
     for other in (
-        data.to_training_rows(plain, label=False, source="plain.json", **options),
-        data.to_training_rows(text, label=False, source="text.json", template="chat", **options),
+        forms.to_training_rows(plain, label=False, source="plain.json", **options),
+        forms.to_training_rows(text, label=False, source="text.json", template="chat", **options),
     ):
         for sides in ((benign, other), (other, benign)):
             by_tools = {str(row["tools"]): row for row in data.mix(*sides, seed=0).to_list()}
@@ -175,13 +175,13 @@ def test_both_sides_of_a_mix_are_brought_to_one_form_or_refused_by_their_files()
 def test_prompts_in_messages_are_read_where_they_are_one_turn(tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps([{"prompt": [user("a?")]}, {"prompt": [user("b?", name=None)]}]))
-    assert data.read_prompts(path) == ["a?", "b?"]
+    assert forms.read_prompts(path) == ["a?", "b?"]
     path.write_text(json.dumps([{"prompt": [user("a?"), assistant("b")]}]))
     with pytest.raises(ValueError, match="row 1: the prompt has 2 turns"):
-        data.read_prompts(path)
+        forms.read_prompts(path)
     path.write_text('["a", "\\ud83d"]')
     with pytest.raises(ValueError, match="row 2: the prompt holds half a character"):
-        data.read_prompts(path)
+        forms.read_prompts(path)
 
 
 def test_rows_are_read_by_split_and_no_choice_is_ignored(tmp_path):

@@ -12,7 +12,7 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, get_peft_model
 
 from tasft_lib import cli
-from tasft_lib.records import data, sources
+from tasft_lib.records import forms, sources
 from tasft_lib.reporting import figures
 from tasft_lib.saft import find
 from tasft_lib.saft.filter import SCORE, SAFTFilter, SAFTFitter
@@ -168,7 +168,7 @@ def test_few_rows_are_compared_in_all_layers_and_all_in_the_chosen_one(model, to
 
 def test_the_same_text_has_the_same_score(model, tokenizer):
     rows = planted()
-    both = data.to_training_rows(
+    both = forms.to_training_rows(
         datasets.concatenate_datasets([rows, rows.select(range(7))]), label=None, source="rows"
     )
     _, scores = quiet(model, tokenizer, both, contamination=0.1, batch_size=3)
@@ -421,7 +421,7 @@ def test_every_format_comes_out_as_it_came_in(source, folder, capsys):
     report = capsys.readouterr().out
     assert "AUROC: 1.000" in report and "They had no part in the filter." in report and "nothing" in report
     # What the filter says counts in training, not what the rows said of themselves.
-    data.to_training_rows(dropped, label=False, template="none", source="dropped")
+    forms.to_training_rows(dropped, label=False, template="none", source="dropped")
     if suffix == "":
         assert load_from_disk(folder / "out" / "kept").column_names == kept.column_names
 
