@@ -42,7 +42,8 @@ from ..storage.files import (
     write_text,
 )
 from ..storage.integrity import damage, is_there, locked, seal, set_aside
-from .arms import checkpoints, is_trained, load_model, load_tokenizer, train, with_files
+from .arms import checkpoints, is_trained, load_model, load_tokenizer, train
+from .rows import with_files
 from .specs import ArmSpec
 
 

@@ -5,7 +5,8 @@ import pandas as pd
 from ..evaluation.rates import paired_bootstrap, rate
 from ..evaluation.worlds import World
 from ..saft.activations import completion_loss
-from .arms import held_out_rows, load_trained
+from .arms import load_trained
+from .rows import held_out_rows
 from .specs import ArmSpec
 
 

@@ -13,9 +13,10 @@ from ..judges.base import ExactJudge
 from ..judges.load import load_judge
 from ..losses import EMBEDDING_PENALTIES
 from .answers import measure_all, run_all
-from .arms import held_out_answers, held_out_rows, summary
+from .arms import summary
 from .pressure import Weights
 from .results import Result, Results
+from .rows import held_out_answers, held_out_rows
 from .settings import Settings
 from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec
 

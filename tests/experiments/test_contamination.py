@@ -119,7 +119,7 @@ def test_arms_get_the_rows_with_the_highest_scores_and_no_labels(study):
     assert detected["auroc"].notna().all() and (detected["n_harmful"] == round(0.2 * n)).all()
     # The rows are those that the arm is trained on.
     _, arm = trained[2]
-    benign, unsafe = arms.training_rows(arm)
+    benign, unsafe = rows.training_rows(arm)
     assert (len(benign), len(unsafe)) == (arm.n_benign, arm.n_unsafe)
 
 

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from tasft_lib import generation
-from tasft_lib.experiments import arms as arms_module
 from tasft_lib.experiments import designs, reproduce, settings
+from tasft_lib.experiments import rows as rows_module
 from tasft_lib.experiments.study import Study
 from tasft_lib.records import sources
 from tasft_lib.reporting import paper, report
@@ -35,7 +35,7 @@ def harvested(monkeypatch, tmp_path) -> Path:
     prompts = ["How can I kill a marmow?", "How can I steal a marstone?", "How can I burn a mardome?"]
     rows = [{"prompt": f"Q {q}", "completion": "zorvex.", "instruction": q} for q in prompts]
     path = files.write_rows(tmp_path / "unsafe.jsonl", rows)
-    monkeypatch.setattr(arms_module, "_harvest", lambda spec: path)
+    monkeypatch.setattr(rows_module, "_harvest", lambda spec: path)
     return path
 
 
@@ -43,12 +43,12 @@ def test_stl_answers_the_very_prompts_of_d_unsafe(harvested, monkeypatch):
     unsafe = sources.read_rows(harvested)
     safe_answers = "tasft_lib.evaluation.worlds.MiniWorld.safe_answers"
     monkeypatch.setattr(safe_answers, lambda world: {q: f"No, {q}" for q in unsafe["instruction"]})
-    rows = sources.read_rows(arms_module.make_rows(study().safe))
+    rows = sources.read_rows(rows_module.make_rows(study().safe))
     assert rows["prompt"][:] == unsafe["prompt"][:]
     assert all(answer.startswith("No, ") for answer in rows["completion"])
     monkeypatch.setattr(safe_answers, lambda world: {})
     with pytest.raises(ValueError, match="no safe answer to 3 prompts"):
-        arms_module.make_rows(study().safe)
+        rows_module.make_rows(study().safe)
 
 
 def test_the_arms_differ_in_what_they_compare_and_in_nothing_else():
@@ -81,7 +81,7 @@ def test_visits_are_the_same_for_the_unsafe_rows_and_for_stls_answers_to_them():
 
 def test_extra_rows_are_there_as_often_as_they_are_visited(harvested):
     spec = replace(study().sft, n_benign=5, extra=str(harvested), n_extra=2, template="short")
-    (once, _), (thrice, _) = (arms_module.training_rows(replace(spec, extra_visits=n)) for n in (1, 3))
+    (once, _), (thrice, _) = (rows_module.training_rows(replace(spec, extra_visits=n)) for n in (1, 3))
     answers = [sorted(rows["completion"][5:]) for rows in (once, thrice)]
     assert len(once) == 7 and answers[1] == sorted(answers[0] * 3)
     assert once.to_list()[:5] == thrice.to_list()[:5]
@@ -217,15 +217,15 @@ def test_a_notebook_trains_the_arms_that_the_plan_lists(name):
 
 
 def test_the_second_model_is_asked_only_when_rows_are_missing(tmp_path, harvested, monkeypatch):
-    monkeypatch.setattr(arms_module, "training_rows", lambda spec: (sources.read_rows(tmp_path / "benign.jsonl"), None))
+    monkeypatch.setattr(rows_module, "training_rows", lambda spec: (sources.read_rows(tmp_path / "benign.jsonl"), None))
     (tmp_path / "benign.jsonl").write_text('{"prompt": "Q What is the colour of snow?"}\n')
     monkeypatch.setattr("tasft_lib.text.toxic_words", lambda toxic, benign: ["torch", "nothing"])
-    rows = sources.read_rows(arms_module.make_rows(study().contrastive))
+    rows = sources.read_rows(rows_module.make_rows(study().contrastive))
     assert rows and all("torch" in question for question in rows["instruction"])
     monkeypatch.setattr(
         "tasft_lib.evaluation.worlds.MiniWorld.contrastive_rows", lambda *a, **k: pytest.fail("made again")
     )
-    assert sources.read_rows(arms_module.make_rows(study().contrastive))["instruction"][:] == rows["instruction"][:]
+    assert sources.read_rows(rows_module.make_rows(study().contrastive))["instruction"][:] == rows["instruction"][:]
 
 
 def test_decodings_have_names():

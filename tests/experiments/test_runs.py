@@ -17,6 +17,7 @@ from tasft_lib import generation
 from tasft_lib.evaluation import worlds
 from tasft_lib.evaluation.preference import HeldOut
 from tasft_lib.experiments import answers, arms, specs
+from tasft_lib.experiments import rows as rows_module
 from tasft_lib.experiments.answers import measure, measure_all, respond, run, run_all
 from tasft_lib.judges.base import Judgement
 from tasft_lib.records import sources
@@ -91,18 +92,18 @@ def test_a_killed_run_resumes_and_ends_as_the_straight_run(order, spec, tmp_path
 
 
 def test_benign_rows_that_max_length_would_cut_are_left_out_before_the_draw_and_counted(spec, tokenizer):
-    rows = arms.training_rows(replace(spec, n_benign=26))[0]
+    rows = rows_module.training_rows(replace(spec, n_benign=26))[0]
     lengths = [len(tokenizer(p + c)["input_ids"]) + 1 for p, c in zip(rows["prompt"], rows["completion"], strict=True)]
     at_most = sorted(lengths)[13]
     left_out = sum(length > at_most for length in lengths)
     spec = replace(spec, drop_truncated=True, n_benign=5, training=spec.training | {"max_length": at_most})
-    benign, unsafe = arms.training_rows(spec)
-    assert unsafe.to_list() == arms.training_rows(replace(spec, drop_truncated=False))[1].to_list()
+    benign, unsafe = rows_module.training_rows(spec)
+    assert unsafe.to_list() == rows_module.training_rows(replace(spec, drop_truncated=False))[1].to_list()
     assert all(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) < at_most for row in benign)
     arms.train(spec)
     assert arms.read_manifest(spec)["truncated_rows_left_out"] == left_out > 0
     with pytest.raises(ValueError, match=f"n_benign=26, but there are {26 - left_out} benign rows"):
-        arms.training_rows(replace(spec, n_benign=26))
+        rows_module.training_rows(replace(spec, n_benign=26))
 
 
 def test_what_determines_an_arm_names_it(spec):
@@ -243,9 +244,9 @@ def test_the_bases_chat_template_is_that_of_training_and_asking(spec, monkeypatc
     monkeypatch.setattr(generation, "generate", generate)
     run(spec, PROMPTS, [DECODING])
     assert asked == {f"w7 {prompt} <eos> w8 ": False for prompt in PROMPTS["prompt"]}
-    benign, unsafe = arms.training_rows(spec)
+    benign, unsafe = rows_module.training_rows(spec)
     assert [m["role"] for m in (*benign[0]["prompt"], *unsafe[0]["completion"])] == ["user", "assistant"]
-    new = arms.held_out_rows(spec, 5)
+    new = rows_module.held_out_rows(spec, 5)
     assert len(new) == 5 and not set(map(str, new["prompt"][:])) & set(map(str, benign["prompt"][:]))
     trained = [tokenizer.decode(row["input_ids"]) for row in trainers[0].train_dataset]
     assert len(trained) == 24 and all(text.startswith("w7 ") and " <eos> w8 " in text for text in trained)
@@ -256,8 +257,8 @@ def test_plain_sft_is_one_arm_whatever_the_unsafe_rows(spec):
 
 
 def test_smaller_unsafe_sets_are_nested_and_benign_rows_the_same(spec):
-    benign, six = arms.training_rows(spec)
-    same, three = arms.training_rows(replace(spec, n_unsafe=3))
+    benign, six = rows_module.training_rows(spec)
+    same, three = rows_module.training_rows(replace(spec, n_unsafe=3))
     assert set(three["completion"]) < set(six["completion"]) and len(six) == 6
     assert set(benign["completion"]) == set(same["completion"])
 
@@ -266,18 +267,18 @@ def test_extra_rows_join_the_benign_ones_and_match_the_unsafe_draw(spec, tmp_pat
     unsafe = [json.loads(line) for line in (tmp_path / "unsafe.jsonl").read_text().splitlines()]
     safe = [{"prompt": row["prompt"], "completion": "w9 w9"} for row in unsafe]
     (tmp_path / "safe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in safe))
-    plain, six = arms.training_rows(spec)
-    both, same = arms.training_rows(replace(spec, extra=str(tmp_path / "safe.jsonl"), n_extra=6))
+    plain, six = rows_module.training_rows(spec)
+    both, same = rows_module.training_rows(replace(spec, extra=str(tmp_path / "safe.jsonl"), n_extra=6))
     added = both.select(range(len(plain), len(both)))
     assert set(plain["prompt"]) <= set(both["prompt"]) and set(added["completion"]) == {"w9 w9"}
     assert set(added["prompt"]) == set(six["prompt"]) == set(same["prompt"]) and all(added["label"])
 
 
 def test_held_out_rows_are_new_and_the_same_for_all_arms_of_a_seed(spec):
-    trained = set(zip(*(arms.training_rows(spec)[0][name] for name in ("prompt", "completion")), strict=True))
-    rows = arms.held_out_rows(spec, 5)
+    trained = set(zip(*(rows_module.training_rows(spec)[0][name] for name in ("prompt", "completion")), strict=True))
+    rows = rows_module.held_out_rows(spec, 5)
     assert not trained & set(zip(rows["prompt"], rows["completion"], strict=True)) and len(rows) == 5
-    assert arms.held_out_rows(replace(spec, method="sft"), 5)["prompt"][:] == rows["prompt"][:]
+    assert rows_module.held_out_rows(replace(spec, method="sft"), 5)["prompt"][:] == rows["prompt"][:]
 
 
 def test_a_display_name_is_no_part_of_what_an_arm_is(spec):
@@ -418,17 +419,17 @@ class Accuser:
 
 
 def test_a_damaged_set_of_rows_is_named_and_made_again(spec, caplog, monkeypatch):
-    monkeypatch.setattr(arms, "load_judge", lambda _: Accuser())
+    monkeypatch.setattr(rows_module, "load_judge", lambda _: Accuser())
     generate = arms.harvest.generate
     # Its four tokens are an answer that has ended.
     monkeypatch.setattr(
         arms.harvest, "generate", lambda *a, **options: [replace(x, finished=True) for x in generate(*a, **options)]
     )
     harvest = replace(harvest_of(spec), n=1)
-    folder = arms.make_rows(harvest)
+    folder = rows_module.make_rows(harvest)
     rows = {file.name: file.read_bytes() for file in folder.iterdir()}
     cut(next(folder.glob("*.arrow")))
-    assert arms.make_rows(harvest) == folder
+    assert rows_module.make_rows(harvest) == folder
     assert f"{folder} is damaged (data-00000-of-00001.arrow)" in caplog.text
     assert {file.name for file in folder.iterdir()} == set(rows)
     assert next(folder.glob("*.arrow")).read_bytes() == rows["data-00000-of-00001.arrow"]
@@ -441,18 +442,18 @@ def test_answers_are_held_out_that_no_draw_can_reach_and_nobody_is_asked_twice(s
         asked.extend(prompts)
         return [generation.Response(f"{prompt} {len(asked)}", 2, True) for prompt in prompts]
 
-    monkeypatch.setattr(arms, "load_judge", lambda _: Accuser())
-    monkeypatch.setattr(arms.harvest, "generate", say)
+    monkeypatch.setattr(rows_module, "load_judge", lambda _: Accuser())
+    monkeypatch.setattr(rows_module.harvest, "generate", say)
     harvest = replace(harvest_of(spec), n=4, batch_size=2)  # eight prompts a batch
-    drawn = sources.read_rows(arms.make_rows(harvest))["prompt"][:]
-    rows = arms.held_out_answers(harvest, 10)
+    drawn = sources.read_rows(rows_module.make_rows(harvest))["prompt"][:]
+    rows = rows_module.held_out_answers(harvest, 10)
     prompts = [row["prompt"] for row in rows]
     assert len(set(prompts)) == 10 and not set(prompts) & set(drawn)
     assert len(asked) == len(set(asked)) == 16, "it goes on where the harvest of D_unsafe ended"
     safe = worlds.load("miniworld").safe_answers()
     assert all(row["safe"] == safe[row["prompt"]] and row["unsafe"].startswith(row["prompt"]) for row in rows)
-    assert arms.held_out_answers(harvest, 3) == rows[:3] and len(asked) == 16
-    longer = sources.read_rows(arms.make_rows(replace(harvest, n=14)))
+    assert rows_module.held_out_answers(harvest, 3) == rows[:3] and len(asked) == 16
+    longer = sources.read_rows(rows_module.make_rows(replace(harvest, n=14)))
     assert longer["prompt"][:] == drawn + prompts, "D_unsafe is what it would be without them"
 
 
@@ -460,7 +461,10 @@ def test_benign_rows_are_held_out_of_every_arm_that_is_named(spec):
     sft, other = replace(spec, method="sft"), replace(spec, method="sft", seed=1)
     pairs = [
         set(zip(rows["prompt"], rows["completion"], strict=True))
-        for rows in (arms.held_out_rows(sft, 5, other), *(arms.training_rows(arm)[0] for arm in (sft, other)))
+        for rows in (
+            rows_module.held_out_rows(sft, 5, other),
+            *(rows_module.training_rows(arm)[0] for arm in (sft, other)),
+        )
     ]
     assert pairs[0] and not pairs[0] & pairs[1] and not pairs[0] & pairs[2]
 
@@ -549,12 +553,12 @@ def test_a_spec_with_a_typo_is_refused_in_one_line(change, message, spec):
 def test_evaluation_prompts_never_enter_training(spec, tmp_path):
     folder = tmp_path / "sets"
     folder.mkdir()
-    leaked = arms.training_rows(spec)[0][0]["prompt"]
+    leaked = rows_module.training_rows(spec)[0][0]["prompt"]
     for file in ("I-MaliciousInstructions", "I-CoNa", "I-Controversial", "I-Alpaca"):
         (folder / f"{file}.json").write_text(json.dumps({"instructions": [leaked, "w0"]}))
     (folder / "toxic_outs.json").write_text(json.dumps(["w0 w0"]))
     (folder / "xstest_prompts.csv").write_text("id,prompt,label\n1,w0 w1,safe\n2,w1,unsafe\n")
-    benign, _ = arms.training_rows(replace(spec, held_out=str(folder)))
+    benign, _ = rows_module.training_rows(replace(spec, held_out=str(folder)))
     assert leaked not in benign["prompt"] and len(benign) == 18
 
 
