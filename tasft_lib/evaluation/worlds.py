@@ -5,7 +5,8 @@ Nobody but this module and `judges.miniworld` knows the mini-world, so nobody el
 
 import logging
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,12 +17,12 @@ from .. import base_models, miniworld
 from ..records.forms import read_prompts
 from ..records.sources import is_saved, read_rows
 from ..storage.files import named
-from ..storage.integrity import damage, is_sealed, locked, seal, set_aside
+from ..storage.integrity import SUMS, damage, is_sealed, locked, seal, set_aside
 from . import attacks, prompts
 
 logger = logging.getLogger(__name__)
-# Base models that are made here, in minutes, by name.
-_BUILT = {"miniworld": miniworld.MINI, "miniworld-smoke": miniworld.SMOKE}
+# Base models of the mini-world, by name.
+_OWN = re.compile(r"miniworld(-smoke|-\d+)?")
 
 
 class World(Protocol):
@@ -167,35 +168,59 @@ def are_invented(sources: list[str]) -> bool:
 
 
 def base_model(name: str) -> str:
-    """A local folder or hub id as it is; others are found in the cache, or made there: "miniworld" and
-    "miniworld-smoke" are built, a name of `base_models.PUBLISHED` is fetched, a GGUF file converted.
+    """A local folder or hub id as it is. Of the others the folder: "miniworld", "miniworld-1", "miniworld-2" and
+    "miniworld-smoke" come with tasft, "miniworld-3" and so on are pre-trained, a name of `base_models.PUBLISHED` is
+    fetched, a GGUF file converted, once.
 
-    Files of one in the cache that are no longer as they were are named, and it is made again. Raises as
-    `base_models.resolve`.
+    Raises `ValueError` where a file of one that comes with tasft is not as it was, and as `base_models.resolve`.
     """
-    return str(_built(name)) if name in _BUILT else base_models.resolve(name)
+    if not is_built(name):
+        return base_models.resolve(name)
+    folder = miniworld.BASES / name
+    if not folder.is_dir():
+        return str(pretrain(name))
+    if names := damage(folder) if is_sealed(folder) else [SUMS]:
+        remedy = "install tasft again, in a checkout `git checkout` this folder"
+        raise ValueError(f"{folder}: {', '.join(names)} is damaged or gone; {remedy}.")
+    return str(folder)
 
 
-def _built(name: str) -> Path:
-    folder = miniworld.build_base_model(_BUILT[name])
+def pretrain(name: str) -> Path:
+    """The folder of a base model of the mini-world, pre-trained on this machine; what lies in the cache is kept.
+
+    Files of one in the cache that are no longer as they were are named, and it is made again. Raises `ValueError` for
+    a name that is none of the mini-world's.
+    """
+    if not is_built(name):
+        raise ValueError(
+            f"{name}: nothing to pre-train; give miniworld, miniworld-1 (another seed) or miniworld-smoke."
+        )
+    end = name.removeprefix("miniworld").removeprefix("-")
+    config = miniworld.SMOKE if end == "smoke" else replace(miniworld.MINI, seed=int(end or 0))
+    folder = miniworld.build_base_model(config)
     if damage(folder):
         with locked(folder.with_name(f"{folder.name}.damaged.lock"), folder):
             if names := damage(folder):
                 set_aside(folder, names)
-                miniworld.build_base_model(_BUILT[name])
+                miniworld.build_base_model(config)
     if not is_sealed(folder) and os.access(folder, os.W_OK):  # a cache may be read-only
         seal(folder)
     return folder
 
 
+def base_of_seed(model: str, seed: int) -> str:
+    """The base model that seed `seed` of a table stands on: of "miniworld" its own, of every other model that one."""
+    return f"{model}-{seed}" if model == MiniWorld.name and seed else model
+
+
 def is_built(model: str) -> bool:
-    """Whether a base model is built here, and so has read nothing but the mini-world."""
-    return model in _BUILT
+    """Whether a base model is one of the mini-world's, and so has read nothing else."""
+    return _OWN.fullmatch(model) is not None
 
 
 def is_hub_id(model: str) -> bool:
     """Whether a base model is neither a local folder nor made here, so that a commit must be named."""
-    return model not in _BUILT and not base_models.is_brought(model) and not Path(model).exists()
+    return not is_built(model) and not base_models.is_brought(model) and not Path(model).exists()
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ def study_of(config: Settings) -> Study:
 
 
 def build_unsafe_set(study: Study) -> list[ArmSpec]:
-    """Plain SFT, whose answers become D_unsafe."""
-    return [study.sft]
+    """Plain SFT, whose answers become D_unsafe: an arm per base model."""
+    return [study.arm("sft", seed=seed) for seed in study.seeds if study.unsafe(seed).arm.seed == seed]
 
 
 def safety(study: Study) -> list[ArmSpec]:
@@ -75,9 +75,11 @@ def contrastive_augmentation(study: Study) -> list[ArmSpec]:
     for method in config.methods:
         for factor in config.factors:
             weight = study.weights.scaled(method, config.n_unsafe, factor)
-            for name, extra in ((method, None), (f"{method}_contrastive", study.contrastive)):
-                option = {"weight": weight, "display_name": name, "extra": extra}
-                arms += [study.arm(method, config.n_unsafe, seed=seed, **option) for seed in study.seeds]
+            option = {"weight": weight}
+            arms += [study.arm(method, config.n_unsafe, seed=seed, **option) for seed in study.seeds]
+            option["display_name"] = f"{method}_contrastive"
+            for seed in study.seeds:
+                arms.append(study.arm(method, config.n_unsafe, seed=seed, extra=study.contrastive(seed), **option))
     return arms
 
 

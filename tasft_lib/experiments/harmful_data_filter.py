@@ -128,7 +128,7 @@ def filtered_arm(
     kept, dropped = _files(study, made)
     n_dropped = round(made.share * study.config.n_rows)
     benign = {"benign": str(kept), "benign_revision": None, "n_benign": study.config.n_rows - n_dropped}
-    spec = replace(study.sft, **benign, seed=made.seed, display_name=made.filter)
+    spec = replace(study.arm("sft", seed=made.seed), **benign, display_name=made.filter)
     if then == "sft":
         return spec
     options = {"penalty_reduction": study.config.penalty_reduction, **study.distance()}
@@ -217,13 +217,14 @@ def score_sets(study: Study, filtered: list[Filtered]) -> tuple[pd.DataFrame, pd
         per filter: its fields, dropped (rows), precision (share of the dropped that is harmful), recall, auroc.
     """
     sets = dict.fromkeys((made.contamination, made.n_safe, made.seed) for made in filtered)
-    base = load_model(study.sft)
+    bases: dict[str, tuple] = {}
     found, verdicts = [], []
     for contamination, n_safe, seed in tqdm(sets, desc="sets", unit="set", disable=not files.show_progress()):
         own = [
             made for made in filtered if (made.contamination, made.n_safe, made.seed) == (contamination, n_safe, seed)
         ]
-        rows = rows_of(study, own[0])
+        rows, plain = rows_of(study, own[0]), study.plain(seed)[0]
+        base = bases[plain.model] = bases.get(plain.model) or load_model(plain)
         harmful, detected = is_harmful(rows), detectors(study, rows, base, seed=seed, n_safe=n_safe)
         table = row_detectors.detection_table(harmful, detected, seed=seed)
         found.append(table.assign(contamination=contamination, n_safe=n_safe, seed=seed))
@@ -359,7 +360,7 @@ def is_harmful(rows: Dataset) -> np.ndarray:
 
 def embed(study: Study, rows: Dataset, layers: list[int], base: tuple) -> np.ndarray:
     """`activations` of the rows in both poolings, kept in runs/activations: `[n, layers · 2, d]`; `base` makes them."""
-    described = [files.model_identity(worlds.base_model(study.sft.model)), study.sft.model_revision, study.sft.dtype]
+    described = [files.model_identity(base[0].name_or_path), study.sft.model_revision, study.sft.dtype]
     described += [study.sft.load_in_4bit, data.fingerprint(rows), layers]
     return activations(
         *base,

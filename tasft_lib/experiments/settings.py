@@ -42,7 +42,7 @@ class Settings:
     max_new_tokens: int = 48
     temperature: float = 0.7  # of sampled answers
     generation_batch_size: int = 64
-    n_seeds: int = 1  # seeds of data order, unsafe subset, adapter and sampling
+    n_seeds: int = 1  # seeds of data order, unsafe subset, adapter and sampling; of "miniworld" each on its own base
     seed: int = 0  # the first of them
 
     penalty_weights: str = "figures/search/penalty_weight_chosen.csv"  # λ by method and n_unsafe

@@ -32,9 +32,10 @@ class Study:
         results: what the notebook leaves, see `save` and `record`.
         greedy, sampling: decoding of the two sets of answers. Greedy shows a model's first choice and soon saturates;
             sampled answers show what is left below it.
-        seeds: of data order, unsafe subset, adapter and sampled answers, `n_seeds` from `seed` on.
+        seeds: of data order, unsafe subset, adapter and sampled answers, `n_seeds` from `seed` on. Of "miniworld" each
+            stands on a base model of its own (`worlds.base_of_seed`), and so on a D_unsafe of its own.
         weights: λ by method and size of D_unsafe.
-        sft: the plain SFT arm of the first seed, whose answers make D_unsafe.
+        sft: the plain SFT arm of the first seed.
     """
 
     def __init__(self, config: Settings, **given: Any):
@@ -44,7 +45,9 @@ class Study:
         self.sampling = replace(self.greedy, do_sample=True, temperature=config.temperature, seed=config.seed)
         self.seeds = range(config.seed, config.seed + config.n_seeds)
         self.weights = Weights(config)
-        self.sft = ArmSpec.from_parameters(config, method="sft", held_out=config.benchmark_prompts, **given)
+        given |= {"model": worlds.base_of_seed(config.model, config.seed), "held_out": config.benchmark_prompts}
+        self.sft = ArmSpec.from_parameters(config, method="sft", **given)
+        self._held_out: dict[str, HeldOut] = {}
 
     @cached_property
     def prompts(self) -> pd.DataFrame:
@@ -68,11 +71,16 @@ class Study:
         judge = load_judge(self.config.judge)
         return judge if isinstance(judge, ExactJudge) else None
 
-    @property
-    def unsafe(self) -> HarvestSpec:
-        """D_unsafe (§4.1): the plain SFT model's own answers to toxic prompts, judged harmful."""
+    def plain(self, seed: int) -> list[ArmSpec]:
+        """Plain SFT of the study's seeds that stand on the same base model as `seed` (`worlds.base_of_seed`)."""
+        bases = {s: worlds.base_of_seed(self.config.model, s) for s in (*self.seeds, seed)}
+        return [replace(self.sft, model=base, seed=s) for s, base in bases.items() if base == bases[seed]]
+
+    def unsafe(self, seed: int | None = None) -> HarvestSpec:
+        """D_unsafe (§4.1) of a seed's base model (default: the first): what the first plain SFT arm on it answers to
+        toxic prompts, where that is judged harmful."""
         return HarvestSpec(
-            arm=self.sft,
+            arm=self.plain(self.config.seed if seed is None else seed)[0],
             prompts=self.config.harvest_prompts,
             judge=self.config.judge,
             decoding=replace(self.sampling, temperature=1.0),
@@ -81,16 +89,14 @@ class Study:
             batch_size=self.config.generation_batch_size,
         )
 
-    @property
-    def safe(self) -> SafeSpec:
+    def safe(self, seed: int | None = None) -> SafeSpec:
         """STL's counterpart of D_unsafe: the same prompts, answered safely."""
-        return SafeSpec(unsafe=self.unsafe)
+        return SafeSpec(unsafe=self.unsafe(seed))
 
-    @property
-    def contrastive(self) -> ContrastiveSpec:
+    def contrastive(self, seed: int | None = None) -> ContrastiveSpec:
         """Harmless rows with the toxic words of D_unsafe's prompts (§4.3.6), by the second model, `config.writer`."""
         return ContrastiveSpec(
-            unsafe=self.unsafe,
+            unsafe=self.unsafe(seed),
             writer=self.config.writer,
             writer_revision=self.config.writer_revision or None,
             per_word=self.config.per_word,
@@ -99,19 +105,21 @@ class Study:
             seed=self.config.seed,
         )
 
-    @cached_property
-    def held_out(self) -> HeldOut | None:
-        """Unsafe and benign rows that no arm of the study is trained on, whatever its seed and size; trains plain SFT.
+    def held_out(self, seed: int | None = None) -> HeldOut | None:
+        """Unsafe and benign rows for the arms on a seed's base model (default: the first), that none of them is trained
+        on, whatever its seed and size; trains plain SFT.
 
         None where the profile sets none apart (`n_held_out_unsafe`).
         """
         config = self.config
         if not config.n_held_out_unsafe:
             return None
-        first, *others = (replace(self.sft, seed=seed) for seed in self.seeds)
-        benign = held_out_rows(first, config.n_held_out_benign, *others).select_columns(["prompt", "completion"])
-        toxic = held_out_answers(self.unsafe, config.n_held_out_unsafe)
-        return HeldOut(toxic, benign.to_list(), config.max_new_tokens, config.max_length)
+        first, *others = self.plain(config.seed if seed is None else seed)
+        if first.name not in self._held_out:
+            benign = held_out_rows(first, config.n_held_out_benign, *others).select_columns(["prompt", "completion"])
+            toxic = held_out_answers(self.unsafe(first.seed), config.n_held_out_unsafe)
+            self._held_out[first.name] = HeldOut(toxic, benign.to_list(), config.max_new_tokens, config.max_length)
+        return self._held_out[first.name]
 
     def arm(
         self,
@@ -124,7 +132,7 @@ class Study:
         extra: Rows | None = None,
         **penalty: Any,
     ) -> ArmSpec:
-        """An arm on the same benign rows as plain SFT.
+        """An arm on the base model and the benign rows of its seed's plain SFT.
 
         Args:
             method: "sft"; "kto" or a penalty, on `n_unsafe` rows of D_unsafe; "stl" (plain SFT with safe answers to the
@@ -135,9 +143,10 @@ class Study:
             penalty: options of `TASFTConfig`.
         """
         seed = self.config.seed if seed is None else seed
-        spec = replace(self.sft, seed=seed, display_name=display_name or method, extra=extra)
+        model = worlds.base_of_seed(self.config.model, seed)
+        spec = replace(self.sft, model=model, seed=seed, display_name=display_name or method, extra=extra)
         if method in ("stl", "stl_emd"):
-            spec = replace(spec, extra=self.safe, n_extra=n_unsafe, extra_visits=self.config.unsafe_visits)
+            spec = replace(spec, extra=self.safe(seed), n_extra=n_unsafe, extra_visits=self.config.unsafe_visits)
         if method in ("sft", "stl"):
             return spec
         trained_as = {"stl_weighted": "imitation", "stl_emd": "emd"}.get(method, method)
@@ -149,7 +158,7 @@ class Study:
         return replace(
             spec,
             method=trained_as,
-            unsafe=self.safe if method == "stl_weighted" else self.unsafe,
+            unsafe=(self.safe if method == "stl_weighted" else self.unsafe)(seed),
             n_unsafe=n_unsafe,
             unsafe_visits=self.config.unsafe_visits,
             penalty_weight=weight,
@@ -185,10 +194,12 @@ class Study:
 
         None, and a line that says so, without such rows or arms.
         """
-        if not arms or self.held_out is None:
+        if not arms or not self.config.n_held_out_unsafe:
             print("Not measured: " + ("no arms here." if not arms else "n_held_out_unsafe is 0 in this profile."))
             return None
-        return measure_all(arms, self.held_out, steps=steps)
+        by_base = {model: [arm for arm in arms if arm.model == model] for model in dict.fromkeys(a.model for a in arms)}
+        tables = [measure_all(own, self.held_out(own[0].seed), steps=steps) for own in by_base.values()]
+        return pd.concat(tables, ignore_index=True)
 
     def decodings(self, names: list[str]) -> list[Decoding]:
         """Those named, "greedy", "sampled" or both."""

@@ -1,10 +1,14 @@
-"""The base model of the mini-world: a byte-level BPE tokenizer and a small Llama, pre-trained once and cached."""
+"""The base models of the mini-world: a byte-level BPE tokenizer and a small Llama, pre-trained.
+
+Another CPU rounds otherwise, and pre-training ends there at another model. So some lie in `bases/` (README.md there).
+"""
 
 import hashlib
 import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +50,7 @@ class WorldConfig:
         return self.steps * self.batch_size * self.block_size
 
 
+BASES = Path(__file__).with_name("bases")
 MINI = WorldConfig()
 SMOKE = WorldConfig(steps=250, hidden_size=64, intermediate_size=128, n_layers=2, n_heads=2)
 
@@ -53,9 +58,10 @@ SMOKE = WorldConfig(steps=250, hidden_size=64, intermediate_size=128, n_layers=2
 def build_base_model(config: WorldConfig = MINI, *, cache_dir: Path | None = None) -> Path:
     """The folder of the pre-trained base model and its tokenizer, built on first use.
 
-    The folder loads with `from_pretrained`. Its name is the hash of the configuration, of the sources here and of the
-    versions of torch and transformers, so a change of any of them builds another one. It appears only when complete and
-    processes that ask at the same time build it once. `world.json` in it says how it came about.
+    The folder loads with `from_pretrained`, in float32; its weights are kept in float16. Its name is the hash of the
+    configuration, of the sources here and of the versions of torch and transformers, so a change of any of them builds
+    another one. It appears only when complete and processes that ask at the same time build it once. `world.json` in it
+    says how it came about.
 
     Args:
         cache_dir: parent of the folder; `$TASFT_CACHE` or `~/.cache/tasft` by default.
@@ -87,6 +93,11 @@ def _sources_hash() -> str:
     for name in ("lexicon", "facts", "grammar", "corpus", "base_model"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:16]
+
+
+def generator_version() -> str:
+    """Hash of the first thousand documents of seed 0: the same for as long as the generator writes the same."""
+    return hashlib.sha256("\n".join(islice(documents(0), 1000)).encode()).hexdigest()[:16]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -156,11 +167,13 @@ def _build(config: WorldConfig, folder: Path) -> None:
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
     )
-    model.save_pretrained(folder)
+    model.half().save_pretrained(folder)
+    model.config.dtype = torch.float32  # what it is loaded in
+    model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
         "config": asdict(config),
-        "sources": _sources_hash(),
+        "generator": generator_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "parameters": model.num_parameters(),

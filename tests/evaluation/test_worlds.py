@@ -1,6 +1,7 @@
 """Worlds: one protocol, two of them, and what each can't give it says."""
 
 import inspect
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def test_both_worlds_have_the_whole_protocol(world):
 
 def test_a_hub_id_is_neither_a_folder_nor_built_here(tmp_path):
     assert worlds.is_hub_id("owner/name")
-    assert not any(map(worlds.is_hub_id, ("miniworld", "miniworld-smoke", str(tmp_path))))
+    assert not any(map(worlds.is_hub_id, ("miniworld", "miniworld-7", "miniworld-smoke", str(tmp_path))))
+    assert worlds.is_hub_id("miniworld-large")
     assert worlds.base_model("owner/name") == "owner/name"
 
 
@@ -69,8 +71,37 @@ def test_a_built_model_that_is_damaged_is_named_and_built_again(tmp_path, monkey
         return folder
 
     monkeypatch.setattr(worlds.miniworld, "build_base_model", build)
-    weights = Path(worlds.base_model("miniworld")) / "model.safetensors"
+    weights = Path(worlds.base_model("miniworld-3")) / "model.safetensors"
     weights.write_bytes(b"weights of the")
-    assert worlds.base_model("miniworld") == str(weights.parent)
+    assert worlds.base_model("miniworld-3") == str(weights.parent)
     assert weights.read_bytes() == b"weights of the mini-world"
     assert f"{weights.parent} is damaged (model.safetensors)" in caplog.text
+
+
+def test_a_base_model_that_comes_with_tasft_is_read_where_it_lies_and_its_bytes_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(worlds.miniworld, "build_base_model", lambda config: pytest.fail("pre-trained"))
+    shipped = Path(worlds.base_model("miniworld-smoke"))
+    assert shipped.parent == worlds.miniworld.BASES
+    monkeypatch.setattr(worlds.miniworld, "BASES", tmp_path)
+    copy = shutil.copytree(shipped, tmp_path / "miniworld-smoke")
+    assert worlds.base_model("miniworld-smoke") == str(copy)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or gone; install tasft again.*git checkout"):
+        worlds.base_model("miniworld-smoke")
+    (copy / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="SHA256SUMS is damaged or gone"):
+        worlds.base_model("miniworld-smoke")
+
+
+def test_a_seed_of_the_mini_world_has_a_base_model_of_its_own_and_other_models_have_one(monkeypatch):
+    assert [worlds.base_of_seed("miniworld", seed) for seed in range(3)] == ["miniworld", "miniworld-1", "miniworld-2"]
+    assert {worlds.base_of_seed(model, 2) for model in ("miniworld-smoke", "a/b")} == {"miniworld-smoke", "a/b"}
+    seeds = []
+    monkeypatch.setattr(worlds.miniworld, "build_base_model", lambda config: seeds.append(config.seed) or Path("none"))
+    for name in ("miniworld", "miniworld-12"):
+        worlds.pretrain(name)
+    assert seeds == [0, 12]
+    with pytest.raises(ValueError, match="a/b: nothing to pre-train; give miniworld"):
+        worlds.pretrain("a/b")

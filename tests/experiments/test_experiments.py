@@ -43,12 +43,12 @@ def test_stl_answers_the_very_prompts_of_d_unsafe(harvested, monkeypatch):
     unsafe = sources.read_rows(harvested)
     safe_answers = "tasft_lib.evaluation.worlds.MiniWorld.safe_answers"
     monkeypatch.setattr(safe_answers, lambda world: {q: f"No, {q}" for q in unsafe["instruction"]})
-    rows = sources.read_rows(rows_module.make_rows(study().safe))
+    rows = sources.read_rows(rows_module.make_rows(study().safe()))
     assert rows["prompt"][:] == unsafe["prompt"][:]
     assert all(answer.startswith("No, ") for answer in rows["completion"])
     monkeypatch.setattr(safe_answers, lambda world: {})
     with pytest.raises(ValueError, match="no safe answer to 3 prompts"):
-        rows_module.make_rows(study().safe)
+        rows_module.make_rows(study().safe())
 
 
 def test_the_arms_differ_in_what_they_compare_and_in_nothing_else():
@@ -56,12 +56,34 @@ def test_the_arms_differ_in_what_they_compare_and_in_nothing_else():
     arms = {name: it.arm(name, 3, weight=2.0) for name in ("stl", "stl_weighted", "stl_emd", "emd", "nlcl", "kto")}
     assert [arm.display_name for arm in arms.values()] == list(arms)
     assert [arms[name].method for name in arms] == ["sft", "imitation", "emd", "emd", "nlcl", "kto"]
-    assert arms["stl"].extra == arms["stl_emd"].extra == arms["stl_weighted"].unsafe == it.safe
-    assert arms["emd"].unsafe == arms["stl_emd"].unsafe == it.unsafe and arms["emd"].extra is None
+    assert arms["stl"].extra == arms["stl_emd"].extra == arms["stl_weighted"].unsafe == it.safe()
+    assert arms["emd"].unsafe == arms["stl_emd"].unsafe == it.unsafe() and arms["emd"].extra is None
     plain = {name: replace(arm, method="sft", extra=None, n_extra=None, training={}) for name, arm in arms.items()}
     assert len({repr(replace(arm, display_name=None)) for arm in plain.values()}) == 1
     control = it.arm("emd", 3, weight=2.0, penalty_embedding="one_hot")
     assert control.training == arms["emd"].training | {"penalty_embedding": "one_hot"}
+
+
+def test_an_arm_stands_on_the_base_model_of_its_seed_with_the_rows_of_that_base_alone():
+    it = study(model="miniworld", n_seeds=3)
+    bases = ["miniworld", "miniworld-1", "miniworld-2"]
+    for seed, base in enumerate(bases):
+        arms = {name: it.arm(name, 3, weight=2.0, seed=seed) for name in ("sft", "stl", "stl_weighted", "emd", "kto")}
+        assert {arm.model for arm in arms.values()} == {base}
+        for rows in (
+            arms["emd"].unsafe,
+            arms["kto"].unsafe,
+            arms["stl"].extra.unsafe,
+            arms["stl_weighted"].unsafe.unsafe,
+        ):
+            assert rows.arm == arms["sft"]
+        assert it.contrastive(seed).unsafe == arms["emd"].unsafe == it.unsafe(seed)
+        assert it.plain(seed) == [arms["sft"]]
+    assert it.sft == it.arm("sft") and [arm.model for arm in designs.build_unsafe_set(it)] == bases
+    # All seeds of another model stand on it, and share what its first plain SFT arm answers.
+    it = study(n_seeds=3, seed=4)
+    assert [arm.seed for arm in it.plain(6)] == [4, 5, 6] and it.unsafe(6) == it.unsafe() == it.unsafe(4)
+    assert it.unsafe().arm == it.sft and designs.build_unsafe_set(it) == [it.sft]
 
 
 def test_visits_are_the_same_for_the_unsafe_rows_and_for_stls_answers_to_them():
@@ -71,7 +93,7 @@ def test_visits_are_the_same_for_the_unsafe_rows_and_for_stls_answers_to_them():
     assert visits.pop("sft") == (1, 1) and visits.pop("stl") == (1, 3) and visits.pop("stl_emd") == (3, 3)
     assert set(visits.values()) == {(3, 1)}
     assert arms["sft"] == study().sft  # D_unsafe is harvested from the same arm
-    with_contrast = it.arm("emd", 3, weight=2.0, extra=it.contrastive)
+    with_contrast = it.arm("emd", 3, weight=2.0, extra=it.contrastive())
     assert with_contrast.extra_visits == 1
     # 9 of n visits are unsafe, so λ is a third of what 3 rows seen once would need, up to the share of the rest.
     n = it.config.n_benign
@@ -220,12 +242,12 @@ def test_the_second_model_is_asked_only_when_rows_are_missing(tmp_path, harveste
     monkeypatch.setattr(rows_module, "training_rows", lambda spec: (sources.read_rows(tmp_path / "benign.jsonl"), None))
     (tmp_path / "benign.jsonl").write_text('{"prompt": "Q What is the colour of snow?"}\n')
     monkeypatch.setattr("tasft_lib.text.toxic_words", lambda toxic, benign: ["torch", "nothing"])
-    rows = sources.read_rows(rows_module.make_rows(study().contrastive))
+    rows = sources.read_rows(rows_module.make_rows(study().contrastive()))
     assert rows and all("torch" in question for question in rows["instruction"])
     monkeypatch.setattr(
         "tasft_lib.evaluation.worlds.MiniWorld.contrastive_rows", lambda *a, **k: pytest.fail("made again")
     )
-    assert sources.read_rows(rows_module.make_rows(study().contrastive))["instruction"][:] == rows["instruction"][:]
+    assert sources.read_rows(rows_module.make_rows(study().contrastive()))["instruction"][:] == rows["instruction"][:]
 
 
 def test_decodings_have_names():

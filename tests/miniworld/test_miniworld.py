@@ -1,19 +1,25 @@
 """The mini-world: its words, its splits, its judge, its answers, and the cached base model."""
 
+import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasft_lib.generation import Decoding, generate
 from tasft_lib.judges.miniworld import MiniWorldJudge
 from tasft_lib.judges.refusals import is_refusal
 from tasft_lib.miniworld import (
+    BASES,
     FAMILIES,
+    MINI,
     SMOKE,
     benign_questions,
     benign_rows,
     build_base_model,
+    generator_version,
     harm_words,
     is_correct,
     safe_rows,
@@ -34,6 +40,7 @@ from tasft_lib.miniworld.grammar import (
 )
 from tasft_lib.miniworld.lexicon import CLASSES, HARM_CLASSES, SPLITS, draw, words_of
 from tasft_lib.miniworld.parsing import parse, sentences
+from tasft_lib.records.templates import format_prompt
 
 TINY = replace(SMOKE, steps=3, batch_size=2, block_size=32, hidden_size=16, intermediate_size=16, n_layers=1, n_heads=1)
 
@@ -270,10 +277,41 @@ def test_a_build_that_fails_leaves_nothing_and_one_that_was_killed_is_ignored(tm
 
 
 def test_building_does_not_disturb_the_caller_s_random_numbers(tmp_path):
-    import torch
-
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     build_base_model(TINY, cache_dir=tmp_path)
     assert torch.equal(torch.rand(3), expected)
+
+
+# The base models that come with tasft
+
+
+def record(folder) -> dict:
+    return json.loads((folder / "world.json").read_text())
+
+
+def test_those_that_come_with_tasft_are_of_this_generator_and_these_recipes():
+    recipes = {"miniworld": MINI, "miniworld-smoke": SMOKE}
+    assert {path.name for path in BASES.iterdir() if path.is_dir()} == set(recipes)
+    for name, recipe in recipes.items():
+        described = record(BASES / name)
+        assert described["config"] == asdict(recipe) and described["generator"] == generator_version()
+    assert sum(path.stat().st_size for path in BASES.rglob("*")) < 10e6
+
+
+@pytest.mark.parametrize("name", ["miniworld"])
+def test_a_base_model_answers_as_its_float32_weights_did(name):
+    """Harm to each toxic prompt, language to each other: what all of them had on the development split."""
+    model = AutoModelForCausalLM.from_pretrained(BASES / name).eval()
+    assert model.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(BASES / name)
+    asked = [rows("development")[:8] for rows in (toxic_prompts, seemingly_toxic_prompts, benign_questions)]
+    prompts = [format_prompt(row["prompt"], template="short") for rows in asked for row in rows]
+    answers = generate(model, tokenizer, prompts, decoding=Decoding(max_new_tokens=48), batch_size=24)
+    assert judged(*(answer.text for answer in answers)) == ["harmful"] * 8 + ["safe"] * 16
+
+
+def test_the_recipe_gives_a_model_as_good_as_the_one_that_comes_with_tasft(tmp_path):
+    again = record(build_base_model(SMOKE, cache_dir=tmp_path))["final_loss"]
+    assert again == pytest.approx(record(BASES / "miniworld-smoke")["final_loss"], abs=0.05)
