@@ -54,10 +54,11 @@ unit: .venv/installed
 
 # nbval cannot inject parameters, so papermill writes a parameterised copy first; its cells are then run and checked.
 # Notebooks run side by side, so each trains its arms in its own process: another would first load its libraries. In
-# reverse order those that train nothing run while one makes the rows that the rest need.
+# reverse order those that train nothing run while one makes the rows that the rest need. Kernels are forks of a warm
+# process (`experiments/kernels.py`), as those of `tasft reproduce` are.
 notebooks: .venv/installed
 	$(BIN)/tasft reproduce --profile smoke --prepare-only $(if $(NB),--notebooks $(NB))
-	TASFT_WORKERS=1 PYTHONPATH=tests $(BIN)/pytest $(SIDE_BY_SIDE) -p forked_kernels --nbval-lax --nbval-cell-timeout 300 $(NAMES:%=runs/smoke/%.ipynb)
+	TASFT_WORKERS=1 JUPYTER_DEFAULT_PROVISIONER_NAME=tasft-fork $(BIN)/pytest $(SIDE_BY_SIDE) --nbval-lax --nbval-cell-timeout 300 $(NAMES:%=runs/smoke/%.ipynb)
 
 # Copies, so that exploring changes nothing that git sees; results of a notebook run by hand go to runs/figures.
 # Where a notebook is newer than its copy, the old copy stays as before_<name>.

@@ -15,7 +15,7 @@ import papermill
 
 from ..storage import files, integrity
 from ..storage.files import keep_freed_memory, project_root, runs_folder
-from . import results, settings
+from . import kernels, results, settings
 
 # It warns of each parameter that stands in no cell; `settings` knows the shared ones and refuses unknown ones.
 logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -85,6 +85,7 @@ def _reproduce(profile: str, jobs: list[Job], *, prepare_only: bool) -> list[Pat
 
     from ..reporting import report
 
+    kernels.fork_kernels()
     started, failures = time.time(), []
     first = [job for job in jobs if job.name == FIRST]
     others = [job for job in jobs if job.name not in (FIRST, *TIMED)]

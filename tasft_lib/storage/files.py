@@ -314,6 +314,8 @@ def append_records(path: Path, records: Iterable[dict]) -> None:
         file.write(lines.encode())
 
 
+KERNEL = "notebook kernel"  # name of a process that is one
+
 # How glibc is told to keep freed memory; read at the start of a process.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": "268435456"}
 
@@ -356,7 +358,7 @@ def end_with_parent() -> None:
 
 def show_progress() -> bool:
     """Whether to draw bars: not in CI, and not in a worker process, whose work is one step of its parent's bar."""
-    return multiprocessing.parent_process() is None and "CI" not in os.environ
+    return multiprocessing.current_process().name in ("MainProcess", KERNEL) and "CI" not in os.environ
 
 
 def progress_bar(steps: Iterable | None = None, *, progress: bool | None = None, **options: Any) -> tqdm:
