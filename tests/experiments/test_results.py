@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from tasft_lib.experiments import results
+from tasft_lib.experiments import performance, results
 
 
 @pytest.fixture
@@ -48,3 +48,33 @@ def test_a_notebook_run_by_hand_leaves_the_published_figures_alone(tmp_path, mon
     assert results.folder_of("mini") == tmp_path / "figures" / "mini"
     results.publish()
     assert results.folder_of("mini") == results.project_root() / "figures" / "mini"
+
+
+def test_where_the_time_of_a_run_went(tmp_path, monkeypatch):
+    def executed(begin: int, cells: list[tuple[str, list[str], float]], duration: float | None):
+        def clock(seconds: float) -> str:
+            return f"2026-01-01T00:00:{seconds:09.6f}"
+
+        written, now = [{"cell_type": "markdown", "metadata": {}, "source": ["# Title"]}], begin + 4.0
+        for source, tags, seconds in cells:
+            times = {"start_time": clock(now), "end_time": clock(now + seconds), "duration": seconds}
+            written.append({"cell_type": "code", "source": [source], "metadata": {"tags": tags, "papermill": times}})
+            now += seconds
+        whole = {"start_time": clock(begin), "duration": duration}
+        return json.dumps({"metadata": {"papermill": whole}, "cells": written})
+
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
+    assert performance.whole_run("mini").empty
+    (tmp_path / "mini").mkdir()
+    cells = [
+        ("n = 1", ["parameters"], 0.5),
+        ("import pandas\nx", ["setup"], 1.5),
+        ("train()\nmore", [], 7.0),
+        ("plot()", [], 2.0),
+    ]
+    (tmp_path / "mini" / "safety.ipynb").write_text(executed(20, cells, 16.0))
+    (tmp_path / "mini" / "build_unsafe_set.ipynb").write_text(executed(3, cells, 16.0))
+    (tmp_path / "mini" / "jailbreak.ipynb").write_text(executed(3, cells, None))  # stopped
+    table = performance.whole_run("mini")
+    assert table["notebook"].tolist() == ["build_unsafe_set", "safety"] and table["begin"].tolist() == [0, 17]
+    assert table.loc[1, ["start", "longest", "rest", "cell"]].tolist() == [6.0, 7.0, 3.0, "train()"]
