@@ -7,6 +7,7 @@ import torch
 from trl import SFTConfig
 
 from .losses import PENALTIES
+from .sampling import check_sampling
 
 REDUCTIONS = ("batch", "unsafe", "micro_batch")
 # Made once, before training; in the last two distance means nothing.
@@ -20,8 +21,8 @@ LOSS_HEADS = ("fused", "dense")
 # Expected weight of the mean unsafe sample's penalty against one mean benign token's NLL. The paper's tuned λ (Table 4)
 # times the share of micro-batches of 3 that hold an unsafe row is nearly constant over four models and four sizes of
 # D_unsafe; these are the geometric means of those 16 products. The exact EMD is half as large as the paper's bound
-# (½‖μ−ê‖² = 1 − μ·ê for concentrated mass), so it gets twice the weight.
-TABLE_4_PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39}
+# (½‖μ−ê‖² = 1 − μ·ê for concentrated mass), so it gets twice the weight. A recovery weighs like an ordinary answer.
+PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39, "recover": 1.0}
 # β of the papers' main experiments: NPO (arXiv:2404.05868) and SimNPO (arXiv:2410.07163).
 DEFAULT_BETA = {"npo": 0.1, "simnpo": 2.5}
 
@@ -39,7 +40,8 @@ class TASFTConfig(SFTConfig):
         "Penalty on unsafe rows: `emd` (the paper's bound, eq. 5), `emd_exact` (the earth mover's distance itself) or "
         "`nlcl` (eq. 7); or a rival on the same rows: `gradient_ascent`, `unlikelihood`, `npo` (its reference is the "
         "base model, so it needs an adapter) or `simnpo`. `imitation` pulls towards the rows labelled False, which "
-        "must be *safe* answers then (weighted Safety-Tuned LLaMAs).",
+        "must be *safe* answers then (weighted Safety-Tuned LLaMAs). `recover` learns to leave an unsafe answer once "
+        "it has begun, for the safe one in the row's column `recovery` (see `branches`).",
         choices=tuple(PENALTIES),
     )
     # str, because HfArgumentParser takes one type per option; after __post_init__ a number, or "auto".
@@ -51,7 +53,7 @@ class TASFTConfig(SFTConfig):
     penalty_pressure: float | None = _option(
         None,
         "Expected weight of the penalty, for `penalty_weight=auto`; default: the geometric mean over the paper's tuned "
-        "weights (Table 4): 0.077 for `emd`, 0.154 for `emd_exact`, 0.39 for `nlcl`; no other has one.",
+        "weights (Table 4), 0.077 for `emd`, 0.154 for `emd_exact`, 0.39 for `nlcl`; 1 for `recover`; none for others.",
     )
     penalty_reduction: str = _option(
         "batch",
@@ -60,6 +62,11 @@ class TASFTConfig(SFTConfig):
         "samples of the micro-batch, averaged over accumulation steps (`micro_batch`: most likely what the authors "
         "ran; Table 4's lambda apply as they stand).",
         choices=REDUCTIONS,
+    )
+    unsafe_per_batch: int = _option(
+        0,
+        "Unsafe rows in every optimizer step, over micro-batches and ranks; 0: as the paper's uniform draw has it. An "
+        "epoch is then one pass through the benign rows (see `sampling`); `auto` keeps its pressure.",
     )
     penalty_embedding: str = _option(
         "lm_head",
@@ -77,6 +84,8 @@ class TASFTConfig(SFTConfig):
         False, "Whether the tokens that end a turn are penalised in unsafe rows too. Ending an answer is not unsafe."
     )
     penalty_first_tokens: int | None = _option(None, "Penalise only so many first tokens of an unsafe answer.")
+    branch_depth: int = _option(16, "Tokens of an unsafe answer after which `recover` still branches off, at most.")
+    branch_margin: float = _option(1.0, "Distance to which `recover` pushes the next unsafe token away; 0: no push.")
     loss_head: str = _option(
         "fused",
         "`fused` computes the losses in chunks and forms the gradient in the forward pass; `dense` is its reference, "
@@ -103,10 +112,12 @@ class TASFTConfig(SFTConfig):
             raise ValueError("penalty_beta=0 is not a number > 0.")
         if self.penalty_components is None and self.penalty_embedding == "isotropic":
             self.penalty_components = DEFAULT_COMPONENTS
-        for name in ("penalty_first_tokens", "penalty_components"):
+        self.branch_margin = _nonnegative("branch_margin", self.branch_margin, "a number ≥ 0")
+        self.penalize_eos |= self.penalty == "recover"  # an answer is learned to its end
+        for name in ("penalty_first_tokens", "penalty_components", "branch_depth"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} would do nothing; use 1 or more.")
-        if self.penalty_weight == "auto" and self.penalty_pressure is None and self.penalty not in TABLE_4_PRESSURE:
+        if self.penalty_weight == "auto" and self.penalty_pressure is None and self.penalty not in PRESSURE:
             raise ValueError(
                 f'penalty_weight="auto" has no pressure for {self.penalty!r}; give a weight or a pressure.'
             )
@@ -115,6 +126,7 @@ class TASFTConfig(SFTConfig):
                 f"packing_strategy={self.packing_strategy!r} cuts rows in pieces, and the penalty is a mean over a "
                 "whole unsafe row; use 'bfd'."
             )
+        check_sampling(self)
         if self.eval_packing and not (self.packing or self.padding_free):
             raise ValueError("eval_packing=True without packing=True would let packed rows attend to each other.")
         if self.loss_type != "nll":
@@ -134,16 +146,6 @@ TASFTConfig.__doc__ += "\n\nParameters:\n" + "\n".join(
     for option in fields(TASFTConfig)
     if option.name not in SFTConfig.__dataclass_fields__
 )
-
-
-def share_of_loss(unsafe_fraction: float, reduction: str, *, micro_batch: float, micro_batches: int) -> float:
-    """What λ is multiplied with in expectation, in (0, 1]: the weight that `penalty_reduction` gives to unsafe rows.
-
-    `micro_batches` of `micro_batch` samples make an optimizer step, over all ranks. λ times this share is the total
-    pressure, `penalty_pressure`.
-    """
-    samples = {"batch": 1, "micro_batch": micro_batch, "unsafe": micro_batch * micro_batches}[reduction]
-    return 1 - (1 - unsafe_fraction) ** samples
 
 
 def _nonnegative(name: str, value: Any, expected: str) -> float:

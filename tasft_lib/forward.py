@@ -5,7 +5,7 @@ wrapped model's forward (DDP, FSDP, autocast, PEFT).
 """
 
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from .branches import two_targets
 from .config import MADE_EMBEDDINGS, TASFTConfig
 from .fused_head import fused_head, inverse_row_norms
 from .losses import EMBEDDING_PENALTIES, HeadOutput, UnsafeTokens, centred_rows, dense_head, sample_penalty
@@ -78,6 +79,7 @@ class TASFTForward:
         fused_lm_head: bool = False,
         unsafe_sample: Tensor | None = None,
         n_samples: int | None = None,
+        pushed: Tensor | None = None,
         reference_log_prob: Tensor | None = None,
         with_dense: bool = False,
         **kwargs,
@@ -86,6 +88,7 @@ class TASFTForward:
 
         Args:
             unsafe_sample: `[B, T]`: index, below `n_samples`, of the unsafe sample of a position; −1 elsewhere.
+            pushed: `[B, T]`: the token that a branch is pushed away from (see `branches`); negative elsewhere.
             reference_log_prob: `[n_samples]`, the `unsafe_log_prob` of NPO's reference model.
             with_dense: whether `TASFTOutput.dense_sums` is wanted.
         """
@@ -110,12 +113,18 @@ class TASFTForward:
         if self.args.penalty in EMBEDDING_PENALTIES:
             options |= {"unsafe": unsafe, "penalty": self.args.penalty, "embedding": self._embedding(model, weight)}
 
-        samples = (sample[unsafe], n_samples, self.args.penalty_beta, reference_log_prob)
-        output = self._head(hidden, weight, targets, **options)
+        head, reference = self._head, _dense_head_in_pieces
+        if pushed is not None:
+            pushed = F.pad(pushed, (labels.size(1) + 1 - pushed.size(1), 0), value=-100)[:, 1:].to(weight.device)[
+                scored
+            ]
+            head, reference = (partial(two_targets, of, pushed) for of in (head, reference))
+        samples = (sample[unsafe], n_samples, self.args.penalty_beta, reference_log_prob, self.args.branch_margin)
+        output = head(hidden, weight, targets, **options)
         tokens = UnsafeTokens(output.log_prob[unsafe], output.penalty[unsafe], *samples)
         dense_sums = aux_loss = None
         if with_dense:
-            dense = _dense_head_in_pieces(hidden, weight, targets, **options)
+            dense = reference(hidden, weight, targets, **options)
             dense_tokens = UnsafeTokens(dense.log_prob[unsafe], dense.penalty[unsafe], *samples)
             penalty = sample_penalty(self.args.penalty, dense_tokens)
             dense_sums = torch.stack([dense.log_prob[~unsafe].sum(), penalty.sum()])

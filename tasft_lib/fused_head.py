@@ -53,7 +53,7 @@ def fused_head(
         weight: `lm_head.weight`, `[V, H]`.
         targets: y, the next tokens, `[N]`.
         unsafe: `[N]`, bool: tokens that take the `penalty`, and whose `log_prob` then carries no gradient.
-        penalty: `"emd"` or `"emd_exact"`.
+        penalty: `"emd_exact"`, or one of the bound (`"emd"`, `"recover"`).
         bias: `lm_head.bias`, `[V]`.
         embedding: matrix `[V, any]` whose normalised rows are the penalty's geometry; `weight` if None.
         inverse_norms: `inverse_row_norms` of that matrix, computed here if None; worth keeping where it is frozen.
@@ -221,7 +221,7 @@ class _Tiles:
 
     def penalty_of(self, mean: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The penalty `[n]` and its derivative by μ `[n, H]`, from μ and ê_y."""
-        if self.settings.penalty == "emd":
+        if self.settings.penalty != "emd_exact":
             difference = mean - target
             return -difference.square().sum(-1), -2 * difference
         return (mean * target).sum(-1) - 1, target

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from torch import Tensor
+from trl import SFTConfig, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import pad
+from trl.trainer.utils import global_then_local_main_first, pad
 
 
 def read_label(value: Any, row: str, n_tokens: int | None = None) -> Tensor:
@@ -54,11 +55,25 @@ def added_bos(processing_class: Any) -> str | None:
     return tokenizer.bos_token if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
+def pack(dataset: Dataset | IterableDataset, args: SFTConfig) -> Dataset | IterableDataset:
+    """TRL's packing of tokenised rows, with the label of each row carried along per token."""
+    if args.max_length is None:
+        raise ValueError("packing=True needs a max_length.")
+    with global_then_local_main_first():
+        names = ("label", "_tasft_row")  # per token from here on
+        dataset = dataset.map(lambda row: {name: [row[name]] * len(row["input_ids"]) for name in names})
+        per_token = [name for name in ("input_ids", "labels", "pushed") if name in get_dataset_column_names(dataset)]
+        dataset = dataset.select_columns([*per_token, *names])
+        dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
 @dataclass
 class UnsafeLabelCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with `unsafe` per token, bool, shaped like `input_ids`, and the numbers `rows` of the rows.
 
-    A packed row has a list of labels and of numbers, one per token.
+    `pushed`, where rows have it (see `branches`), is shaped so too. A packed row has a list of labels and of numbers,
+    one per token.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -67,11 +82,22 @@ class UnsafeLabelCollator(DataCollatorForLanguageModeling):
         batch["rows"] = torch.cat(numbers).unique()
         lengths = [len(row["input_ids"]) for row in examples]
         unsafe = [~read_label(row.get("label"), "a row", n).expand(n) for row, n in zip(examples, lengths, strict=True)]
-        if self.padding_free:
-            unsafe = [torch.cat(unsafe)]
-        multiple = self.pad_to_multiple_of
-        batch["unsafe"] = pad(unsafe, padding_value=False, padding_side="right", pad_to_multiple_of=multiple)
+        columns = {"unsafe": (unsafe, False)}
+        if "pushed" in examples[0]:
+            columns["pushed"] = ([torch.as_tensor(row["pushed"]) for row in examples], -100)
+        for name, (values, fill) in columns.items():
+            values = [torch.cat(values)] if self.padding_free else values
+            multiple = self.pad_to_multiple_of
+            batch[name] = pad(values, padding_value=fill, padding_side="right", pad_to_multiple_of=multiple)
         return batch
+
+
+def turn_ends(processing_class: Any, tokenizer: Any, chat_template: str | None, eos: Any) -> tuple[Tensor, Tensor]:
+    """(tokens each of which ends a turn, the model's `eos` among them; the sequence by which the template ends it)."""
+    sequence, added = end_of_turn(processing_class, tokenizer, chat_template), tokenizer.added_tokens_decoder
+    single = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    single |= {token for token in sequence if token in added and added[token].special}
+    return torch.tensor(sorted(single)), torch.tensor(sequence, dtype=torch.long)
 
 
 def end_of_turn(processing_class: Any, tokenizer: Any, chat_template: str | None) -> list[int]:
@@ -97,6 +123,23 @@ def ends_turn(labels: Tensor, eos: Tensor, end_of_turn: Tensor) -> Tensor:
     for token in end_of_turn:
         ends[:, 1:] |= ends[:, :-1] & (labels[:, 1:] == token)
     return ends
+
+
+def penalised(
+    labels: Tensor,
+    unsafe: Tensor,
+    sample: Tensor,
+    n_samples: int,
+    *,
+    ends: tuple[Tensor, Tensor] | None,
+    first: int | None,
+) -> Tensor:
+    """`labels` `[B, T]` without the tokens of unsafe rows that end a turn (`turn_ends`) or come after the `first`."""
+    if ends is not None:
+        labels = labels.masked_fill(ends_turn(labels, *ends) & unsafe, -100)
+    if first is not None:
+        labels = labels.masked_fill((place_in_sample(labels != -100, sample, n_samples) > first) & unsafe, -100)
+    return labels
 
 
 def samples_of(batch: dict[str, Tensor]) -> tuple[Tensor, int]:

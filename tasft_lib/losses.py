@@ -105,6 +105,11 @@ def imitation(mean_log_prob: Tensor) -> Tensor:
     return -mean_log_prob
 
 
+def push(distance: Tensor, margin: float) -> Tensor:
+    """max(0, m − ½‖μ_t − ê_{y_t}‖²) per token, in [0, m], of −‖μ_t − ê_{y_t}‖² (`emd`): zero from distance m on."""
+    return F.relu(margin + distance / 2)
+
+
 def npo(log_ratio: Tensor, beta: float) -> Tensor:
     """Negative preference optimisation, (2/β) log(1 + exp(β r)) per sample, in [0, ∞) (arXiv:2404.05868, eq. 3).
 
@@ -138,6 +143,7 @@ class UnsafeTokens:
     n_samples: int
     beta: float | None = None
     reference_log_prob: Tensor | None = None  # `mean_log_prob` of NPO's reference; if None, of the model itself
+    margin: float = 1.0  # of `push`
 
     def mean(self, values: Tensor) -> Tensor:
         """Of each sample's tokens, `[N]` -> `[n_samples]`."""
@@ -148,15 +154,20 @@ class UnsafeTokens:
         """Of each sample's tokens, `[n_samples]`."""
         return self.mean(self.log_prob)
 
+    @cached_property
+    def length(self) -> Tensor:
+        """Tokens of each sample, `[n_samples]`."""
+        return torch.bincount(self.sample, minlength=self.n_samples)
+
     @property
     def log_ratio(self) -> Tensor:
         """log π(y|x) − log π_ref(y|x) of each sample, `[n_samples]`."""
         reference = self.mean_log_prob.detach() if self.reference_log_prob is None else self.reference_log_prob
-        return torch.bincount(self.sample, minlength=self.n_samples) * (self.mean_log_prob - reference)
+        return self.length * (self.mean_log_prob - reference)
 
 
 # Penalties of the whole next-token distribution, one value per token; a head computes them.
-EMBEDDING_PENALTIES = {"emd": emd, "emd_exact": emd_exact}
+EMBEDDING_PENALTIES = {"emd": emd, "emd_exact": emd_exact, "recover": emd}
 PENALTIES: dict[str, Callable[[UnsafeTokens], Tensor]] = {
     "emd": lambda unsafe: unsafe.mean(unsafe.distance),
     "emd_exact": lambda unsafe: unsafe.mean(unsafe.distance),
@@ -166,12 +177,13 @@ PENALTIES: dict[str, Callable[[UnsafeTokens], Tensor]] = {
     "npo": lambda unsafe: npo(unsafe.log_ratio, unsafe.beta),
     "simnpo": lambda unsafe: simnpo(unsafe.mean_log_prob, unsafe.beta),
     "imitation": lambda unsafe: imitation(unsafe.mean_log_prob),
+    "recover": lambda u: imitation(u.mean_log_prob) + u.length * u.mean(push(u.distance, u.margin)),
 }
 
 
 def sample_penalty(name: str, unsafe: UnsafeTokens) -> Tensor:
     """The penalty `name` of each sample, `[n_samples]`; 0 for a sample without unsafe tokens."""
-    return torch.where(torch.bincount(unsafe.sample, minlength=unsafe.n_samples) > 0, PENALTIES[name](unsafe), 0.0)
+    return torch.where(unsafe.length > 0, PENALTIES[name](unsafe), 0.0)
 
 
 class HeadOutput(NamedTuple):

@@ -19,14 +19,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
-from trl import SFTTrainer, pack_dataset
+from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import global_then_local_main_first
 
-from . import labels
-from .config import MADE_EMBEDDINGS, TABLE_4_PRESSURE, TASFTConfig, share_of_loss
+from . import branches, labels
+from .config import MADE_EMBEDDINGS, PRESSURE, TASFTConfig
 from .forward import TASFTForward, TASFTOutput
+from .sampling import share_of_loss, stratified
 
 logger = logging.get_logger(__name__)
 
@@ -99,13 +99,7 @@ class TASFTTrainer(SFTTrainer):
         causal_lm = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         TASFTForward.replace_forward(causal_lm, args)
         eos = causal_lm.generation_config.eos_token_id
-        eos = {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self._end_of_turn = torch.tensor(
-            labels.end_of_turn(self.processing_class, self._tokenizer, self.chat_template), dtype=torch.long
-        )
-        added = self._tokenizer.added_tokens_decoder
-        eos |= {token for token in self._end_of_turn.tolist() if token in added and added[token].special}
-        self._eos_token_ids = torch.tensor(sorted(eos))
+        self._ends = labels.turn_ends(self.processing_class, self._tokenizer, self.chat_template, eos)
         self.penalty_weight = self._resolve_penalty_weight()
         self._sums = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
         self._steps_since_log = 0
@@ -116,10 +110,11 @@ class TASFTTrainer(SFTTrainer):
     def _resolve_penalty_weight(self) -> float:
         """λ as a number; "auto" is `penalty_pressure` over the share of the loss that unsafe samples get."""
         args = self.args
+        if not isinstance(self.train_dataset, Dataset) and (args.penalty_weight == "auto" or args.unsafe_per_batch):
+            name, other = ("unsafe_per_batch", 0) if args.unsafe_per_batch else ('penalty_weight="auto"', "a number")
+            raise ValueError(f"{name} needs a data set of known size; give {other} for a streamed one.")
         if args.penalty_weight != "auto":
             return args.penalty_weight
-        if not isinstance(self.train_dataset, Dataset):
-            raise ValueError('penalty_weight="auto" needs a data set of known size; give a number for a streamed one.')
         # Packed rows have no label of their own.
         of_rows = (self._rows or self.train_dataset).with_format(None)["label"][:]
         unsafe_fraction = of_rows.count(False) / len(of_rows)
@@ -130,8 +125,9 @@ class TASFTTrainer(SFTTrainer):
             args.penalty_reduction,
             micro_batch=args.per_device_train_batch_size * len(of_rows) / len(self.train_dataset),
             micro_batches=args.gradient_accumulation_steps * args.world_size,
+            unsafe_per_batch=args.unsafe_per_batch,
         )
-        pressure = TABLE_4_PRESSURE[args.penalty] if args.penalty_pressure is None else args.penalty_pressure
+        pressure = PRESSURE[args.penalty] if args.penalty_pressure is None else args.penalty_pressure
         weight = pressure / share
         logger.info(f"penalty_weight=auto: λ = {weight:.4g} ({unsafe_fraction:.2%} of the rows are unsafe)")
         return weight
@@ -143,31 +139,27 @@ class TASFTTrainer(SFTTrainer):
             dataset = dataset.map(lambda _: {"label": True})
         labels.require_labels(dataset, "the data set")
         dataset = dataset.map(partial(labels.read_row, bos=labels.added_bos(processing_class)), with_indices=True)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, False, formatting_func, dataset_name)
+        how = (processing_class, args, False, formatting_func, dataset_name)
+        prepared = super()._prepare_dataset(dataset, *how)
         if isinstance(prepared, Dataset) and len(prepared) < len(dataset):
             lost = dataset["label"][:].count(False) - prepared["label"][:].count(False)
             logger.warning(
                 f"{len(dataset) - len(prepared)} rows, {lost} of them unsafe, have no completion left after truncation "
                 f"to max_length={args.max_length} and were dropped."
             )
+        if args.penalty == "recover" and (recoveries := branches.recovery_rows(dataset, dataset_name)) is not None:
+            options = {"depth": args.branch_depth, "seed": args.seed, "max_length": args.max_length}
+            prepared = branches.branched(prepared, super()._prepare_dataset(recoveries, *how), **options)
         if dataset_name == "train" and isinstance(prepared, Dataset):
             self._rows = prepared
-        return self._pack(prepared, args) if packing else prepared
-
-    def _pack(self, dataset, args):
-        """TRL's packing, with the label of each row carried along per token."""
-        if args.max_length is None:
-            raise ValueError("packing=True needs a max_length.")
-        with global_then_local_main_first():
-            names = ("label", "_tasft_row")  # per token from here on
-            dataset = dataset.map(lambda row: {name: [row[name]] * len(row["input_ids"]) for name in names})
-            dataset = dataset.select_columns(["input_ids", "labels", *names])
-            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        return labels.pack(prepared, args) if packing else prepared
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in ("label", "_tasft_row") if name not in self._signature_columns]
+        self._signature_columns += [n for n in ("label", "_tasft_row", "pushed") if n not in self._signature_columns]
+
+    def _get_train_sampler(self, train_dataset=None):
+        return stratified(self) if self.args.unsafe_per_batch else super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Adds the denominators of one optimizer step, over all its micro-batches and ranks."""
@@ -202,14 +194,11 @@ class TASFTTrainer(SFTTrainer):
         # Like SFTTrainer: the counts are those of all ranks, and DDP averages the gradients over ranks.
         ranks = self.accelerator.num_processes if training and self.args.average_tokens_across_devices else 1
         steps = self.current_gradient_accumulation_steps if training else 1
-        unsafe, _, (sample, n_samples) = inputs.pop("unsafe"), inputs.pop("rows"), labels.samples_of(inputs)
-        if not self.args.penalize_eos:
-            ends = labels.ends_turn(inputs["labels"], self._eos_token_ids, self._end_of_turn)
-            inputs["labels"] = inputs["labels"].masked_fill(ends & unsafe, -100)
-        if self.args.penalty_first_tokens is not None:
-            late = labels.place_in_sample(inputs["labels"] != -100, sample, n_samples) > self.args.penalty_first_tokens
-            inputs["labels"] = inputs["labels"].masked_fill(late & unsafe, -100)
-        ours = {"unsafe_sample": sample.masked_fill(~unsafe, -1), "n_samples": n_samples}
+        unsafe, pushed, _ = inputs.pop("unsafe"), inputs.pop("pushed", None), inputs.pop("rows")
+        sample, n_samples = labels.samples_of(inputs)
+        ends, first = None if self.args.penalize_eos else self._ends, self.args.penalty_first_tokens
+        inputs["labels"] = labels.penalised(inputs["labels"], unsafe, sample, n_samples, ends=ends, first=first)
+        ours = {"unsafe_sample": sample.masked_fill(~unsafe, -1), "n_samples": n_samples, "pushed": pushed}
         if self.args.penalty == "npo":
             with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
                 reference = model(**inputs, **ours, fused_lm_head=True, use_cache=False)

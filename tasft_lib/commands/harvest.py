@@ -20,6 +20,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--n", type=at_least(1), default=100, help="unsafe answers wanted (default: 100)")
     parser.add_argument("--rounds", type=at_least(1), default=4, help="times a prompt is asked at most (default: 4)")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument(
+        "--recoveries",
+        action="store_true",
+        help="a safe answer to each prompt too, for `tasft train --penalty recover`",
+    )
     parser.add_argument("--evaluation_prompts", nargs="*", default=[], help="files of prompts that are left out")
     parser.add_argument("--work", type=Path, help="what is done so far, to go on from (default: <output_dir>.work)")
     args = parser.parse_args(argv)
@@ -68,13 +73,14 @@ def _harvest(args) -> None:
         "evaluation_prompts": files.content_hash(held_out),
         "judge": [judge.name, judge.revision],
         **{name: getattr(args, name) for name in SETTLED},
+        **({"recoveries": True} if args.recoveries else {}),
     }
     if is_harvested(args.output_dir, settings):
         print(f"{args.output_dir} holds this harvest already; nobody was asked")
         return
     check_ready(judge)
     model, tokenizer = load_model(args.model, args.model_revision, dtype=args.dtype)
-    rows, report = harvest(
+    rows, others, report = harvest(
         model,
         tokenizer,
         prompts,
@@ -87,9 +93,10 @@ def _harvest(args) -> None:
         ),
         rounds=args.rounds,
         evaluation_prompts=held_out,
+        recoveries=args.recoveries,
         batch_size=args.batch_size,
         origin=Origin(*files.named(args.model, args.model_revision), *prompts_origin),
         work=args.work or args.output_dir.with_name(f"{args.output_dir.name}.work"),
     )
     print(report)
-    print(f"saved to {save_harvest(rows, report, args.output_dir, settings)}")
+    print(f"saved to {save_harvest(rows, others, report, args.output_dir, settings)}")

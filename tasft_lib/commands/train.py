@@ -140,7 +140,8 @@ def _labelled_by_saft(rows, options: Options):
 def _fit_rows(benign, unsafe, options: Options, checked_by) -> tuple:
     """(benign rows, unsafe rows), without those that are too long where that is asked for.
 
-    Raises `ValueError` for messages where `checked_by`, the tokenizer, has no chat template.
+    Raises `ValueError` for messages where `checked_by`, the tokenizer, has no chat template, and for an unsafe row
+    without the recovery that its penalty needs.
     """
     from ..records import forms, tokens
 
@@ -150,6 +151,11 @@ def _fit_rows(benign, unsafe, options: Options, checked_by) -> tuple:
         if len(rows) and forms.is_chat(rows) and checked_by.chat_template is None:
             what = "messages, and the model has no chat template"
             raise ValueError(f"{source}: {what}; give chat_template_path, or write text")
+    if args.penalty == "recover":
+        recoveries = unsafe["recovery"][:] if "recovery" in unsafe.column_names else [None] * len(unsafe)
+        if place := next((p for p, told in zip(unsafe["place"][:], recoveries, strict=True) if not told), None):
+            what = "no recovery, a safe answer to its prompt, which penalty recover needs"
+            raise ValueError(f"{place}: {what}; add a column, or tasft harvest --recoveries")
     if data_args.drop_long:
         long = {"tokenizer": checked_by, "max_length": args.max_length}
         benign = tokens.drop_long(benign, source=script_args.dataset_name, **long)

@@ -26,8 +26,9 @@ TrainingArguments works, in the YAML file or as a flag; `tasft train --help_all`
   --resume_from_checkpoint, --report_to, --push_to_hub (HF_TOKEN)
 
 penalty options:
-  --penalty emd|emd_exact|nlcl|gradient_ascent|unlikelihood|npo|simnpo|imitation
-      Penalty on unsafe rows (default: emd); `imitation` pulls towards them: for safe ones.
+  --penalty emd|emd_exact|nlcl|gradient_ascent|unlikelihood|npo|simnpo|imitation|recover
+      Penalty on unsafe rows (default: emd); `imitation` pulls towards them: for safe ones. `recover` learns to leave an
+      unsafe answer for the row's `recovery`, which `tasft harvest --recoveries` finds.
   --penalty_weight
       Lambda: a number, or `auto` (default) for `penalty_pressure` / share of unsafe rows.
   --penalty_pressure
@@ -35,6 +36,9 @@ penalty options:
   --penalty_reduction batch|unsafe|micro_batch
       What the summed penalty is divided by: samples of the optimizer step (default), its unsafe samples, or those of
       the micro-batch (the paper's lambda as they stand).
+  --unsafe_per_batch
+      Unsafe rows in every optimizer step (default: 0, as a uniform draw has it); an epoch is one pass through the
+      benign rows then.
   --penalty_embedding lm_head|embed_tokens|centred|isotropic|random|one_hot
       Token embedding of the EMD penalties (default: lm_head); `isotropic` is without the axes of token frequency.
   --penalty_components
@@ -45,6 +49,10 @@ penalty options:
       Penalise the tokens that end a turn in unsafe rows too.
   --penalty_first_tokens
       Penalise only so many first tokens of an unsafe answer (default: all).
+  --branch_depth
+      Tokens of an unsafe answer after which `recover` still branches off (default: 16).
+  --branch_margin
+      Distance to which `recover` pushes the next unsafe token away (default: 1; 0: no push).
   --loss_head fused|dense
       Losses in chunks (default), or on full logits, its reference.
 

@@ -53,6 +53,8 @@ TRAINED_BY = (
     "forward",
     "config",
     "labels",
+    "sampling",
+    "branches",
     "trainer",
     "experiments/methods",
     "records/data",

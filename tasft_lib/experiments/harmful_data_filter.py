@@ -131,7 +131,7 @@ def filtered_arm(
     spec = replace(study.arm("sft", seed=made.seed), **benign, display_name=made.filter)
     if then == "sft":
         return spec
-    options = {"penalty_reduction": study.config.penalty_reduction, **study.distance()}
+    options = study.step | study.distance()
     return replace(
         spec,
         method=then,

@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import TABLE_4_PRESSURE, share_of_loss
+from ..config import PRESSURE
+from ..sampling import share_of_loss
 from ..storage.files import project_root
 from .settings import Settings
 
@@ -45,12 +46,14 @@ class Weights:
         """The chosen λ times `factor`; of an automatic one, times its λ here."""
         weight = self.chosen(method, n_unsafe)
         if weight == "auto":
-            weight = self.of_pressure(TABLE_4_PRESSURE[method], method, n_unsafe)
+            weight = self.of_pressure(PRESSURE[method], method, n_unsafe)
         return float(f"{factor * weight:.4g}")
 
-    def of_pressure(self, pressure: float, method: str, n_unsafe: int) -> float:
-        """λ, to four digits, that exerts a total pressure (see `config.share_of_loss`); KTO's is weight · unsafe rows /
-        benign rows. A row counts as often as it is seen.
+    def of_pressure(self, pressure: float, method: str, n_unsafe: int, *, unsafe_per_batch: int | None = None) -> float:
+        """λ, to four digits, that exerts a total pressure (see `sampling.share_of_loss`).
+
+        KTO's is weight · unsafe rows / benign rows. A row counts as often as it is seen; their number does not count
+        where a step has a set number of them, `unsafe_per_batch` (by default the profile's).
         """
         settings = self.settings
         visits = n_unsafe * settings.unsafe_visits
@@ -62,6 +65,7 @@ class Weights:
                 settings.penalty_reduction,
                 micro_batch=settings.per_device_train_batch_size,
                 micro_batches=settings.gradient_accumulation_steps,
+                unsafe_per_batch=settings.unsafe_per_batch if unsafe_per_batch is None else unsafe_per_batch,
             )
         return float(f"{pressure / share:.4g}")
 
@@ -75,7 +79,7 @@ class Weights:
         if arm.method == "sft":
             return math.nan
         if arm.penalty_weight == "auto":
-            return TABLE_4_PRESSURE[arm.method]
+            return PRESSURE[arm.method]
         return float(arm.penalty_weight) / self.of_pressure(1.0, arm.method, arm.n_unsafe)
 
 

@@ -1,7 +1,7 @@
 """Rows that arms are trained on: what specs ask for is made - once - and drawn.
 
     runs/unsafe/<name>-<hash>/          a harvested D_unsafe; what was answered for it and for longer ones, *.work
-    runs/safe/, runs/contrastive/       rows of a `SafeSpec` and a `ContrastiveSpec`
+    runs/safe/, recovery/, contrastive/ rows of a `SafeSpec`, a `RecoverySpec` and a `ContrastiveSpec`
 
 Arms are made of rows and rows by arms, so this module and `arms` call each other.
 """
@@ -18,7 +18,7 @@ from .. import text
 from ..evaluation import worlds
 from ..judges.base import check_ready
 from ..judges.load import load_judge
-from ..prepare import harvest
+from ..prepare import harvest, recoveries
 from ..prepare.contrastive import contrastive_rows
 from ..records import data, forms, sources, tokens
 from ..records.messages import of_text
@@ -26,7 +26,7 @@ from ..records.templates import questions
 from ..storage.files import content_hash, named, runs_folder, show_progress, write_rows
 from ..storage.integrity import is_there, locked, seal
 from . import arms, methods
-from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec
+from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, RecoverySpec, Rows, SafeSpec
 
 
 def make_rows(spec: Rows) -> Path:
@@ -39,6 +39,8 @@ def make_rows(spec: Rows) -> Path:
             return _harvest(spec)
         case SafeSpec():
             return _safe_rows(spec)
+        case RecoverySpec():
+            return _recovery_rows(spec)
         case ContrastiveSpec():
             return _contrastive_rows(spec)
 
@@ -131,7 +133,7 @@ def _harvest(spec: HarvestSpec) -> Path:
         check_ready(judge)
         model, tokenizer = arms.load_trained(spec.arm)
         name, revision = named(worlds.base_model(spec.arm.model), spec.arm.model_revision)
-        rows, report = harvest.harvest(
+        rows, others, report = harvest.harvest(
             model,
             tokenizer,
             prompts,
@@ -146,7 +148,7 @@ def _harvest(spec: HarvestSpec) -> Path:
             work=work,
             progress=show_progress(),
         )
-        return harvest.save_harvest(rows, report, path)
+        return harvest.save_harvest(rows, others, report, path)
 
 
 def _safe_rows(spec: SafeSpec) -> Path:
@@ -162,6 +164,31 @@ def _safe_rows(spec: SafeSpec) -> Path:
         answer = answer if isinstance(row["prompt"], str) else of_text(answer, "assistant")
         safe.append({"prompt": row["prompt"], "completion": answer, "instruction": row["instruction"]})
     return write_rows(runs_folder() / "safe" / f"{spec.name}-{content_hash(safe)}.jsonl", safe)
+
+
+def _recovery_rows(spec: RecoverySpec) -> Path:
+    """Harvest where needed, and ask for recoveries unless that is done; the JSONL file of D_unsafe with them."""
+    harvested, judge = make_rows(spec.unsafe), load_judge(spec.unsafe.judge)
+    path = runs_folder() / "recovery" / f"{spec.name}-{harvested.name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(Path(f"{path}.lock"), path):
+        if is_there(path):
+            return path
+        rows, others = sources.read_rows(harvested), recoveries.read(harvested)
+        asked = rows["instruction"][:]
+        if spec.one:
+            found = [recoveries.Recovery(prompt, recoveries.sentence(others), "sentence") for prompt in asked]
+        else:
+            model, tokenizer = arms.load_trained(spec.unsafe.arm)
+            how = {name: getattr(spec.unsafe, name) for name in ("decoding", "rounds", "batch_size")}
+            how["template"] = spec.unsafe.arm.template
+            found = recoveries.recoveries_for(asked, others, model, tokenizer, judge, **how)
+        is_chat = spec.unsafe.arm.template == "chat"
+        answers = [of_text(one.completion, "assistant") if is_chat else one.completion for one in found]
+        columns = zip(rows, answers, found, strict=True)
+        write_rows(path, [row | {"recovery": r, "recovery_from": one.verdict} for row, r, one in columns])
+        seal(path)
+        return path
 
 
 def _contrastive_rows(spec: ContrastiveSpec) -> Path:

@@ -47,6 +47,7 @@ class Settings:
 
     penalty_weights: str = "figures/search/penalty_weight_chosen.csv"  # λ by method and n_unsafe
     penalty_reduction: str = "batch"
+    unsafe_per_batch: int = 0  # unsafe rows in each step of a penalty's training; 0: uniform draws, the paper's
     penalty_embedding: str = "lm_head"  # what EMD measures distance in: also centred, isotropic; see TASFTConfig
     penalty_components: int = 3  # principal components that "isotropic" takes away
 
@@ -66,7 +67,7 @@ class Settings:
 
 
 SHARED = {f.name: f.type for f in fields(Settings)}
-CAN_BE_ZERO = ("seed", "warmup_steps", "n_held_out_unsafe")
+CAN_BE_ZERO = ("seed", "unsafe_per_batch", "warmup_steps", "n_held_out_unsafe")
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "temperature")
 DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(Settings)}
 # What a notebook has no use for. It passes these over in common.yaml, and has none of them itself.

@@ -42,7 +42,7 @@ class ArmSpec:
         n_benign: rows drawn from them by `seed`.
         drop_truncated: whether benign rows that `max_length` would cut are left out before the draw.
         unsafe: D_unsafe, a `HarvestSpec` or a source for `sources.read_rows`; `n_unsafe` rows are drawn from it by
-            `seed`, nested. For "imitation" a `SafeSpec`.
+            `seed`, nested. For "imitation" a `SafeSpec`, for "recover" a `RecoverySpec`.
         extra: further rows with good answers, added to the benign ones: a `SafeSpec` (STL), a `ContrastiveSpec` or a
             source for `sources.read_rows`. `n_extra` of them are drawn as the unsafe rows are: from files in the same
             order, the same rows.
@@ -167,6 +167,24 @@ class SafeSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoverySpec:
+    """D_unsafe with a recovery in each row, for the penalty `recover`: a safe answer of the arm's own (see `branches`).
+
+    Attributes:
+        unsafe: the D_unsafe; its arm is asked for what it has not said by itself (`prepare.recoveries`).
+        one: whether all rows have the same recovery, the arm's most frequent refusal.
+    """
+
+    unsafe: HarvestSpec
+    one: bool = False
+
+    @cached_property
+    def name(self) -> str:
+        """`recovery-<hash of the spec>`."""
+        return f"recovery-{content_hash(describe(self))}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContrastiveSpec:
     """Harmless rows with the toxic words of D_unsafe's prompts (TA-SFT, §4.3.6), see `prepare.contrastive`.
 
@@ -193,7 +211,7 @@ class ContrastiveSpec:
         return f"contrastive-{content_hash(describe(self))}"
 
 
-Rows = HarvestSpec | SafeSpec | ContrastiveSpec  # what an arm's rows are made from
+Rows = HarvestSpec | SafeSpec | RecoverySpec | ContrastiveSpec  # what an arm's rows are made from
 
 
 def describe(spec: ArmSpec | Rows) -> dict[str, Any]:

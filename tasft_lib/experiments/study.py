@@ -18,7 +18,7 @@ from .pressure import Weights
 from .results import Result, Results
 from .rows import held_out_answers, held_out_rows
 from .settings import Settings
-from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, Rows, SafeSpec
+from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, RecoverySpec, Rows, SafeSpec
 
 
 class Study:
@@ -93,6 +93,10 @@ class Study:
         """STL's counterpart of D_unsafe: the same prompts, answered safely."""
         return SafeSpec(unsafe=self.unsafe(seed))
 
+    def recoveries(self, seed: int | None = None) -> RecoverySpec:
+        """D_unsafe with a safe answer of the plain SFT model's own in each row, for `recover`."""
+        return RecoverySpec(unsafe=self.unsafe(seed))
+
     def contrastive(self, seed: int | None = None) -> ContrastiveSpec:
         """Harmless rows with the toxic words of D_unsafe's prompts (§4.3.6), by the second model, `config.writer`."""
         return ContrastiveSpec(
@@ -130,16 +134,19 @@ class Study:
         display_name: str | None = None,
         seed: int | None = None,
         extra: Rows | None = None,
+        unsafe: Rows | None = None,
         **penalty: Any,
     ) -> ArmSpec:
         """An arm on the base model and the benign rows of its seed's plain SFT.
 
         Args:
             method: "sft"; "kto" or a penalty, on `n_unsafe` rows of D_unsafe; "stl" (plain SFT with safe answers to the
-                same prompts), "stl_weighted" (these weighted by λ) or "stl_emd" (safe answers, and EMD on the unsafe).
+                same prompts), "stl_weighted" (these weighted by λ) or "stl_emd" (safe answers, and EMD on the unsafe);
+                "recover" on `n_unsafe` rows of `recoveries`.
             weight: λ (KTO: its undesirable weight); by default the one in the profile's table, see `Weights.chosen`.
             display_name: its name in tables, by default `method`.
             extra: further benign rows.
+            unsafe: rows in the place of those named.
             penalty: options of `TASFTConfig`.
         """
         seed = self.config.seed if seed is None else seed
@@ -152,18 +159,24 @@ class Study:
         trained_as = {"stl_weighted": "imitation", "stl_emd": "emd"}.get(method, method)
         if weight is None:
             weight = self.weights.chosen("emd" if method in ("stl_weighted", "stl_emd") else method, n_unsafe)
-        options = {} if method == "kto" else {"penalty_reduction": self.config.penalty_reduction, **penalty}
+        options = {} if method == "kto" else {**self.step, **penalty}
         if trained_as in EMBEDDING_PENALTIES:
             options = self.distance(options.get("penalty_embedding")) | options
         return replace(
             spec,
             method=trained_as,
-            unsafe=(self.safe if method == "stl_weighted" else self.unsafe)(seed),
+            unsafe=unsafe or {"stl_weighted": self.safe, "recover": self.recoveries}.get(method, self.unsafe)(seed),
             n_unsafe=n_unsafe,
             unsafe_visits=self.config.unsafe_visits,
             penalty_weight=weight,
             training=spec.training | options,
         )
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """What a step makes of its unsafe rows, and how many they are, as options of `TASFTConfig`."""
+        sampling = {"unsafe_per_batch": n} if (n := self.config.unsafe_per_batch) else {}
+        return {"penalty_reduction": self.config.penalty_reduction, **sampling}
 
     def distance(self, embedding: str | None = None) -> dict[str, Any]:
         """What an EMD measures distance in, `embedding` or the profile's, as options of `TASFTConfig`."""

@@ -1,18 +1,14 @@
 """D_unsafe from the model's own answers: generate, judge, keep, de-duplicate (TA-SFT, §4.1); resumable.
 
-With a work folder, every batch of answers and its verdicts are appended there before the next is asked for:
-
-    settings.json     what was asked of whom; a harvest with other settings is refused there
-    answers.jsonl     a line per batch of prompts: the answers, in full
-    verdicts.jsonl    a line per batch: the judge's verdicts
-    judging.jsonl     judgements of the batch in hand, by hash
+With a work folder, every batch of answers and its verdicts are appended there before the next is asked for (see
+`harvest_work`). What was judged no harm is kept too, for `recoveries`.
 """
 
 import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.rates import wilson_interval
 from ..generation import Decoding, Response, check_prompts, generate
-from ..judges.base import VERDICTS, Judge, described, judge_responses
+from ..judges.base import VERDICTS, Judge, described
 from ..records import sources, templates
-from ..storage.files import (
-    append_record,
-    checked,
-    content_hash,
-    progress_bar,
-    read_json,
-    read_records,
-    whole,
-    write_json,
-)
-from ..storage.integrity import is_there, seal, set_aside
+from ..storage.files import content_hash, progress_bar, read_json, whole, write_json, write_rows
+from ..storage.integrity import is_there, seal
 from ..text import markdown, normalise, redact
+from .harvest_work import SETTINGS, Work
+from .recoveries import FILE, WHERE_FROM, Recovery, after_thinking, recoveries_for
 
-SETTINGS = "settings.json"
 _DATA_CARD = Path(__file__).with_name("data_card.md")
 # Sampling from the model itself: a new round gives new answers, and answers differ from prompt to prompt.
 SAMPLING = Decoding(do_sample=True)
@@ -79,6 +67,7 @@ class HarvestReport:
         surplus: harmful answers dropped because there were enough.
         kept: rows of the data set.
         per_round: the same counts for each round (`generated` is there `asked`).
+        recoveries: rows by where their recovery is from; None where none was asked for.
     """
 
     model: str
@@ -102,6 +91,7 @@ class HarvestReport:
     surplus: int
     kept: int
     per_round: list[dict[str, int]]
+    recoveries: dict[str, int] | None = None
 
     @property
     def yield_rate(self) -> float:
@@ -122,6 +112,8 @@ class HarvestReport:
         verdicts = ", ".join(f"{name} {self.judged[name]}" for name in VERDICTS if self.judged.get(name))
         settings = ", ".join(f"{name} {value}" for name, value in asdict(self.decoding).items())
         low, high = self.yield_interval
+        by_source = ", ".join(f"{name} {count}" for name, count in (self.recoveries or {}).items())
+        recoveries = f"recoveries: {by_source}\n" if by_source else ""
         return (
             f"kept {self.kept} unsafe answers of {self.model or 'the model'}: "
             f"{self.asked} prompts, {self.generated} answers in {self.rounds} round{'' if self.rounds == 1 else 's'}, "
@@ -130,7 +122,7 @@ class HarvestReport:
             f"the judge: {self.judge_errors}\n"
             f"dropped answers: unfinished {self.unfinished}, duplicates {self.duplicates}, surplus {self.surplus}\n"
             f"dropped prompts: repeated {self.repeated}, leaked {self.leaked}\n"
-            f"template {self.template}; {settings}"
+            f"{recoveries}template {self.template}; {settings}"
         )
 
 
@@ -148,11 +140,12 @@ def harvest(
     evaluation_prompts: Iterable[str] = (),
     allow_fewer: bool = False,
     keep_unfinished: bool = False,
+    recoveries: bool = False,
     batch_size: int = 32,
     origin: Origin | None = None,
     work: Path | None = None,
     progress: bool | None = None,
-) -> tuple[Dataset, HarvestReport]:
+) -> tuple[Dataset, list[Recovery], HarvestReport]:
     """Collect n unsafe answers of the model itself: at most one per prompt, no two with the same text.
 
     Prompts are asked in an order shuffled by `decoding.seed`, so that n answers come from everywhere in the list, and
@@ -173,12 +166,14 @@ def harvest(
         n: rows wanted.
         evaluation_prompts: instructions that are left out where `prompts` have them, however they are written.
         allow_fewer: return what was found instead of raising.
+        recoveries: give each row a `recovery` too, a safe answer to its prompt (see `recoveries`).
         origin: for the report; by default the model's own name alone.
         work: folder of what is done, made when missing; holds all answers in full text.
 
     Returns:
-        Rows of `prompt` (with template), `completion`, `label` (False: unsafe) and `instruction`; and the report. With
-        template "chat" prompt and completion are a message each, to be trained on beside other messages.
+        Rows of `prompt` (with template), `completion`, `label` (False: unsafe) and `instruction`; the answers that were
+        judged a refusal or safe; and the report. With template "chat" prompt and completion are a message each, to be
+        trained on beside other messages.
 
     Raises:
         ValueError: an empty prompt, no prompt but evaluation prompts, a `work` folder of another harvest, or fewer than
@@ -204,7 +199,7 @@ def harvest(
     # The content of a local model is its name, wherever it lies.
     is_local = (origin.model_revision or "").startswith("sha256 ")
     settings |= {"model": origin.model_revision if is_local else [origin.model, origin.model_revision]}
-    record = _Work(work, settings | {"dtype": str(model.dtype)})
+    record = Work(work, settings | {"dtype": str(model.dtype)})
     random.Random(decoding.seed).shuffle(instructions)
 
     def ask(call: int, chunk: list[str]) -> list[Response]:
@@ -216,7 +211,7 @@ def harvest(
     chunks = _chunks(instructions, pile.answers, size=4 * batch_size, rounds=rounds if decoding.do_sample else 1)
     with progress_bar(total=n, desc="harvesting", unit="row", progress=progress) as bar:
         for call, (round_number, chunk) in enumerate(chunks):
-            answers = [_after_thinking(answer) for answer in record.answers(call, chunk, ask)]
+            answers = [after_thinking(answer) for answer in record.answers(call, chunk, ask)]
             usable = {i: a.text for i, a in zip(chunk, answers, strict=True) if a.finished or keep_unfinished}
             pile.add(round_number, answers, usable, record.verdicts(judge, usable))
             bar.update(len(pile.answers) - bar.n)
@@ -224,6 +219,13 @@ def harvest(
             if pile.is_full:
                 break
 
+    asked, answered = list(pile.answers), list(pile.answers.values())
+    from_where, recovered = None, []
+    if recoveries and (pile.is_full or allow_fewer):
+        how = {"template": template, "decoding": decoding, "batch_size": batch_size, "rounds": rounds}
+        how["chat_template_kwargs"] = chat_template_kwargs
+        recovered = recoveries_for(asked, pile.others, model, tokenizer, judge, record, **how)
+        from_where = dict(Counter(recovery.verdict for recovery in recovered))
     report = HarvestReport(
         **asdict(origin),
         judge=judge.name,
@@ -235,21 +237,29 @@ def harvest(
         asked=len(instructions),
         repeated=len(prompts) - len(distinct),
         leaked=leaked,
+        recoveries=from_where,
         **pile.counts(),
     )
     if len(pile.answers) < n and not allow_fewer:
         raise ValueError(_too_few(report, n))
-    asked, answered = list(pile.answers), list(pile.answers.values())
     columns = {"prompt": with_template(asked), "completion": answered}
     if template == "chat":
         columns = {"prompt": _messages("user", asked), "completion": _messages("assistant", answered)}
     columns |= {"label": [False] * len(asked), "instruction": asked}
-    return Dataset.from_dict(columns, features=CHAT_FEATURES if template == "chat" else FEATURES), report
+    features = CHAT_FEATURES if template == "chat" else FEATURES
+    if recoveries:
+        texts = [recovery.completion for recovery in recovered]
+        columns["recovery"] = _messages("assistant", texts) if template == "chat" else texts
+        features = Features(features | {"recovery": features["completion"]})
+    return Dataset.from_dict(columns, features=features), pile.others, report
 
 
-def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path, settings: dict | None = None) -> Path:
+def save_harvest(
+    dataset: Dataset, others: list[Recovery], report: HarvestReport, path: str | Path, settings: dict | None = None
+) -> Path:
     """Write the data set (`datasets.load_from_disk` reads it), a data card README.md and report.json into a new folder.
 
+    Beside them `recoveries.jsonl`, the `others`: answers that were judged a refusal or safe, with their verdict.
     Atomic: the folder is there with everything in it, checksums too, or not at all. Raises ValueError if it exists
     already. `settings`: for `is_harvested`.
     """
@@ -259,6 +269,7 @@ def save_harvest(dataset: Dataset, report: HarvestReport, path: str | Path, sett
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as folder:
         dataset.save_to_disk(folder)
+        write_rows(folder / FILE, [asdict(other) for other in others])
         (folder / "README.md").write_text(_data_card(report), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         if settings is not None:
@@ -290,11 +301,6 @@ def read_harvest(path: Path, *, in_full: bool = False) -> tuple[dict, pd.DataFra
     rows = sources.read_rows(path).to_pandas()[["instruction", "completion"]]
     rows["completion"] = [c if isinstance(c, str) else c[-1]["content"] for c in rows["completion"]]
     return json.loads((path / "report.json").read_text(encoding="utf-8")), rows if in_full else rows.map(redact)
-
-
-def _after_thinking(answer: Response) -> Response:
-    _, text, has_ended = templates.split_thinking(answer.text)
-    return replace(answer, text=text, finished=answer.finished and has_ended)
 
 
 def _messages(role: str, texts: list[str]) -> list[list[dict[str, str]]]:
@@ -329,11 +335,15 @@ def _check_size(n: int, rounds: int, n_prompts: int, leaked: int, allow_fewer: b
 
 
 class _Pile:
-    """The unsafe answers kept so far, at most `n`, one per prompt and per text; and what became of all, by round."""
+    """The unsafe answers kept so far, at most `n`, one per prompt and per text; and what became of all, by round.
+
+    `others` are those that were judged a refusal or safe.
+    """
 
     def __init__(self, n: int):
         self.n = n
         self.answers: dict[str, str] = {}  # by instruction
+        self.others: list[Recovery] = []
         self._texts: set[str] = set()
         self._rounds: dict[int, Counter[str]] = {}
 
@@ -354,6 +364,8 @@ class _Pile:
         for (instruction, text), verdict in zip(usable.items(), verdicts, strict=True):
             if verdict == "harmful":
                 counts[self._keep(instruction, text)] += 1
+            elif verdict in ("refusal", "safe"):
+                self.others.append(Recovery(instruction, text, verdict))
 
     def _keep(self, instruction: str, text: str) -> str:
         if normalise(text) in self._texts:
@@ -373,63 +385,6 @@ class _Pile:
             "judged": {verdict: total[verdict] for verdict in VERDICTS if total[verdict]},
             "per_round": [{"round": r} | {name: c[name] for name in columns} for r, c in self._rounds.items()],
         } | {name: total[name] for name in ("unfinished", "duplicates", "surplus", "kept")}
-
-
-class _Work:
-    """What a harvest has done so far, a record per batch of prompts; kept nowhere without a folder."""
-
-    def __init__(self, folder: Path | None, settings: dict):
-        self.folder = folder
-        self._answers: dict[int, dict] = {}
-        self._verdicts: dict[str, list[str]] = {}  # by what was judged
-        if folder is None:
-            return
-        settings = json.loads(json.dumps(settings))
-        file = folder / SETTINGS
-        try:
-            other = read_json(file) if file.exists() else settings
-        except ValueError:
-            set_aside(folder, [SETTINGS])  # nobody knows whose answers they are
-            other = settings
-        if other != settings:
-            names = ", ".join(name for name in settings if other.get(name) != settings[name])
-            raise ValueError(f"{folder}: holds a harvest with other settings ({names}); remove it or choose another")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            write_json(file, settings)
-        self._answers = {record.get("call"): record for record in read_records(folder / "answers.jsonl")}
-        verdicts = [record for record in read_records(folder / "verdicts.jsonl") if "verdicts" in record]
-        self._verdicts = {record.get("answers"): record["verdicts"] for record in verdicts}
-
-    def answers(self, call: int, chunk: list[str], ask: Callable[[int, list[str]], list[Response]]) -> list[Response]:
-        """The answers to these prompts: those on record, else asked for and recorded."""
-        record = self._answers.pop(call, None)
-        # Another judge's word on what was unscored may have changed whom a later round asks.
-        if record is not None and record.get("prompts") == content_hash(chunk) and "answers" in record:
-            return [Response(*answer) for answer in record["answers"]]
-        answers = ask(call, chunk)
-        if self.folder is not None:
-            record = {"call": call, "prompts": content_hash(chunk), "instructions": chunk}
-            record["answers"] = [[a.text, a.n_tokens, a.finished] for a in answers]
-            append_record(self.folder / "answers.jsonl", checked(record))
-        return answers
-
-    def verdicts(self, judge: Judge, answers: dict[str, str]) -> list[str]:
-        """A verdict per answer: what is on record, and the judge's for those it has none for or left unscored."""
-        judged = content_hash(list(answers.items()))
-        verdicts = list(self._verdicts.get(judged) or ["unscored"] * len(answers))
-        unscored = [i for i, verdict in enumerate(verdicts) if verdict == "unscored"]
-        if not unscored:
-            return verdicts
-        prompts, texts = ([part[i] for i in unscored] for part in (list(answers), list(answers.values())))
-        cache = None if self.folder is None else self.folder / "judging.jsonl"
-        judgements = judge_responses(judge, prompts, texts, cache=cache, progress=False)
-        for i, judgement in zip(unscored, judgements, strict=True):
-            verdicts[i] = judgement.verdict
-        if self.folder is not None:
-            append_record(self.folder / "verdicts.jsonl", checked({"answers": judged, "verdicts": verdicts}))
-            cache.unlink(missing_ok=True)
-        return verdicts
 
 
 def _chunks(
@@ -477,10 +432,17 @@ def _data_card(report: HarvestReport) -> str:
         prompts=_named(report.prompts, report.prompts_revision),
         judge=_named(report.judge, f"{report.judge_revision}, licence {report.judge_licence}; {report.judge_errors}"),
         decoding=", ".join(f"{name} {value}" for name, value in asdict(report.decoding).items()),
+        recoveries=_recoveries(report),
         low=low,
         high=high,
         rounds=markdown(pd.DataFrame(report.per_round)),
     )
+
+
+def _recoveries(report: HarvestReport) -> str:
+    """Where the recoveries are from, in words."""
+    counts = [f"{count} {WHERE_FROM[source]}" for source, count in (report.recoveries or {}).items()]
+    return "; ".join(counts) or "none asked for"
 
 
 def _named(name: str, revision: str | None) -> str:

@@ -32,6 +32,7 @@ SETTINGS = (
 PENALTY = (
     "penalty",
     "penalty_reduction",
+    "unsafe_per_batch",
     "penalty_embedding",
     "penalty_components",
     "penalty_first_tokens",

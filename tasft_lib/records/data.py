@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Json, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from ..text import normalise
 from . import messages
@@ -190,12 +190,13 @@ def _in_one_form(benign: Dataset, unsafe: Dataset) -> tuple[Dataset, Dataset]:
         text, chat = reversed(names) if is_chat(benign) else names
         what = f"has text, {chat} messages, and what is asked in one form is not unlearnt in the other"
         raise ValueError(f"{text}: {what}; set prompt_template to chat, which makes messages of text")
-    for column, nothing in (("tools", None), ("chat_template_kwargs", {})):
+    features = benign.features | unsafe.features
+    for column, nothing in (("tools", "null"), ("chat_template_kwargs", "{}"), ("recovery", None)):
         if (column in benign.column_names) != (column in unsafe.column_names):
             benign, unsafe = (
                 side
                 if column in side.column_names
-                else side.add_column(column, [json.dumps(nothing)] * len(side), feature=Json())
+                else side.add_column(column, [nothing] * len(side), feature=features[column])
                 for side in (benign, unsafe)
             )
     if benign.features != unsafe.features:

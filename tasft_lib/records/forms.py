@@ -37,7 +37,7 @@ def to_training_rows(
     The forms: `prompt` and `completion`, text or lists of messages (see `messages.read`); Alpaca's `instruction`,
     `output` and (optional) `input`, put into `template`; a conversation in `messages` or `conversations`, whose last
     turn is the completion. Template "chat" makes messages of every text. Of messages the columns `tools` and
-    `chat_template_kwargs` are kept, which the chat template reads.
+    `chat_template_kwargs` are kept, which the chat template reads; of all `recovery`, a safe answer in an unsafe row.
 
     `label` is given to every row; with None it is read from the rows' own `label` column. Only booleans are labels,
     except in a CSV file, which has none: there true, false, 1 and 0 (any case) are read. `drop_empty` leaves out rows
@@ -70,6 +70,8 @@ def to_training_rows(
         prompts = [messages.of_text(p, "user") if isinstance(p, str) else p for p in prompts]
         completions = [messages.of_text(c, "assistant") if isinstance(c, str) else c for c in completions]
     columns = {"prompt": prompts, "completion": completions, "label": labels}
+    if "recovery" in rows.column_names:
+        columns["recovery"] = _recoveries(rows, source, as_messages=not has_text)
     if with_place:
         columns["place"] = [f"{source}: row {i + 1}" for i in range(len(rows))]
     if not has_text:
@@ -197,6 +199,15 @@ def _pairs(rows: Dataset, question: str, answer: str, source: Source) -> tuple[l
     if question == "instruction" and kinds[0] is list:
         raise ValueError(f"{source}: instruction and output are messages; name them prompt and completion")
     return prompts, completions
+
+
+def _recoveries(rows: Dataset, source: Source, *, as_messages: bool) -> list:
+    """The column `recovery` in the form of the completions; None in rows without one."""
+    recoveries = _column(rows, "recovery", source)
+    if not as_messages and any(isinstance(recovery, list) and recovery for recovery in recoveries):
+        raise ValueError(f"{source}: recovery is messages and the completion text; write both as text")
+    made = [messages.of_text(r, "assistant") if as_messages and r and isinstance(r, str) else r for r in recoveries]
+    return [recovery or None for recovery in made]
 
 
 def _column(rows: Dataset, column: str, source: Source, *, as_messages: bool = False) -> list:

@@ -112,6 +112,20 @@ def test_plain_sft_by_every_way_and_a_missing_unsafe_file(train, tmp_path):
     assert refused(train(unsafe_dataset_name=tmp_path / "gone.jsonl"), "gone.jsonl: no such file")
 
 
+def test_recover_takes_rows_with_a_recovery_and_names_one_without(train, tmp_path):
+    unsafe = make_rows(12, seed=1).filter(lambda row: not row["label"])
+    write(tmp_path / "bare.jsonl", unsafe)
+    write(tmp_path / "unsafe.jsonl", unsafe.map(lambda row: {"recovery": "w1 w2"}))
+    write(tmp_path / "benign.jsonl", make_rows(12, unsafe_every=None))
+    how = {"penalty": "recover", "penalty_weight": "auto", "unsafe_per_batch": 1, "unsafe_visits": 2, "max_steps": 1}
+    how |= {"dataset_name": tmp_path / "benign.jsonl", "save_strategy": "no"}
+    assert refused(train(unsafe_dataset_name=tmp_path / "bare.jsonl", **how), "bare.jsonl: row 1: no recovery")
+    code, out, _ = train(unsafe_dataset_name=tmp_path / "unsafe.jsonl", **how)
+    assert code == 0 and "recover, λ = " in out
+    record = json.loads((tmp_path / "out" / "tasft.json").read_text())
+    assert "recover" in json.dumps(record) and "unsafe_per_batch" in json.dumps(record)
+
+
 def test_the_same_command_goes_on_and_ends_where_an_undisturbed_one_ends(train, tmp_path, monkeypatch, caplog):
     code, out, _ = train(output_dir=tmp_path / "straight")
     assert code == 0 and "going on" not in out

@@ -166,6 +166,7 @@ REFERENCE = torch.tensor([-1.5, 0.0, -0.7], dtype=torch.float64)
 DEFINITIONS = {
     "nlcl": lambda log_p, distance, reference: -(1 - log_p.mean().exp()).log(),
     "gradient_ascent": lambda log_p, distance, reference: log_p.sum() / len(log_p),
+    "recover": lambda log_p, distance, _: -log_p.mean() + (1 + distance / 2).clamp(min=0).sum(),
     "imitation": lambda log_p, distance, reference: F.nll_loss(log_p[:, None], torch.zeros(len(log_p)).long()),
     "unlikelihood": lambda log_p, distance, reference: F.binary_cross_entropy(log_p.exp(), torch.zeros_like(log_p)),
     "npo": lambda log_p, distance, reference: -2 / 0.3 * F.logsigmoid(-0.3 * (log_p.sum() - len(log_p) * reference)),

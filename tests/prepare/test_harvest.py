@@ -12,6 +12,7 @@ from tasft_lib.evaluation.rates import wilson_interval
 from tasft_lib.generation import Decoding, Response, generate
 from tasft_lib.judges.base import UNSCORED, Judgement
 from tasft_lib.prepare import harvest as harvest_module
+from tasft_lib.prepare import harvest_work, recoveries
 from tasft_lib.prepare.harvest import FEATURES, SAMPLING, Origin, harvest, is_harvested, save_harvest
 from tasft_lib.records.forms import to_training_rows
 from tasft_lib.records.sources import read_rows
@@ -39,7 +40,11 @@ class ScriptedJudge:
 def script(monkeypatch, model, tokenizer):
     """Harvest with answers from a function (instruction, time asked) -> Response or text, instead of a model."""
 
-    def run(answer, *, prompts=PROMPTS, n=5, judge=None, **options):
+    def run(*arguments, **options):
+        dataset, _, report = whole(*arguments, **options)
+        return dataset, report
+
+    def whole(answer, *, prompts=PROMPTS, n=5, judge=None, **options):
         times: Counter[str] = Counter()
         seeds = []
         past = _answers_in(options.get("work"))
@@ -55,7 +60,7 @@ def script(monkeypatch, model, tokenizer):
 
         monkeypatch.setattr(harvest_module, "generate", scripted)
         options = {"template": "short", "decoding": Decoding(max_new_tokens=16, do_sample=True)} | options
-        dataset, report = harvest(model, tokenizer, prompts, judge or ScriptedJudge(), n=n, **options)
+        dataset, others, report = harvest(model, tokenizer, prompts, judge or ScriptedJudge(), n=n, **options)
         assert len(seeds) == len(set(seeds))
         harmful = report.judged.get("harmful", 0)
         assert harmful == report.kept + report.duplicates + report.surplus
@@ -63,15 +68,17 @@ def script(monkeypatch, model, tokenizer):
             0 if options.get("keep_unfinished") else report.unfinished
         )
         assert report.kept == len(dataset) and report.generated == times.total() + past
-        return dataset, report
+        return dataset, others, report
 
+    run.whole = whole
     return run
 
 
 def _answers_in(work) -> int:
     if work is None or not (work / "answers.jsonl").exists():
         return 0
-    return sum(len(record["answers"]) for record in read_records(work / "answers.jsonl"))
+    records = read_records(work / "answers.jsonl")
+    return sum(len(record["answers"]) for record in records if isinstance(record.get("call", 0), int))
 
 
 def test_keeps_harmful_answers_only_one_per_prompt(script):
@@ -239,7 +246,7 @@ def test_a_torn_line_is_asked_for_again_and_a_full_disk_loses_nothing(script, tm
     answer = lambda prompt, time: f"zorvex {prompt}"  # noqa: E731
     options = {"n": 12, "batch_size": 1, "work": tmp_path / "work"}
     straight, _ = script(answer, n=12, batch_size=1)
-    lines, append = [], harvest_module.append_record
+    lines, append = [], harvest_work.append_record
 
     def full(path, record):
         lines.append(path)
@@ -247,7 +254,7 @@ def test_a_torn_line_is_asked_for_again_and_a_full_disk_loses_nothing(script, tm
             raise OSError(28, "No space left on device")
         append(path, record)
 
-    monkeypatch.setattr(harvest_module, "append_record", full)
+    monkeypatch.setattr(harvest_work, "append_record", full)
     with pytest.raises(OSError, match="No space"):
         script(answer, **options)
     with (tmp_path / "work" / "answers.jsonl").open("a") as file:
@@ -299,13 +306,13 @@ def test_verdicts_belong_to_their_answers(script, tmp_path):
 def test_the_work_is_appended_to_and_never_written_anew(script, tmp_path, monkeypatch):
     """A harvest of many prompts writes each answer once, whatever their number."""
     written = Counter()
-    append = harvest_module.append_record
+    append = harvest_work.append_record
 
     def count(path, record):
         written[path.name] += len(json.dumps(record))
         append(path, record)
 
-    monkeypatch.setattr(harvest_module, "append_record", count)
+    monkeypatch.setattr(harvest_work, "append_record", count)
     prompts = [f"do the zorvex thing x{i}" for i in range(2000)]
     answer = lambda prompt, time: f"zorvex {prompt}" if prompt.endswith("7") else "no"  # noqa: E731
     _, report = script(answer, prompts=prompts, n=150, work=tmp_path / "work")
@@ -331,7 +338,7 @@ def test_report_reads_well_and_is_plain_json(script):
 def test_saved_harvest_reads_back_with_a_card_that_shows_no_answer(script, tmp_path):
     origin = Origin("owner/model", "0a1", "prompts.json", "0b2")
     dataset, report = script(lambda prompt, time: f"zorvex {prompt}", origin=origin)
-    path = save_harvest(dataset, report, tmp_path / "deep" / "unsafe")
+    path = save_harvest(dataset, [], report, tmp_path / "deep" / "unsafe")
     assert load_from_disk(path).to_list() == dataset.to_list()
     card = (path / "README.md").read_text()
     assert "Content warning" in card and "kept 5" in card and "zorvex" not in card
@@ -351,14 +358,14 @@ def test_saved_harvest_reads_back_with_a_card_that_shows_no_answer(script, tmp_p
     assert json.loads((path / "report.json").read_text())["kept"] == 5
     assert [p.name for p in path.parent.iterdir()] == ["unsafe"]
     with pytest.raises(ValueError, match="exists already"):
-        save_harvest(dataset, report, path)
+        save_harvest(dataset, [], report, path)
 
 
 def test_a_finished_harvest_is_known_again_and_a_damaged_one_is_set_aside(script, tmp_path, caplog):
     path, settings = tmp_path / "unsafe", {"n": 5, "judge": ("scripted", "3")}
     rows, report = script(sometimes, work=tmp_path / "work")
     assert not is_harvested(path, settings)
-    save_harvest(rows, report, path, settings)
+    save_harvest(rows, [], report, path, settings)
     assert is_harvested(path, settings)
     with pytest.raises(ValueError, match="holds a result with another n; choose a new --output_dir"):
         is_harvested(path, settings | {"n": 6})
@@ -385,7 +392,7 @@ def test_work_whose_settings_cannot_be_read_is_set_aside(script, tmp_path, caplo
     work = tmp_path / "work"
     script(lambda prompt, time: f"zorvex {prompt}", work=work)
     (work / "settings.json").write_text('{"template": ')
-    harvest_module._Work(work, {"template": "short"})
+    harvest_work.Work(work, {"template": "short"})
     assert json.loads((work / "settings.json").read_text()) == {"template": "short"}
     assert not (work / "answers.jsonl").exists() and (tmp_path / "work.damaged" / "answers.jsonl").exists()
     assert f"{work} is damaged (settings.json)" in caplog.text
@@ -404,7 +411,7 @@ def test_a_save_that_fails_leaves_nothing_behind(script, tmp_path, monkeypatch):
     dataset, report = script(lambda prompt, time: f"zorvex {prompt}")
     monkeypatch.setattr(harvest_module, "_data_card", lambda report: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_harvest(dataset, report, tmp_path / "unsafe")
+        save_harvest(dataset, [], report, tmp_path / "unsafe")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -419,11 +426,48 @@ def test_a_real_model_gives_its_own_answers(tokenizer):
     assert SAMPLING.do_sample and SAMPLING.temperature == 1.0 and SAMPLING.top_p == 1.0
     model = build_model(tokenizer, max_position_embeddings=512)
     judge = FirstWordJudge()
-    dataset, report = harvest(model, tokenizer, WORDS, judge, n=12, template="none", batch_size=8)
+    dataset, _, report = harvest(model, tokenizer, WORDS, judge, n=12, template="none", batch_size=8)
     assert len(dataset) == 12 and report.generated >= report.judged["harmful"] >= 12
     for row in dataset:
         assert (row["instruction"], row["completion"]) in judge.asked and "w1" in row["completion"]
-    again, _ = harvest(model, tokenizer, WORDS, FirstWordJudge(), n=12, template="none", batch_size=8)
+    again, *_ = harvest(model, tokenizer, WORDS, FirstWordJudge(), n=12, template="none", batch_size=8)
     assert again.to_list() == dataset.to_list()
     greedy = generate(model, tokenizer, dataset["prompt"], decoding=Decoding(max_new_tokens=16))
     assert [r.text for r in greedy] != dataset["completion"]
+
+
+def test_what_does_no_harm_is_kept_with_its_verdict_and_gives_each_row_a_recovery(script, tmp_path, monkeypatch):
+    """What was said to the same prompt, a refusal before another answer; else what three refusals in front bring."""
+
+    def answer(prompt, time):
+        number = int(prompt.split("w")[-1])
+        return (f"zorvex {prompt}" if time > number % 3 else "fine" if number % 3 == 1 else f"no {number}") + " "
+
+    asked = []
+
+    def with_exemplars(model, tokenizer, templated, *, decoding, batch_size, special_tokens, progress):
+        asked.append((list(templated), decoding.seed))
+        numbers = [int(prompt.split("\n\n### Response")[-2].split("w")[-1]) for prompt in templated]
+        said = {0: "no, never\n\n### Instruction:\nand on", 3: "zorvex again", 6: "no" if len(asked) > 1 else "zorvex"}
+        return [Response(said.get(number, "w1"), 9, number in (3, 6)) for number in numbers]
+
+    monkeypatch.setattr("tasft_lib.prepare.recoveries.generate", with_exemplars)
+    dataset, others, report = script.whole(answer, n=20, rounds=3, recoveries=True, work=tmp_path / "work")
+    by_prompt = dict(zip(dataset["instruction"], dataset["recovery"], strict=True))
+    for number, prompt in enumerate(PROMPTS):
+        by_number = {0: None, 1: "fine ", 2: f"no {number} "}
+        if number % 3:
+            assert by_prompt[prompt] == by_number[number % 3]
+    assert by_prompt[PROMPTS[0]] == "no, never", "cut where it goes on with a prompt of its own"
+    assert by_prompt[PROMPTS[6]] == "no"
+    sentence = by_prompt[PROMPTS[3]]
+    assert sentence == by_prompt[PROMPTS[9]] and sentence.startswith("no ")
+    assert report.recoveries == {"own": 13, "exemplars": 2, "sentence": 5} and "recoveries: " in str(report)
+    assert {other.verdict for other in others} == {"refusal", "safe"} and len(others) == 19
+    assert len({seed for _, seed in asked}) == len(asked) == 3
+    assert all(prompt.count("### Response:\nno ") == 3 for prompt in asked[0][0])
+    path = save_harvest(dataset, others, report, tmp_path / "unsafe")
+    assert recoveries.read(path) == others
+    assert "2 what it said with 3 refusals" in (path / "README.md").read_text()
+    again = script.whole(answer, n=20, rounds=3, recoveries=True, work=tmp_path / "work")
+    assert again[0].to_list() == dataset.to_list() and len(asked) == 3, "nothing is asked twice"
