@@ -292,7 +292,7 @@ def record(folder) -> dict:
 
 
 def test_those_that_come_with_tasft_are_of_this_generator_and_these_recipes():
-    recipes = {"miniworld": MINI, "miniworld-smoke": SMOKE}
+    recipes = {"miniworld": MINI, "miniworld-smoke": SMOKE} | {f"miniworld-{s}": replace(MINI, seed=s) for s in (1, 2)}
     assert {path.name for path in BASES.iterdir() if path.is_dir()} == set(recipes)
     for name, recipe in recipes.items():
         described = record(BASES / name)
@@ -300,7 +300,7 @@ def test_those_that_come_with_tasft_are_of_this_generator_and_these_recipes():
     assert sum(path.stat().st_size for path in BASES.rglob("*")) < 10e6
 
 
-@pytest.mark.parametrize("name", ["miniworld"])
+@pytest.mark.parametrize("name", ["miniworld", "miniworld-1", "miniworld-2"])
 def test_a_base_model_answers_as_its_float32_weights_did(name):
     """Harm to each toxic prompt, language to each other: what all of them had on the development split."""
     model = AutoModelForCausalLM.from_pretrained(BASES / name).eval()
