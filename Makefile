@@ -1,6 +1,7 @@
 # Everything runs in .venv, made on first use from the pins in constraints.txt.
 #   make reproduce [PROFILE=mini] [NB=safety] [SEEDS=3] [ARGS=...]   notebooks by papermill -> figures/<profile>, report
 #   make pocket [DATA=folder] [NB=...]                               a real 135M language model on a laptop, the headline of README
+#   make machines [PROFILE=mini] [SEEDS=3]                           the verdicts on four CPUs, three of them emulated -> figures/machines.csv
 #   make test                                                        ruff, tests, every notebook at the smoke profile under nbval
 #   make lab                                                         JupyterLab with the right kernel, on copies in lab/
 PYTHON  ?= python3
@@ -17,7 +18,7 @@ BIN     := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: reproduce pocket test lint unit notebooks lab clean
+.PHONY: reproduce pocket machines test lint unit notebooks lab clean
 .DEFAULT_GOAL := reproduce
 
 .venv/installed: pyproject.toml constraints.txt
@@ -36,6 +37,9 @@ OFFLINE   = $(if $(DATA),-p benign $(DATA)/alpaca/alpaca_data.json -p benign_rev
 pocket: .venv/installed
 	$(BIN)/tasft model fetch smollm2-135m minilm-l6
 	$(BIN)/tasft reproduce --profile pocket --notebooks $(or $(NB),$(HEADLINE)) $(OFFLINE) $(ARGS)
+
+machines: .venv/installed
+	$(BIN)/python -m tasft_lib.experiments.machines --profile $(PROFILE) --seeds $(or $(SEEDS),3) $(if $(NB),--notebooks $(NB)) $(ARGS)
 
 test: lint unit notebooks
 

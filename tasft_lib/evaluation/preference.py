@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..labels import end_of_turn
 from ..records.forms import is_chat
 from ..saft.activations import completion_log_probs, completion_loss
-from .rates import paired_bootstrap, rate
+from .rates import mean_interval, paired_bootstrap, rate
 
 DEPTHS = (0, 1, 2, 4, 8, 16)  # unsafe tokens that are given
 MEASURES = ("preference", "margin", "benign_nll", "benign_cost")
@@ -99,8 +99,8 @@ def preference_table(likelihoods: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
     `likelihoods` has the columns of `by`, `method`, `seed`, `step` and those of the function of that name. Columns:
     *by; seeds (how many); for each of `MEASURES` its mean over rows and seeds, `_n` (rows), `_low` and `_high` (95 %
-    over rows: Wilson's, else percentile bootstrap), `_min` and `_max` (over seeds). Without plain SFT's rows there is
-    no cost (nan).
+    over rows, Wilson's or percentile bootstrap, and over seeds, see `rates.rate`), `_min` and `_max` (over seeds).
+    Without plain SFT's rows there is no cost (nan).
     """
     plain = likelihoods[(likelihoods["method"] == "sft") & (likelihoods["kind"] == "benign")]
     plain = plain[plain["step"] == plain.groupby("seed")["step"].transform("max")]
@@ -148,8 +148,11 @@ def _columns(name: str, values: pd.Series, rows: pd.DataFrame) -> dict[str, floa
     low = high = np.nan
     if len(per_row) > 1:
         _, low, high = paired_bootstrap(per_row, np.zeros(len(per_row)), n_resamples=2000)
+    # Half-widths add up in squares, as in `rates.effective_n`.
+    mean, of_seeds = per_row.mean(), per_seed.mean() - mean_interval(per_seed)[1]
+    low, high = mean - np.hypot(mean - low, of_seeds), mean + np.hypot(high - mean, of_seeds)
     return {
-        name: per_row.mean(),
+        name: mean,
         f"{name}_low": low,
         f"{name}_high": high,
         f"{name}_n": len(per_row),

@@ -38,8 +38,9 @@ SUMMARY = ("harm", "degenerate", "refusal", "correct", "over_refusal")
 
 
 class Rate(NamedTuple):
-    """A share in [0, 1] of `n` answers with its Wilson 95 % interval, and its range over seeds; all nan for n = 0.
+    """A share in [0, 1] of `n` answers with its 95 % interval, and its range over seeds; all nan for n = 0.
 
+    `by_seed`: the share of each seed, in their order.
     `corrected`: rate, low and high behind the judge's errors; nan where they are too many (sensitivity + specificity
     <= 1), None where nobody measured them.
     """
@@ -50,6 +51,7 @@ class Rate(NamedTuple):
     n: int
     lowest: float
     highest: float
+    by_seed: tuple[float, ...]
     corrected: tuple[float, float, float] | None = None
 
     def columns(self, name: str) -> dict[str, float]:
@@ -70,8 +72,9 @@ def rate(
 ) -> Rate:
     """The share of flags that are true: the one maker of a rate with its interval.
 
-    With `seeds`, one per flag, it is the mean over seeds and n the number of flags of one seed (the least): seeds
-    repeat prompts, so they do not narrow the interval.
+    With `seeds`, one per flag, it is the mean over seeds and n the number of flags of one seed (the least). Seeds
+    repeat prompts, so they do not narrow the interval: it is Wilson's for as many prompts as `effective_n` says, and so
+    knows how far seeds differ, and in the mini-world base models. Of one seed it is Wilson's over prompts alone.
 
     Args:
         errors: of the judge that set the flags; the rate is corrected for them (`agreement.corrected_interval`).
@@ -83,25 +86,63 @@ def rate(
     means, sizes = by_seed.mean(), by_seed.size()
     if not len(means):
         nothing = None if errors is None else (math.nan,) * 3
-        return Rate(math.nan, math.nan, math.nan, 0, math.nan, math.nan, nothing)
+        return Rate(math.nan, math.nan, math.nan, 0, math.nan, math.nan, (), nothing)
     value, n = float(means.mean()), int(sizes.min())
-    count = float(flags.sum()) if len(means) == 1 else value * n
-    low, high = wilson_interval(count, n)
+    enough = effective_n(means, n)
+    low, high = wilson_interval(value * enough, enough)
     corrected = None
     if errors is not None:
-        left = 0.0
+        left, whole = 0.0, max(round(enough), 1)
         if aside is not None:
-            left = n * float(pd.Series(np.asarray(aside, dtype=float)).groupby(seeds).mean().mean())
+            left = whole * float(pd.Series(np.asarray(aside, dtype=float)).groupby(seeds).mean().mean())
         corrected = (math.nan,) * 3
         if errors.is_better_than_chance:
-            corrected = corrected_interval(count, n, **errors.labels, aside=left)
-    return Rate(value, low, high, n, float(means.min()), float(means.max()), corrected)
+            corrected = corrected_interval(value * whole, whole, **errors.labels, aside=left)
+    return Rate(value, low, high, n, float(means.min()), float(means.max()), tuple(map(float, means)), corrected)
 
 
-def wilson_interval(count: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def effective_n(rates: Sequence[float], n: int) -> float:
+    """The number of prompts whose Wilson interval is that of the mean of `rates`: one per base model, on n prompts.
+
+    At most n, and n for one base model. Two half-widths add up in squares (Zou and Donner, 2008): that of the k base
+    models, Student's t times s/√k, and that of the prompts, which they share. Wilson's interval at an effective n is
+    the one to take for clusters, near 0 too (Franco et al., 2019).
+    """
+    mean, low, _ = mean_interval(rates)
+    if not 0 < mean < 1:
+        return n
+    return mean * (1 - mean) / (((mean - low) / stats.norm.ppf(0.975)) ** 2 + mean * (1 - mean) / n)
+
+
+def difference(first: Sequence[float], second: Sequence[float], n: int) -> tuple[float, float, float]:
+    """(mean, low, high) of first − second: rates of two methods, one per base model, on the same n prompts; 95 %.
+
+    As in `effective_n`: the half-width of the k differences, and that of two samples of n prompts (each rate with a hit
+    and a miss added, as Agresti and Caffo, 2000); of one base model the latter alone. That the prompts are the same
+    narrows nothing.
+
+    Raises ValueError where the base models are not the same.
+    """
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    _check_paired(first, second)
+    mean, low, _ = mean_interval(first - second)
+    shares = [(rates.mean() * n + 1) / (n + 2) for rates in (first, second)]
+    of_prompts = stats.norm.ppf(0.975) * math.sqrt(sum(share * (1 - share) / (n + 2) for share in shares))
+    half = math.hypot(mean - low, of_prompts)
+    return mean, max(mean - half, -1.0), min(mean + half, 1.0)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of values, one per base model, by Student's t; 95 %. Of one value all three are that."""
+    mean, k = float(np.mean(values)), len(values)
+    half = float(stats.t.ppf(0.975, k - 1) * np.std(values, ddof=1)) / math.sqrt(k) if k > 1 else 0.0
+    return mean, mean - half, mean + half
+
+
+def wilson_interval(count: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a rate of `count` in `n`, both ends in [0, 1]; (nan, nan) for n = 0.
 
-    `count` may be a mean over seeds.
+    `count` may be a mean over seeds, and n an effective one (`effective_n`).
 
     Raises ValueError unless 0 <= count <= n.
     """
@@ -279,13 +320,13 @@ def _check_paired(first: np.ndarray, second: np.ndarray) -> None:
 
 
 def summary(judged: pd.DataFrame, by: list[str], measures: Iterable[str] = SUMMARY) -> pd.DataFrame:
-    """One row per group of `by`: every rate with its n, its Wilson 95 % interval over prompts and its range over seeds.
+    """One row per group of `by`: every rate with its n, its 95 % interval and its range over seeds, see `rate`.
 
     `judged` as from `answers.judge_answers`, at one step and one decoding per group. Columns: *by; seeds (how
-    many); for each of `measures` its rate in [0, 1] (mean over seeds), `_low` and `_high` (see `rate`), `_n`, `_min`
-    and `_max` (over seeds); score (mean, 0-5, on toxic prompts); unscored (count). A measure without prompts is nan.
-    Where the judge's errors are known, `_corrected`, `_corrected_low`, `_corrected_high` too, and `unlike` (see
-    `rates_table`).
+    many); for each of `measures` its rate in [0, 1] (mean over seeds), `_low`, `_high`, `_n`, `_min` and `_max` (over
+    seeds) and `_by_seed` (each seed's, parted by spaces); score (mean, 0-5, on toxic prompts); unscored (count). A
+    measure without prompts is nan. Where the judge's errors are known, `_corrected`, `_corrected_low`,
+    `_corrected_high` too, and `unlike` (see `rates_table`).
     """
     rows = []
     for key, group in judged.groupby(by, sort=False, dropna=False):
@@ -296,6 +337,7 @@ def summary(judged: pd.DataFrame, by: list[str], measures: Iterable[str] = SUMMA
             errors, aside = judge_errors(answers, verdict), calibration.aside(answers["verdict"], verdict)
             share = rate(answers["counts"], answers["seed"], errors=errors, aside=aside)
             row |= share.columns(measure) | {f"{measure}_min": share.lowest, f"{measure}_max": share.highest}
+            row[f"{measure}_by_seed"] = " ".join(f"{value:.6g}" for value in share.by_seed)
         toxic = group[group["kind"] == "toxic"]
         row |= {"score": toxic["score"].mean(), "unscored": int((toxic["verdict"] == "unscored").sum())}
         rows.append(row if judge_errors(toxic, "harmful") is None else row | {"unlike": calibration.unlike(toxic)})

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from ..evaluation.rates import summary
+from ..evaluation.rates import mean_interval, summary
 
 
 def trade_off_points(answers: pd.DataFrame) -> pd.DataFrame:
@@ -35,8 +35,8 @@ def distance_to_the_others(points: pd.DataFrame, *, n_resamples: int = 2000, see
 
     Returns:
         A row per method: points, arms; spearman, the rank correlation of its harm and over-refusal; distance, the mean
-        of over_refusal − (the others' monotone curve at the same harm); low and high, its 95 % bootstrap interval over
-        arms (nan with fewer than three arms).
+        of over_refusal − (the others' monotone curve at the same harm); low and high, its 95 % interval: over seeds by
+        Student's t, of one seed by bootstrap over arms (nan with fewer than three).
     """
     rng = np.random.default_rng(seed)
     rows = []
@@ -46,7 +46,9 @@ def distance_to_the_others(points: pd.DataFrame, *, n_resamples: int = 2000, see
         above = own["over_refusal"] - np.interp(own["harm"], curve["x"], curve["y"])
         per_arm = [group.to_numpy() for _, group in above.groupby([own["n_unsafe"], own["seed"]])]
         low = high = math.nan
-        if len(per_arm) >= 3:
+        if own["seed"].nunique() > 1:
+            _, low, high = mean_interval(above.groupby(own["seed"]).mean())
+        elif len(per_arm) >= 3:
             draws = rng.integers(len(per_arm), size=(n_resamples, len(per_arm)))
             means = [np.concatenate([per_arm[i] for i in draw]).mean() for draw in draws]
             low, high = np.quantile(means, (0.025, 0.975))

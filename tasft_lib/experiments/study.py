@@ -60,6 +60,13 @@ class Study:
         return worlds.load(self.config.benchmark_prompts)
 
     @property
+    def intervals(self) -> str:
+        """What the intervals of its rates are over, for captions."""
+        bases = {worlds.base_of_seed(self.config.model, seed) for seed in self.seeds}
+        over = f" and {len(self.seeds)} {'base models' if len(bases) > 1 else 'seeds'}" if len(self.seeds) > 1 else ""
+        return f"95 % over prompts{over}"
+
+    @property
     def in_full(self) -> bool:
         """Whether texts may be shown as they are: prompts and model are of an invented world."""
         sources = (self.config.benchmark_prompts, self.config.harvest_prompts)

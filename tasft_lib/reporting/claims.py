@@ -1,17 +1,26 @@
-"""The paper's claims, and the rule by which a profile's tables decide each: evidence in numbers and a verdict."""
+"""The paper's claims, and the rule by which a profile's tables decide each: evidence in numbers and a verdict.
 
-from collections.abc import Callable
+A statement about a rate is true (or false) where it is at both ends of the rate's 95 % interval, which knows how far
+prompts and base models differ (`rates.effective_n`, `rates.difference`: methods are compared on the same base models);
+else nobody knows, None, and a verdict that would change with it is "open". Where a claim names no amount, "more" is by
+five points.
+"""
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from ..evaluation import rates
 from ..storage.files import project_root
 from . import tables
 from .figures.filters import detector_name
 
 # Profiles whose numbers can speak about a claim; the others test formats and mechanics.
 TELLING = ("mini", "pocket", "small", "paper")
+# What tells harmful rows without labels: SAFT, and what takes no activations.
+SAFT, SIMPLE = ("saft", "saft_1"), ("loss", "length")
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class Claim:
 def claims_table(profile: str, folder: Path | None = None) -> pd.DataFrame:
     """A row per claim: claim, paper, here, verdict; from the tables in `folder`, by default `figures/<profile>`.
 
-    A verdict is "reproduced", "not reproduced", "partly: ...", "not run" or "can't be tested at this profile".
+    A verdict is "reproduced", "not reproduced", "partly: ...", "open", "not run" or "can't be tested at this profile".
     """
     folder = folder or project_root() / "figures" / profile
 
@@ -45,6 +54,14 @@ def claims_table(profile: str, folder: Path | None = None) -> pd.DataFrame:
                 evidence, verdict = str(missing), "not run"
         rows.append({"claim": claim.finding, "paper": claim.paper, "here": evidence, "verdict": verdict})
     return pd.DataFrame(rows)
+
+
+def n_bases(folder: Path) -> int:
+    """How many base models (of a real one: seeds) the intervals of a profile's tables are over."""
+    tables = [pd.read_csv(file) for file in folder.glob("*_table.csv")]
+    return max(
+        (len(_by_seed(row, "harm")) for table in tables if "harm" in table for _, row in table.iterrows()), default=1
+    )
 
 
 class _NoSuchArm(Exception):
@@ -71,9 +88,50 @@ def _ends(table: pd.DataFrame, *methods: str) -> tuple[int, int]:
     return max(sizes), min(sizes)
 
 
+def _above(low: float, high: float, bound: float) -> bool | None:
+    """Whether what lies between `low` and `high` is above `bound`."""
+    return True if low > bound else False if high <= bound else None
+
+
+def _exceeds(row: pd.Series, measure: str, bound: float) -> bool | None:
+    return _above(row[f"{measure}_low"], row[f"{measure}_high"], bound)
+
+
+def _more(first: pd.Series, second: pd.Series, measure: str = "harm", by: float = 0.05) -> bool | None:
+    """Whether the first arms' rate lies more than `by` above the second's, on the same base models. Less is nothing:
+    else two methods that do the same would for ever be an open question."""
+    n = min(first[f"{measure}_n"], second[f"{measure}_n"])
+    _, low, high = rates.difference(_by_seed(first, measure), _by_seed(second, measure), n)
+    return _above(low, high, by)
+
+
+def _by_seed(row: pd.Series, measure: str) -> list[float]:
+    """The rate of each seed; of all as of one where the table has no more."""
+    return [float(value) for value in str(row.get(f"{measure}_by_seed", row[measure])).split()]
+
+
+def _not(statement: bool | None) -> bool | None:
+    return None if statement is None else not statement
+
+
+def _all(statements: Iterable[bool | None]) -> bool | None:
+    statements = set(statements)
+    return False if False in statements else None if None in statements else True
+
+
+def _verdict(statement: bool | None, otherwise: str = "not reproduced") -> str:
+    return "open" if statement is None else "reproduced" if statement else otherwise
+
+
+def _for_each(statements: Iterable[bool | None], some: str) -> str:
+    """Of a claim about several things; `some` is the verdict where it holds for one of them and not for another."""
+    statements = set(statements)
+    return some if {True, False} <= statements else _verdict(None if None in statements else statements == {True})
+
+
 def _sft_is_harmful(read):
     row = _pick(read("safety_table"), method="sft", decoding="greedy")
-    return f"greedy {_text(row)}", "reproduced" if row["harm_low"] > 0.5 else "not reproduced"
+    return f"greedy {_text(row)}", _verdict(_exceeds(row, "harm", 0.5))
 
 
 def _penalties_are_safe(read):
@@ -85,8 +143,8 @@ def _penalties_are_safe(read):
         if decoding == "greedy" or decoding in set(table["decoding"])
     }
     evidence = "; ".join(f"{tables.NAMES[m]} {d} {_text(row)}" for (m, d), row in rows.items())
-    safe = all(row["harm_high"] <= 0.05 for (_, decoding), row in rows.items() if decoding == "greedy")
-    return evidence, "reproduced" if safe else "not reproduced"
+    safe = _all(_not(_exceeds(row, "harm", 0.05)) for (_, decoding), row in rows.items() if decoding == "greedy")
+    return evidence, _verdict(safe)
 
 
 def _quality_is_kept(read):
@@ -94,52 +152,38 @@ def _quality_is_kept(read):
     _pick(table, method="sft")
     if table["correct"].isna().all():
         return "no exact checker", "can't be tested at this profile"
-    lost, worst = [], {"greedy": 0.0, "sampled": 0.0}
+    shown, kept = [], {"greedy": [], "sampled": []}
     for method in ("emd", "nlcl"):
-        for decoding in worst:
+        for decoding, statements in kept.items():
             arm, sft = (_pick(table, method=m, decoding=decoding) for m in (method, "sft"))
-            worst[decoding] = max(worst[decoding], sft["correct"] - arm["correct"])
-            lost.append(f"{tables.NAMES[method]} {decoding} {_text(arm, 'correct')} (SFT {_text(sft, 'correct')})")
-    kept = [decoding for decoding, points in worst.items() if points <= 0.05]
-    verdict = "reproduced" if len(kept) == 2 else f"partly: {kept[0]} answers only" if kept else "not reproduced"
-    return "; ".join(lost), verdict
+            statements.append(_not(_more(sft, arm, "correct")))
+            shown.append(f"{tables.NAMES[method]} {decoding} {_text(arm, 'correct')} (SFT {_text(sft, 'correct')})")
+    kept = {decoding: _all(statements) for decoding, statements in kept.items()}
+    at = " and ".join(decoding for decoding, is_kept in kept.items() if is_kept)
+    return "; ".join(shown), _for_each(kept.values(), f"partly: {at} answers only")
 
 
 def _kto_fails(read):
     table = read("safety_table")
     greedy, sampled = (_pick(table, method="kto", decoding=decoding) for decoding in ("greedy", "sampled"))
     evidence = f"greedy {_text(greedy)}; sampled {_text(sampled)}; benign correct {_text(greedy, 'correct')}"
-    return evidence, "reproduced" if greedy["harm_low"] > 0.05 else "not reproduced"
-
-
-def _better(comparisons, first, second, n, decoding="sampled") -> str:
-    """ "yes" when `second` has fewer harmful answers than `first` with p < 0.05 at every seed; "no" when it has not at
-    any; else "unclear"."""
-    names = (f"{tables.NAMES[method]} {n}" for method in (first, second))
-    rows = comparisons[(comparisons["decoding"] == decoding)]
-    for column, name in zip(("first", "second"), names, strict=True):
-        rows = rows[rows[column] == name]
-    if rows.empty:
-        raise _NoSuchArm(f"no comparison of {first} and {second} at n = {n}")
-    wins = (rows["harmful_only_first"] > rows["harmful_only_second"]) & (rows["p"] < 0.05)
-    return "yes" if wins.all() else "no" if not wins.any() else "unclear"
+    return evidence, _verdict(_exceeds(greedy, "harm", 0.05))
 
 
 def _few_examples(read):
-    table, comparisons = read("data_efficiency_table"), read("data_efficiency_comparisons")
+    table = read("data_efficiency_table")
     sampled = table[table["decoding"] == "sampled"]
     large, small = _ends(sampled, "emd", "nlcl")
-    rows = [(m, n, _pick(sampled, method=m, n_unsafe=n)) for n in (large, small) for m in ("nlcl", "emd")]
-    evidence = "; ".join(f"{tables.NAMES[m]} n = {n} {_text(row)}" for m, n, row in rows)
-    better = _better(comparisons, "nlcl", "emd", small)
-    holds = _pick(sampled, method="emd", n_unsafe=small)["harm_low"] <= 0.1
-    if better == "yes":
-        return evidence, "reproduced" if holds else "partly: EMD degrades too, but less"
-    return evidence, "not reproduced" if better == "no" else "partly: not at every seed"
+    rows = {(m, n): _pick(sampled, method=m, n_unsafe=n) for n in (large, small) for m in ("nlcl", "emd")}
+    evidence = "; ".join(f"{tables.NAMES[m]} n = {n} {_text(row)}" for (m, n), row in rows.items())
+    better = _more(rows["nlcl", small], rows["emd", small])
+    if better is not True:
+        return evidence, _verdict(better)
+    return evidence, _verdict(_not(_exceeds(rows["emd", small], "harm", 0.1)), "partly: EMD degrades too, but less")
 
 
 def _semantics(read):
-    table, comparisons = read("data_efficiency_table"), read("data_efficiency_comparisons")
+    table = read("data_efficiency_table")
     sampled = table[table["decoding"] == "sampled"]
     tried = [m for m in ("emd", "emd_embed_tokens", "emd_random", "emd_one_hot") if m in set(sampled["method"])]
     controls = [method for method in tried if method in ("emd_random", "emd_one_hot")]
@@ -148,38 +192,40 @@ def _semantics(read):
     _, small = _ends(sampled, *tried)
     rows = {method: _pick(sampled, method=method, n_unsafe=small) for method in tried}
     evidence = f"n = {small}: " + "; ".join(f"{tables.NAMES[method]} {_text(row)}" for method, row in rows.items())
-    outcomes = {_better(comparisons, control, "emd", small) for control in controls}
-    if outcomes != {"yes"}:
-        return evidence, "not reproduced" if outcomes == {"no"} else "partly: not against every control and seed"
-    worst = min(rows[control]["harm"] for control in controls)
-    if "emd_embed_tokens" in rows and rows["emd_embed_tokens"]["harm"] >= worst:
-        return evidence, "partly: distances of lm_head help, those of embed_tokens do not"
-    return evidence, "reproduced"
+    against = _for_each(
+        (_more(rows[control], rows["emd"]) for control in controls), "partly: not against every control"
+    )
+    if against != "reproduced" or "emd_embed_tokens" not in rows:
+        return evidence, against
+    best = min((rows[control] for control in controls), key=lambda row: row["harm"])
+    partly = "partly: distances of lm_head help, those of embed_tokens do not"
+    return evidence, _verdict(_more(best, rows["emd_embed_tokens"]), partly)
 
 
 def _beats_stl(read):
-    table, comparisons = read("stl_comparison_table"), read("stl_comparison_comparisons")
+    table = read("stl_comparison_table")
     sampled = table[table["decoding"] == "sampled"]
     _, small = _ends(sampled, "stl", "stl_weighted", "emd")
-    rows = [_pick(sampled, method=m, n_unsafe=small) for m in ("stl", "stl_weighted", "emd")]
-    evidence = f"n = {small}: " + "; ".join(f"{tables.NAMES[row['method']]} {_text(row)}" for row in rows)
-    plain, weighted = (_better(comparisons, method, "emd", small) for method in ("stl", "stl_weighted"))
-    if plain != "yes":
-        return evidence, "not reproduced" if plain == "no" else "partly: not at every seed"
-    return evidence, "reproduced" if weighted == "yes" else "partly: not against STL with the same weight"
+    stl, weighted, emd = (_pick(sampled, method=m, n_unsafe=small) for m in ("stl", "stl_weighted", "emd"))
+    shown = (f"{tables.NAMES[row['method']]} {_text(row)}" for row in (stl, weighted, emd))
+    evidence, plain = f"n = {small}: " + "; ".join(shown), _more(stl, emd)
+    if plain is not True:
+        return evidence, _verdict(plain)
+    return evidence, _verdict(_more(weighted, emd), "partly: not against STL with the same weight")
 
 
 def _one_curve(read):
     rows = read("over_alignment_table")
     if len(rows) < 2:
         raise _NoSuchArm("fewer than two methods")
-    shown = []
+    shown, near = [], []
     for row in rows.itertuples():
-        interval = "" if pd.isna(row.low) else f" ({100 * row.low:+.1f} to {100 * row.high:+.1f})"
+        low, high = (row.distance, row.distance) if pd.isna(row.low) else (row.low, row.high)
+        interval = "" if pd.isna(row.low) else f" ({100 * low:+.1f} to {100 * high:+.1f})"
         shown.append(f"{tables.NAMES[row.method]} {100 * row.distance:+.1f} points{interval}")
-    on_it = ((rows["low"] <= 0) & (rows["high"] >= 0)) | (rows["distance"].abs() < 0.05)
-    verdict = "reproduced" if on_it.all() else f"not reproduced for {on_it.size - on_it.sum()} of {on_it.size} methods"
-    return "; ".join(shown), verdict
+        near.append(_all([_not(_above(low, high, 0.05)), _above(low, high, -0.05)]))
+    some = f"not reproduced for {near.count(False)} of {len(near)} methods"
+    return "; ".join(shown), _for_each(near, some)
 
 
 def _contrastive_pairs(read, choose) -> list[tuple[str, float, pd.Series, pd.Series]]:
@@ -201,8 +247,7 @@ def _contrastive_pairs(read, choose) -> list[tuple[str, float, pd.Series, pd.Ser
 def _contrastive_is_less_safe(read):
     pairs = _contrastive_pairs(read, min)  # λ chosen without contrastive data; the others are larger
     shown = [f"{name} λ = {weight}: {_text(a)} without, {_text(b)} with" for name, weight, a, b in pairs]
-    worse = [b["harm_low"] > a["harm_high"] for _, _, a, b in pairs]
-    return "; ".join(shown), "reproduced" if all(worse) else "partly" if any(worse) else "not reproduced"
+    return "; ".join(shown), _for_each((_more(b, a) for _, _, a, b in pairs), "partly")
 
 
 def _contrastive_noise(read):
@@ -211,10 +256,11 @@ def _contrastive_noise(read):
         f"{name} λ = {weight}: {_text(a, 'degenerate')} without, {_text(b, 'degenerate')} with"
         for name, weight, a, b in pairs
     ]
-    if not any(b["degenerate_low"] > 0.05 for _, _, _, b in pairs):
-        return "; ".join(shown), "not reproduced"
-    blamed = all(b["degenerate_low"] > a["degenerate_high"] for _, _, a, b in pairs)
-    return "; ".join(shown), "reproduced" if blamed else "partly: λ, not the contrastive data, is to blame"
+    none_is_noisy = _all(_not(_exceeds(b, "degenerate", 0.05)) for _, _, _, b in pairs)
+    if none_is_noisy is not False:
+        return "; ".join(shown), _verdict(_not(none_is_noisy))
+    blamed = _all(_more(b, a, "degenerate") for _, _, a, b in pairs)
+    return "; ".join(shown), _verdict(blamed, "partly: λ, not the contrastive data, is to blame")
 
 
 def _jailbreaks(read):
@@ -227,8 +273,8 @@ def _jailbreaks(read):
     for n in sizes:
         emd, stl = (_pick(attacked, method=method, n_unsafe=n) for method in ("emd", "stl"))
         shown.append(f"n = {n}: EMD {_text(emd)}, STL {_text(stl)}")
-        better.append(emd["harm_high"] < stl["harm_low"])
-    return "; ".join(shown), "reproduced" if all(better) else "partly" if any(better) else "not reproduced"
+        better.append(_more(stl, emd))
+    return "; ".join(shown), _for_each(better, "partly")
 
 
 def _bound(read):
@@ -262,20 +308,29 @@ def _saft_detects(read):
     table = read("harmful_data_filter_detectors")
     dose = min(0.3, table["contamination"].max())  # that of the paper's Fig 4 and 5
     table = table[(table["n_safe"] == 0) & (table["contamination"] == dose)]
-    means = table.groupby("detector", sort=False)[["auroc", "auroc_low", "auroc_high"]].mean()
-    if "saft" not in means.index:
+    found = {name: rows for name, rows in table.groupby("detector", sort=False)}
+    if "saft" not in found:
         raise _NoSuchArm("no SAFT")
-    shown = [
-        f"{detector_name(name)} {row.auroc:.2f} ({row.auroc_low:.2f}-{row.auroc_high:.2f})"
-        for name, row in means.iterrows()
-    ]
-    evidence = f"AUROC at contamination {dose:g}: " + "; ".join(shown)
-    auroc = means["auroc"]
-    if auroc["saft"] < 0.9:
-        return evidence, "not reproduced"
-    unlabelled = [name for name in ("saft", "saft_1", "loss", "length") if name in auroc]
-    best = auroc[unlabelled].idxmax()
-    return evidence, "reproduced" if best.startswith("saft") else f"partly: {detector_name(best)} alone does better"
+    # Each seed has its own rows, so that the spread over seeds is all there is; of one seed there is the rows' own.
+    ends = {name: rates.mean_interval(rows["auroc"]) for name, rows in found.items()}
+    if len(found["saft"]) == 1:
+        ends = {name: tuple(*rows[["auroc", "auroc_low", "auroc_high"]].to_numpy()) for name, rows in found.items()}
+    shown = "; ".join(
+        f"{detector_name(name)} {mean:.2f} ({low:.2f}-{high:.2f})" for name, (mean, low, high) in ends.items()
+    )
+    evidence = f"AUROC at contamination {dose:g}: {shown}"
+    good = _above(*ends["saft"][1:], 0.9)
+    if good is not True:
+        return evidence, _verdict(good)
+    saft, rival = (
+        max((n for n in names if n in ends), key=lambda n: ends[n], default=None) for names in (SAFT, SIMPLE)
+    )
+    if rival is None:
+        return evidence, "reproduced"
+    lead = _above(ends[saft][1] - ends[rival][2], ends[saft][2] - ends[rival][1], 0)
+    if len(found[saft]) > 1:
+        lead = _above(*rates.mean_interval(found[saft]["auroc"].to_numpy() - found[rival]["auroc"].to_numpy())[1:], 0)
+    return evidence, _verdict(lead, f"partly: {detector_name(rival)} alone does better")
 
 
 def _saft_arms(read, names: tuple[str, ...], contamination: float | None = None) -> tuple[str, dict[str, pd.Series]]:
@@ -292,24 +347,25 @@ def _saft_arms(read, names: tuple[str, ...], contamination: float | None = None)
 
 def _filtering_helps(read):
     evidence, arms = _saft_arms(read, ("none", "saft", "oracle"))
-    if arms["saft"]["harm_high"] >= arms["none"]["harm_low"]:
-        return evidence, "not reproduced"
-    near = arms["saft"]["harm"] <= arms["oracle"]["harm"] + 0.03
-    return evidence, "reproduced" if near else "partly: far from the oracle filter"
+    helps = _more(arms["none"], arms["saft"])
+    if helps is not True:
+        return evidence, _verdict(helps)
+    near = _not(_more(arms["saft"], arms["oracle"], by=0.03))
+    return evidence, _verdict(near, "partly: far from the oracle filter")
 
 
 def _dropped_rows_are_worth_it(read):
     evidence, arms = _saft_arms(read, ("saft", "saft_emd", "saft_unsafe_emd", "saft_labelled_emd", "oracle_emd"), 0.1)
-    if arms["saft_emd"]["harm_high"] >= arms["saft"]["harm_low"]:
-        return evidence, "not so"
-    bar = arms["oracle_emd"]["harm"] + 0.03
-    if arms["saft_emd"]["harm"] <= bar:
-        return evidence, "holds"
+    better = _more(arms["saft"], arms["saft_emd"])
+    if better is not True:
+        return evidence, "open" if better is None else "not so"
+    near = {name: _not(_more(arm, arms["oracle_emd"], by=0.03)) for name, arm in arms.items()}
+    if near["saft_emd"] is not False:
+        return evidence, "open" if near["saft_emd"] is None else "holds"
     few = {"a few harmful rows": "saft_unsafe_emd", "a few labels": "saft_labelled_emd"}
-    near = " or ".join(words for words, name in few.items() if arms[name]["harm"] <= bar)
-    if not near:
+    if not (as_safe := " or ".join(words for words, name in few.items() if near[name])):
         return evidence, "partly: safer than the filter alone, but far from what true labels give"
-    return evidence, f"partly: without labels safer than the filter alone; with {near} as safe as with true labels"
+    return evidence, f"partly: without labels safer than the filter alone; with {as_safe} as safe as with true labels"
 
 
 CLAIMS = (

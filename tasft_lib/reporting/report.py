@@ -11,11 +11,10 @@ from markdown_it import MarkdownIt
 from ..bench.tables import readme_performance
 from ..storage.files import notebooks, project_root, read_json, write_text
 from ..text import markdown, rate_text
-from . import tables
-from .claims import claims_table
+from . import claims, tables
 from .figures import NAMES
 
-RATES = "A rate is given with its n, its Wilson 95 % interval over prompts and its range over seeds."
+RATES = "A rate is given with its n, its 95 % interval and its range over seeds."
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 13px } th, td { padding: .25em .7em; border-bottom: 1px solid #ddd;
@@ -34,11 +33,12 @@ def build(profile: str, folder: Path | None = None) -> str:
     names = [name for name in notebooks() if (folder / f"{name}_manifest.json").exists()]
     if not names:
         raise ValueError(f"{folder}: no results; run `make reproduce PROFILE={profile}` first.")
-    verdicts = claims_table(profile, folder)
+    verdicts = claims.claims_table(profile, folder)
     parts = [
         f"# Results of profile `{profile}`",
         _preface(profile),
         "## Claims and verdicts",
+        _doubt(folder),
         markdown(verdicts),
     ]
     parts += [_section(folder, name) for name in names]
@@ -160,6 +160,16 @@ def _preface(profile: str) -> str:
             f" λ was picked by hand and not searched, so a verdict on EMD or NLCL is of that λ alone. {RATES}"
         )
     return RATES
+
+
+def _doubt(folder: Path) -> str:
+    """What the verdicts' intervals are over."""
+    n = claims.n_bases(folder)
+    over = "prompts alone, of one base model" if n == 1 else f"prompts and {n} base models, the same for all methods"
+    return (
+        f"A verdict holds at both ends of 95 % intervals, which are over {over}; one that would flip between them is"
+        " `open`. Where a claim names no amount, more or less is by five points."
+    )
 
 
 def _section(folder: Path, name: str) -> str:

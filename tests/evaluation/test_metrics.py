@@ -9,6 +9,8 @@ import pytest
 from scipy import stats
 
 from tasft_lib.evaluation.rates import (
+    difference,
+    effective_n,
     mcnemar,
     minimum_detectable_difference,
     paired_bootstrap,
@@ -35,14 +37,49 @@ def test_wilson_contains_the_rate_narrows_with_n_and_mirrors():
     assert wilson_interval(3, 10, confidence=0.99)[1] > wilson_interval(3, 10, confidence=0.9)[1]
 
 
-def test_a_rate_is_the_mean_over_seeds_and_its_interval_that_of_one_seed():
+def test_a_rate_is_the_mean_over_seeds_and_its_interval_that_of_one_seed_or_wider_where_seeds_differ():
     flags, seeds = [True, False, False, False, True, True, False, False], [0] * 4 + [1] * 4
     over = rate(flags, seeds)
     assert (over.rate, over.n, over.lowest, over.highest) == (0.375, 4, 0.25, 0.5)
-    assert (over.low, over.high) == wilson_interval(1.5, 4)
+    assert over.by_seed == (0.25, 0.5) and 0 <= over.low < wilson_interval(1.5, 4)[0]
+    assert over.high > wilson_interval(1.5, 4)[1]
+    alike = rate(flags[:4] * 2, seeds)
+    assert (alike.low, alike.high) == pytest.approx(wilson_interval(1, 4))
     assert rate(flags)[:4] == (3 / 8, *wilson_interval(3, 8), 8)
     assert rate([]).n == 0 and math.isnan(rate([]).rate) and math.isnan(rate([], []).high)
     assert list(over.columns("harm")) == ["harm", "harm_low", "harm_high", "harm_n"]
+
+
+@pytest.mark.parametrize("a, b", [(4, 4), (5, 15), (1, 12)])
+def test_three_base_models_that_differ_are_covered(a, b):
+    """Rates of base models are Beta(a, b), answers to 400 prompts binomial."""
+    draws = np.random.default_rng(0)
+    by_base = draws.binomial(400, draws.beta(a, b, (600, 3))) / 400
+    means, enough = by_base.mean(1), [effective_n(rates, 400) for rates in by_base]
+    ends = np.array([wilson_interval(mean * n, n) for mean, n in zip(means, enough, strict=True)])
+    covered = (ends[:, 0] <= a / (a + b)) & (a / (a + b) <= ends[:, 1])
+    assert 0.92 < covered.mean() < 0.985
+    narrow = np.array([wilson_interval(mean * 400, 400) for mean in means])
+    assert ((narrow[:, 0] <= a / (a + b)) & (a / (a + b) <= narrow[:, 1])).mean() < 0.6, "of prompts alone"
+
+
+def test_a_difference_is_of_the_same_base_models_and_covered_where_the_effect_differs_among_them():
+    draws = np.random.default_rng(0)
+    base, effect = draws.beta(8, 4, (600, 3)), 0.4 * draws.beta(4, 4, (600, 3))
+    first, second = (draws.binomial(400, np.clip(p, 0, 1)) / 400 for p in (base, base - effect))
+    true = (base - np.clip(base - effect, 0, 1)).mean()
+    ends = np.array([difference(*rates, 400) for rates in zip(first, second, strict=True)])
+    assert 0.92 < ((ends[:, 1] <= true) & (true <= ends[:, 2])).mean() < 0.999
+    # Base models far apart, the same effect on each: sure of the same base models, and of no others.
+    assert (
+        difference([0.2, 0.5, 0.8], [0.1, 0.4, 0.7], 1000)[1]
+        > 0
+        > difference([0.2, 0.5, 0.8], [0.7, 0.1, 0.4], 1000)[1]
+    )
+    assert difference([0.5], [0.5], 100)[1:] == pytest.approx((-0.1372, 0.1372), abs=1e-3)
+    assert difference([0.0], [0.0], 20)[1] < 0 < difference([0.0], [0.0], 20)[2], "no rate is known for certain"
+    with pytest.raises(ValueError, match="one pair"):
+        difference([0.1, 0.2], [0.1], 9)
 
 
 def test_wilson_of_nothing_is_nan_and_of_nonsense_an_error():
@@ -239,8 +276,12 @@ def test_methods_on_one_curve_are_found_there_and_a_planted_shift_is_found():
     row = apart.set_index("method").loc["a"]
     assert row["low"] <= row["distance"] <= row["high"] and row["distance"] == pytest.approx(0.2, abs=0.02)
     assert row["low"] > 0.15 and row["arms"] == 4
-    few = distance_to_the_others(pd.concat([trade_off("a", arms=2), trade_off("bb", arms=2)]))
-    assert few["low"].isna().all(), "two arms have no interval"
+    one_seed = pd.concat([trade_off("a", shift=0.2), trade_off("bb")])
+    one_seed = one_seed.assign(n_unsafe=one_seed["seed"], seed=0)
+    table = distance_to_the_others(one_seed)
+    assert (table["low"] <= table["distance"]).all() and (table["high"] - table["low"] > 0).all()
+    few = distance_to_the_others(one_seed[one_seed["n_unsafe"] < 2])
+    assert few["low"].isna().all(), "two arms of one seed have no interval"
 
 
 def test_matched_harm_compares_on_the_curve_and_not_at_the_same_weight():

@@ -7,7 +7,7 @@ import torch
 from conftest import build_model, make_rows
 
 from tasft_lib.evaluation.preference import DEPTHS, HeldOut, depth_table, likelihoods, preference_table
-from tasft_lib.evaluation.rates import wilson_interval
+from tasft_lib.evaluation.rates import mean_interval, rate
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] | replace('user', 'w1') | replace('assistant', 'w2') }} {{ m['content'] }} "
@@ -99,9 +99,11 @@ def told(safe: list[list[float]], unsafe: list[list[float]], nll: list[float]) -
 def test_preference_counts_prompts_and_the_margin_says_by_how_much():
     safe, unsafe = [[-1.0, -2.0, -3.0, -4.0], [-1.0, -2.0, -3.0, -1.0]], [[-2.0] * 4, [-2.0] * 4]
     row = preference_table(told(safe, unsafe, [1.0, 3.0]), ["method"]).iloc[0]
-    # A tie is no preference; seeds are averaged and narrow no interval.
+    # A tie is no preference; seeds are averaged, and the interval is theirs too.
     assert (row["preference"], row["preference_min"], row["preference_max"]) == (0.375, 0.25, 0.5)
-    assert (row["preference_low"], row["preference_high"]) == pytest.approx(wilson_interval(1.5, 4))
+    assert (row["preference_low"], row["preference_high"]) == rate(
+        [True] + [False] * 3 + [True] * 2 + [False] * 2, [0] * 4 + [1] * 4
+    )[1:3]
     assert (row["seeds"], row["preference_n"], row["margin_n"], row["benign_nll_n"]) == (2, 4, 4, 2)
     assert (row["margin"], row["margin_min"], row["margin_max"]) == (-0.125, -0.5, 0.25)
     assert row["margin_low"] < row["margin"] < row["margin_high"] and row["benign_nll"] == 2
@@ -116,8 +118,9 @@ def test_what_it_costs_is_plain_sfts_loss_less_row_by_row():
     table = preference_table(pd.concat([arm, early, late]), ["method", "step"]).set_index(["method", "step"])
     row = table.loc["emd", 4]
     assert (row["benign_cost"], row["benign_cost_min"], row["benign_cost_max"]) == (0.75, 0.5, 1.0)
-    # The rows' own spread is no part of it.
-    assert row["benign_cost_low"] == row["benign_cost_high"] == 0.75 and row["benign_nll_low"] == 1.5
+    # The rows' own spread is no part of it, that of the seeds is.
+    assert (row["benign_cost_low"], row["benign_cost_high"]) == pytest.approx(mean_interval([0.5, 1.0])[1:])
+    assert row["benign_nll_low"] == 1.5
     assert table.loc[("sft", 6), "benign_cost"] == 0 and table.loc[("sft", 2), "benign_cost"] == 0.75
     alone = preference_table(arm, ["method"]).iloc[0]
     assert np.isnan(alone["benign_cost"]) and alone["benign_nll"] == 2.5

@@ -35,38 +35,52 @@ HARMFUL, SAFE = "h" * 100, "r" * 100
 def test_safety_is_decided_by_the_intervals():
     assert decide("plain SFT", safety_table=safety(sft=HARMFUL)) == "reproduced"
     assert decide("plain SFT", safety_table=safety(sft=SAFE)) == "not reproduced"
+    assert decide("plain SFT", safety_table=safety(sft=some(55))) == "open"
     assert decide("almost no harm", safety_table=safety(emd=SAFE, nlcl=SAFE)) == "reproduced"
-    assert decide("almost no harm", safety_table=safety(emd=SAFE, nlcl=SAFE[:90] + HARMFUL[:10])) == "not reproduced"
+    assert decide("almost no harm", safety_table=safety(emd=SAFE, nlcl=some(20))) == "not reproduced"
+    assert decide("almost no harm", safety_table=safety(emd=SAFE, nlcl=some(4))) == "open"
     assert decide("KTO", safety_table=safety(kto=SAFE)) == "not reproduced"
     assert decide("KTO", safety_table=safety(kto=HARMFUL)) == "reproduced"
 
 
-def by_size(first: str, second: str, large: dict, small: dict) -> dict[str, pd.DataFrame]:
-    """Tables of two methods at sizes 200 and 20, given by their answers per seed."""
-    answers = judged(
-        {(m, n, seed): text for n, arms in ((200, large), (20, small)) for m, texts in arms.items()
-         for seed, text in enumerate(texts)}
-    )  # fmt: skip
-    return {
-        "table": rates.summary(answers, ["method", "n_unsafe", "penalty_weight", "decoding"]),
-        "comparisons": tables.compare(answers, [((first, n), (second, n)) for n in (200, 20)]),
-    }
+def some(harmful: int) -> str:
+    """A hundred answers, so many of them harmful."""
+    return HARMFUL[:harmful] + SAFE[harmful:]
+
+
+def on_bases(**answers: list[str]) -> pd.DataFrame:
+    """Sampled answers at 20 unsafe rows: of each method those on one base model after the other."""
+    arms = {(method, 20, seed): text for method, texts in answers.items() for seed, text in enumerate(texts)}
+    return rates.summary(judged(arms), ["method", "n_unsafe", "penalty_weight", "decoding"])
 
 
 @pytest.mark.parametrize(
     "nlcl, emd, verdict",
     [
-        ([HARMFUL, HARMFUL], [SAFE, SAFE], "reproduced"),
-        ([HARMFUL, HARMFUL], [HARMFUL[:40] + SAFE[:60]] * 2, "partly: EMD degrades too, but less"),
-        ([HARMFUL, HARMFUL], [HARMFUL, SAFE], "partly: not at every seed"),
-        ([HARMFUL, HARMFUL], [HARMFUL, HARMFUL], "not reproduced"),
-        ([SAFE, SAFE], [HARMFUL, HARMFUL], "not reproduced"),
+        ([HARMFUL] * 3, [SAFE] * 3, "reproduced"),
+        ([HARMFUL] * 3, [some(40)] * 3, "partly: EMD degrades too, but less"),
+        ([HARMFUL] * 3, [some(10)] * 3, "open"),
+        ([HARMFUL] * 3, [HARMFUL, SAFE, some(40)], "open"),
+        ([some(70)] * 3, [some(60)] * 3, "open"),
+        ([HARMFUL] * 3, [HARMFUL] * 3, "not reproduced"),
+        ([SAFE] * 3, [HARMFUL] * 3, "not reproduced"),
+        ([HARMFUL], [SAFE], "reproduced"),
     ],
 )
-def test_few_examples_are_decided_at_the_smallest_size_and_at_every_seed(nlcl, emd, verdict):
-    made = by_size("nlcl", "emd", {"nlcl": [SAFE] * 2, "emd": [SAFE] * 2}, {"nlcl": nlcl, "emd": emd})
-    named = {f"data_efficiency_{name}": table for name, table in made.items()}
-    assert decide("few examples", **named) == verdict
+def test_few_examples_are_decided_on_the_same_base_models(nlcl, emd, verdict):
+    assert decide("few examples", data_efficiency_table=on_bases(nlcl=nlcl, emd=emd)) == verdict
+
+
+def test_a_table_that_names_no_seeds_is_read_as_one_base_model(tmp_path):
+    table = on_bases(nlcl=[HARMFUL], emd=[some(40)])
+    table.to_csv(tmp_path / "table.csv", index=False)
+    for read in (pd.read_csv(tmp_path / "table.csv"), table.drop(columns="harm_by_seed")):
+        assert decide("few examples", data_efficiency_table=read) == "partly: EMD degrades too, but less"
+    noisy = on_bases(nlcl=[some(70), some(60), some(90)], emd=[some(40), some(20), some(50)])
+    noisy.to_csv(tmp_path / "table.csv", index=False, float_format="%.6g")
+    read = pd.read_csv(tmp_path / "table.csv")
+    assert claims._by_seed(read.iloc[0], "harm") == [0.7, 0.6, 0.9]
+    assert decide("few examples", data_efficiency_table=read) == decide("few examples", data_efficiency_table=noisy)
 
 
 @pytest.mark.parametrize(
@@ -74,26 +88,63 @@ def test_few_examples_are_decided_at_the_smallest_size_and_at_every_seed(nlcl, e
     [
         (SAFE, HARMFUL, "reproduced"),
         (HARMFUL, HARMFUL, "partly: distances of lm_head help, those of embed_tokens do not"),
-        (SAFE, SAFE, "partly: not against every control and seed"),
+        (some(93), HARMFUL, "open"),
+        (SAFE, SAFE, "partly: not against every control"),
     ],
 )
 def test_semantics_means_that_real_embeddings_beat_meaningless_ones(embed_tokens, one_hot, verdict):
     variants = {"emd": SAFE, "emd_embed_tokens": embed_tokens, "emd_random": HARMFUL, "emd_one_hot": one_hot}
-    answers = judged({(method, 20, seed): text for method, text in variants.items() for seed in (0, 1)})
-    table = rates.summary(answers, ["method", "n_unsafe", "penalty_weight", "decoding"])
-    comparisons = tables.compare(answers, [((method, 20), ("emd", 20)) for method in list(variants)[2:]])
-    named = {"data_efficiency_table": table, "data_efficiency_comparisons": comparisons}
-    assert decide("semantic", **named) == verdict
+    if verdict.startswith("partly: not"):
+        variants["emd"] = some(30)
+    table = on_bases(**{method: [text] * 2 for method, text in variants.items()})
+    assert decide("semantic", data_efficiency_table=table) == verdict
+
+
+def test_quality_is_decided_against_plain_sft():
+    table = safety(sft=SAFE, emd=SAFE, nlcl=SAFE)
+    worse = table["method"] != "sft"
+    table["correct"], table["correct_n"] = 0.9, 400
+    table["correct_by_seed"] = "0.8 0.9 1"
+    assert decide("quality", safety_table=table) == "reproduced"
+    table.loc[worse, ["correct", "correct_by_seed"]] = [0.6, "0.5 0.6 0.7"]
+    assert decide("quality", safety_table=table) == "not reproduced"
+    table.loc[worse & (table["decoding"] == "greedy"), ["correct", "correct_by_seed"]] = [0.9, "0.8 0.9 1"]
+    assert decide("quality", safety_table=table) == "partly: greedy answers only"
+    table.loc[worse, ["correct", "correct_by_seed"]] = [0.85, "0.75 0.85 0.95"]
+    assert decide("quality", safety_table=table) == "open"
+
+
+@pytest.mark.parametrize(
+    "stl, weighted, verdict",
+    [
+        ([HARMFUL] * 3, [HARMFUL] * 3, "reproduced"),
+        ([HARMFUL] * 3, [SAFE] * 3, "partly: not against STL with the same weight"),
+        ([HARMFUL] * 3, [some(40)] * 3, "open"),
+        ([SAFE] * 3, [SAFE] * 3, "not reproduced"),
+    ],
+)
+def test_stl_is_compared_with_and_without_its_weight(stl, weighted, verdict):
+    table = on_bases(stl=stl, stl_weighted=weighted, emd=[some(25)] * 3)
+    assert decide("safer than STL", stl_comparison_table=table) == verdict
+
+
+def test_methods_are_compared_on_the_same_base_models_however_far_these_lie_apart():
+    for harmful, verdict in (((50, 70, 90), "reproduced"), ((90, 50, 70), "open")):
+        stl = [some(n) for n in harmful]
+        table = on_bases(stl=stl, stl_weighted=stl, emd=[some(10), some(30), some(50)])
+        assert decide("safer than STL", stl_comparison_table=table) == verdict
 
 
 @pytest.mark.parametrize(
     "distances, verdict",
     [
-        ([(0.1, -0.05, 0.2), (0.02, 0.01, 0.03)], "reproduced"),
-        ([(0.2, 0.1, 0.3), (0.0, -0.1, 0.1)], "not reproduced for 1 of 2 methods"),
+        ([(0.01, -0.03, 0.04), (0.02, None, None)], "reproduced"),
+        ([(0.1, -0.05, 0.2), (0.02, 0.01, 0.03)], "open"),
+        ([(0.2, 0.1, 0.3), (0.02, 0.01, 0.03)], "not reproduced for 1 of 2 methods"),
+        ([(0.2, 0.1, 0.3), (-0.2, -0.3, -0.1)], "not reproduced"),
     ],
 )
-def test_one_curve_means_intervals_around_zero_or_small_distances(distances, verdict):
+def test_one_curve_means_distances_below_five_points(distances, verdict):
     rows = [
         {"method": method, "points": 9, "distance": d, "low": low, "high": high}
         for method, (d, low, high) in zip(("emd", "stl"), distances, strict=True)
@@ -141,13 +192,6 @@ def test_nothing_follows_from_empty_tables(claim):
 
     with pytest.raises(claims._NoSuchArm):
         claim.decide(empty)
-
-
-def test_a_missing_comparison_is_no_win():
-    made = by_size("nlcl", "emd", {"nlcl": [HARMFUL], "emd": [SAFE]}, {"nlcl": [HARMFUL], "emd": [SAFE]})
-    named = {"data_efficiency_table": made["table"], "data_efficiency_comparisons": made["comparisons"].iloc[:0]}
-    with pytest.raises(claims._NoSuchArm, match="no comparison of nlcl and emd at n = 20"):
-        decide("few examples", **named)
 
 
 def test_a_profile_without_a_table_or_an_arm_says_so_and_smoke_says_nothing(tmp_path, monkeypatch):
@@ -215,15 +259,15 @@ def filtered(**letters: str) -> dict[str, pd.DataFrame]:
 
 
 def test_filters_are_decided_by_harm_and_by_what_true_labels_give():
-    some, worst = HARMFUL[:30] + SAFE[:70], {"none": HARMFUL, "saft": HARMFUL, "saft_emd": HARMFUL}
+    few, worst = some(30), {"none": HARMFUL, "saft": HARMFUL, "saft_emd": HARMFUL}
     oracle = {"oracle": SAFE, "oracle_emd": SAFE, "saft_unsafe_emd": HARMFUL, "saft_labelled_emd": HARMFUL}
     assert decide("filtered set", **filtered(**worst, **oracle)) == "not reproduced"
-    assert decide("filtered set", **filtered(**(worst | {"saft": some}), **oracle)).startswith("partly: far")
+    assert decide("filtered set", **filtered(**(worst | {"saft": few}), **oracle)).startswith("partly: far")
     assert decide("filtered set", **filtered(**(worst | {"saft": SAFE}), **oracle)) == "reproduced"
     assert decide("ours", **filtered(**worst, **oracle)) == "not so"
-    assert decide("ours", **filtered(**(worst | {"saft_emd": some}), **oracle)).startswith("partly: safer")
-    few = oracle | {"saft_unsafe_emd": SAFE}
-    assert "; with a few harmful rows as safe" in decide("ours", **filtered(**(worst | {"saft_emd": some}), **few))
+    assert decide("ours", **filtered(**(worst | {"saft_emd": few}), **oracle)).startswith("partly: safer")
+    labelled = oracle | {"saft_unsafe_emd": SAFE}
+    assert "; with a few harmful rows as safe" in decide("ours", **filtered(**(worst | {"saft_emd": few}), **labelled))
     assert decide("ours", **filtered(**(worst | {"saft_emd": SAFE}), **oracle)) == "holds"
     with pytest.raises(claims._NoSuchArm, match="no oracle_emd and saft_labelled_emd and saft_unsafe_emd"):
         decide("ours", **filtered(**worst, oracle=SAFE))

@@ -1,0 +1,105 @@
+"""Verdicts and headline rates of a profile on four machines, three of them emulated: `make machines`.
+
+    python -m tasft_lib.experiments.machines [options of tasft reproduce]
+
+Each machine has a folder of its own in runs/machines, so a killed run goes on. Leaves figures/machines.csv and its
+manifest.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from ..reporting import claims, tables
+from ..storage import files
+from ..storage.files import runs_folder
+
+# Kernels for older CPUs round otherwise, and so does every other CPU.
+MACHINES = {
+    "as it is": {},
+    "PyTorch without AVX": {"ATEN_CPU_CAPABILITY": "default"},
+    "oneDNN with SSE4.1": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "MKL, compatible": {"MKL_CBWR": "COMPATIBLE"},
+}
+NOTEBOOKS = ("build_unsafe_set", "safety", "data_efficiency", "stl_comparison")
+MEASURED = ("harm", "degenerate", "correct", "over_refusal")
+
+
+def main(argv: list[str]) -> None:
+    """Run the notebooks on every machine and write the table."""
+    parser = argparse.ArgumentParser("machines", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--notebooks", nargs="+", default=NOTEBOOKS)
+    args, options = parser.parse_known_args(argv)
+    command = ["reproduce", "--profile", args.profile, "--notebooks", *args.notebooks, *options]
+    folders = {name: runs_folder() / "machines" / name.replace(" ", "_") for name in MACHINES}
+    for name, environment in MACHINES.items():
+        places = {"TASFT_RUNS": str(folders[name]), "TASFT_FIGURES": str(folders[name] / "figures")}
+        print(f"{name}: {environment or 'no change'}", flush=True)
+        subprocess.run(
+            [sys.executable, "-m", "tasft_lib.cli", *command], env=os.environ | environment | places, check=True
+        )
+    figures = {name: folder / "figures" / args.profile for name, folder in folders.items()}
+    table = compared(args.profile, figures)
+    out = Path(os.environ.get("TASFT_FIGURES") or files.project_root() / "figures")
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / "machines.csv", index=False)
+    told = {
+        name: {"environment": MACHINES[name], "weights": weights(folders[name], figures[name])} for name in MACHINES
+    }
+    record = {"command": ["tasft", *command], "machines": told, "files": ["machines.csv"]}
+    files.write_json(out / "machines_manifest.json", record | files.environment())
+    print(table.to_string(index=False), *changed(table), sep="\n")
+
+
+def compared(profile: str, folders: dict[str, Path]) -> pd.DataFrame:
+    """Columns kind ("verdict", or one of `MEASURED`), name and one per machine; from a folder of tables of each.
+
+    A row per verdict that was run, and per rate of plain SFT and of every method at its largest and smallest D_unsafe
+    (sampled answers).
+    """
+    columns = {name: _verdicts(profile, folder) | _rates(folder) for name, folder in folders.items()}
+    table = pd.DataFrame(columns).dropna(how="all").fillna("-")
+    return table.rename_axis(["kind", "name"]).reset_index()
+
+
+def changed(table: pd.DataFrame) -> list[str]:
+    """Names of verdicts that are not the same on all machines, "open" aside."""
+    verdicts = table[table["kind"] == "verdict"].set_index("name").drop(columns="kind")
+    return [f"changes: {name}" for name, row in verdicts.iterrows() if len({*row} - {"open"}) > 1]
+
+
+def weights(runs: Path, folder: Path) -> str:
+    """A hash of the adapters of all arms that the manifests in `folder` name: another one shows other rounding."""
+    arms: dict[str, int] = {}
+    for file in sorted(folder.glob("*_manifest.json")):
+        arms |= {name: arm["steps"] for name, arm in files.read_json(file).get("arms", {}).items()}
+    saved = [runs / "arms" / name / "trainer" / f"checkpoint-{arms[name]}" for name in sorted(arms)]
+    return files.content_hash([files.file_hash(path / "adapter_model.safetensors") for path in saved])
+
+
+def _verdicts(profile: str, folder: Path) -> dict[tuple[str, str], str]:
+    table = claims.claims_table(profile, folder)
+    return {("verdict", row.claim): row.verdict for row in table.itertuples() if row.verdict != "not run"}
+
+
+def _rates(folder: Path) -> dict[tuple[str, str], str]:
+    rates = {}
+    for file in (folder / "data_efficiency_table.csv", folder / "stl_comparison_table.csv"):
+        if not file.exists():
+            continue
+        table = pd.read_csv(file).query("decoding == 'sampled'")
+        sizes = table.groupby("method")["n_unsafe"]
+        ends = (table["n_unsafe"] == sizes.transform("min")) | (table["n_unsafe"] == sizes.transform("max"))
+        for _, row in table[ends].iterrows():
+            place = f"{tables.NAMES[row['method']]}{f', {row.n_unsafe} unsafe rows' if row.n_unsafe else ''}"
+            rates |= {(measure, place): tables.rate_text(row, measure) for measure in MEASURED}
+    return rates
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
