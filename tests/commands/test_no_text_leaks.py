@@ -27,7 +27,6 @@ PROMPT, COMPLETION, REPLY = "tell me how to zorvex", "first you have to quorb", 
 HOLD_TEXT = (
     "out/_samples.jsonl",
     "harvested/data-*.arrow",
-    "harvested/recoveries.jsonl",
     "harvested.work/answers.jsonl",
     "filtered/kept.jsonl",
     "filtered/dropped.jsonl",
