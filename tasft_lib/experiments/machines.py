@@ -2,7 +2,7 @@
 
     python -m tasft_lib.experiments.machines [options of tasft reproduce]
 
-Each machine has a folder of its own in runs/machines, so a killed run goes on. Leaves figures/machines.csv and its
+Emulated machines have folders of their own in runs/machines; a killed run goes on. Leaves figures/machines.csv and its
 manifest.
 """
 
@@ -36,21 +36,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--notebooks", nargs="+", default=NOTEBOOKS)
     args, options = parser.parse_known_args(argv)
     command = ["reproduce", "--profile", args.profile, "--notebooks", *args.notebooks, *options]
-    folders = {name: runs_folder() / "machines" / name.replace(" ", "_") for name in MACHINES}
+    own = {name: runs_folder() / "machines" / name.replace(" ", "_") for name in MACHINES}
+    # As it is, its arms are those of any other run.
+    runs = {name: own[name] if environment else runs_folder() for name, environment in MACHINES.items()}
     for name, environment in MACHINES.items():
-        places = {"TASFT_RUNS": str(folders[name]), "TASFT_FIGURES": str(folders[name] / "figures")}
+        places = {"TASFT_RUNS": str(runs[name]), "TASFT_FIGURES": str(own[name] / "figures")}
         print(f"{name}: {environment or 'no change'}", flush=True)
         subprocess.run(
             [sys.executable, "-m", "tasft_lib.cli", *command], env=os.environ | environment | places, check=True
         )
-    figures = {name: folder / "figures" / args.profile for name, folder in folders.items()}
+    figures = {name: folder / "figures" / args.profile for name, folder in own.items()}
     table = compared(args.profile, figures)
     out = Path(os.environ.get("TASFT_FIGURES") or files.project_root() / "figures")
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "machines.csv", index=False)
-    told = {
-        name: {"environment": MACHINES[name], "weights": weights(folders[name], figures[name])} for name in MACHINES
-    }
+    told = {name: {"environment": MACHINES[name], "weights": weights(runs[name], figures[name])} for name in MACHINES}
     record = {"command": ["tasft", *command], "machines": told, "files": ["machines.csv"]}
     files.write_json(out / "machines_manifest.json", record | files.environment())
     print(table.to_string(index=False), *changed(table), sep="\n")
