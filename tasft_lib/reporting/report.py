@@ -15,6 +15,7 @@ from . import claims, tables
 from .figures import NAMES
 
 RATES = "A rate is given with its n, its 95 % interval and its range over seeds."
+MINI_WORLD = ("mini", "smoke", "search")  # profiles
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 13px } th, td { padding: .25em .7em; border-bottom: 1px solid #ddd;
@@ -38,7 +39,7 @@ def build(profile: str, folder: Path | None = None) -> str:
         f"# Results of profile `{profile}`",
         _preface(profile),
         "## Claims and verdicts",
-        _doubt(folder),
+        _doubt(profile, folder),
         markdown(verdicts),
     ]
     parts += [_section(folder, name) for name in names]
@@ -148,7 +149,7 @@ BLOCKS = {
 
 
 def _preface(profile: str) -> str:
-    if profile in ("mini", "smoke", "search"):
+    if profile in MINI_WORLD:
         return (
             "**Mini-world results**: an invented language, a model of 1.2M parameters, an exact judge. They say whether"
             f" the implementation does what the equations say, and are no evidence about 7B models. {RATES}"
@@ -162,10 +163,11 @@ def _preface(profile: str) -> str:
     return RATES
 
 
-def _doubt(folder: Path) -> str:
+def _doubt(profile: str, folder: Path) -> str:
     """What the verdicts' intervals are over."""
     n = claims.n_bases(folder)
-    over = "prompts alone, of one base model" if n == 1 else f"prompts and {n} base models, the same for all methods"
+    several = f"{n} base models, the same for all methods" if profile in MINI_WORLD else f"{n} seeds, of one base model"
+    over = "prompts alone, of one base model" if n == 1 else f"prompts and {several}"
     return (
         f"A verdict holds at both ends of 95 % intervals, which are over {over}; one that would flip between them is"
         " `open`. Where a claim names no amount, more or less is by five points."

@@ -205,6 +205,14 @@ def test_a_profile_without_a_table_or_an_arm_says_so_and_smoke_says_nothing(tmp_
     assert set(claims.claims_table("smoke")["verdict"]) == {"can't be tested at this profile"}
 
 
+def test_a_report_says_what_its_intervals_are_over(tmp_path):
+    safety(sft=HARMFUL).to_csv(tmp_path / "safety_table.csv", index=False)
+    assert "over prompts alone, of one base model;" in report._doubt("pocket", tmp_path)
+    on_bases(emd=[SAFE] * 3).to_csv(tmp_path / "data_efficiency_table.csv", index=False)
+    assert "over prompts and 3 base models, the same for all methods;" in report._doubt("mini", tmp_path)
+    assert "over prompts and 3 seeds, of one base model;" in report._doubt("pocket", tmp_path)
+
+
 def test_readme_blocks_are_filled_and_the_rest_is_left(tmp_path, monkeypatch):
     for module in (claims, report):
         monkeypatch.setattr(module, "project_root", lambda: tmp_path)
