@@ -19,9 +19,11 @@ COMMANDS = {
     "card": "a model card with what was measured; --push_to_hub uploads the model with it",
     "export": "an adapter merged into its base: a folder for vLLM, llama.cpp or transformers",
     "reproduce": "the notebooks of a profile, by papermill: figures, tables and a report (--dry-run: the arms)",
+    "arm": "one arm of `tasft reproduce --write_arms`, in this process: for schedulers and for debugging",
+    "status": "how far the arms in runs/ are: state, step, host, time left",
     "report": "the report of a profile again, from its tables: a verdict per claim of the paper",
     "bench": "time, memory and gradient error beside TRL's plain SFT and dense TA-SFT",
-    "env": "versions and hardware, for a bug report",
+    "env": "versions and hardware, for a bug report; --runs: whether a disk is fit for runs/",
 }
 
 # What loads for seconds before it can say anything of its own.
@@ -38,6 +40,7 @@ EXTRAS = {
     "lm_eval": "harness",
     "alpaca_eval": "alpaca_eval",
     "bitsandbytes": "quant",
+    "submitit": "slurm",
 }
 
 DESCRIPTION = """\

@@ -3,7 +3,8 @@ the arm finds likely.
 
 runs/arms/<arm>/responses/<hash>/step-N.jsonl   answers, per set of prompts and decoding; generated once
 runs/arms/<arm>/likelihoods/<hash>/step-N.csv   of held-out rows, without text
-runs/judgements/<judge>.jsonl                   labels by text hash, without text; shared by all arms
+runs/arms/<arm>/judgements/<judge>.jsonl        labels by text hash, without text; one process writes at a time
+runs/arms/<arm>/failed.json                     why it did not come to an end, until it does
 
 `run` and `measure` are the units of work: whoever calls one, a pool, a cluster's job or a shell, what is there is not
 made again, two at once wait for each other, and a killed one is called again.
@@ -11,18 +12,15 @@ made again, two at once wait for each other, and a killed one is called again.
 
 import gc
 import json
-import multiprocessing
-import os
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from .. import generation
@@ -30,21 +28,22 @@ from ..evaluation.answers import asked_and_begun, judge_answers, questions
 from ..evaluation.preference import DEPTHS, HeldOut, likelihoods
 from ..evaluation.worlds import base_model
 from ..judges import load
-from ..judges.base import check_ready
-from ..models import quiet
+from ..judges.base import ExactJudge, check_ready
 from ..storage.files import (
     content_hash,
-    end_with_parent,
-    keep_freed_memory,
+    full_disk_named,
     model_identity,
     runs_folder,
     show_progress,
+    write_json,
     write_text,
 )
 from ..storage.integrity import damage, is_there, locked, seal, set_aside
-from .arms import checkpoints, is_trained, load_model, load_tokenizer, train
-from .rows import with_files
-from .specs import ArmSpec
+from ..storage.resume import by_step
+from . import engine
+from .arms import has_ended, load_model, load_tokenizer, train
+from .rows import looked_at_once, make_rows
+from .specs import ArmSpec, Rows
 
 
 @contextmanager
@@ -68,14 +67,14 @@ def run_all(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> pd.DataFrame:
-    """`run` for many arms; without a GPU in `workers` processes of one thread (default: `$TASFT_WORKERS`, else one
-    per core).
+    """`run` for many arms by the chosen engine, see `engine`; on this machine in `workers` processes of one thread
+    (default: `engine.default_workers`).
 
     An arm that fails does not stop the others; they are finished and kept, then the first failure is raised.
     """
     options = {"prompts": prompts, "decodings": decodings, "judge_name": judge_name, "steps": steps}
     work = partial(run, **options, batch_size=batch_size)
-    return _each(specs, work, lambda spec: _is_answered(spec, prompts, decodings, steps), workers)
+    return _each(specs, work, lambda spec: _is_judged(spec, prompts, decodings, judge_name, steps), workers)
 
 
 def measure_all(
@@ -92,6 +91,7 @@ def measure_all(
 
 
 @_quick_collection()
+@looked_at_once()
 def _each(
     specs: list[ArmSpec],
     work: Callable[[ArmSpec], pd.DataFrame],
@@ -99,27 +99,30 @@ def _each(
     workers: int | None,
 ) -> pd.DataFrame:
     """What `work` makes of each arm, one below the other."""
-    for spec in specs:
-        with_files(spec)  # what many arms need is made here, where its bar is seen and no worker waits for it
-    missing = sum(not is_done(spec) for spec in specs)
-    if workers is None:
-        workers = 1 if torch.accelerator.is_available() else int(os.environ.get("TASFT_WORKERS") or os.cpu_count() or 1)
-    workers = min(workers, max(missing, 1))
+    # What many arms need is made first, where its bar is seen and no worker, nor a job that holds a GPU, waits for it.
+    shared = (source for spec in specs for source in (spec.unsafe, spec.extra) if isinstance(source, Rows))
+    for source in {source.name: source for source in shared}.values():
+        make_rows(source)
+    are_done = [is_done(spec) for spec in specs]
+    missing = [i for i, is_there in enumerate(are_done) if not is_there]
+    workers = min(engine.default_workers() if workers is None else workers, max(len(missing), 1))
+    # What is there is read here.
+    read = ((i, engine.attempt(work, spec)) for i, spec in enumerate(specs) if are_done[i])
+    made = ((missing[i], result) for i, result in engine.results(work, [specs[i] for i in missing], workers))
     done: dict[int, pd.DataFrame] = {}
     failures: list[tuple[ArmSpec, BaseException]] = []
-    with (
-        tqdm(total=len(specs), desc="arms", unit="arm", disable=not show_progress()) as bar,
-        _results(specs, work, workers) as results,
-    ):
-        for i, result in results:
+    with tqdm(total=len(specs), desc="arms", unit="arm", disable=not show_progress()) as bar:
+        for i, result in chain(read, made):
             spec = specs[i]
             name = spec.display_name or spec.method
             bar.set_postfix_str(f"{name} λ={spec.penalty_weight} seed={spec.seed}", refresh=False)
             bar.update()
             if isinstance(result, BaseException):
                 failures.append((spec, result))
+                _record_failure(spec, result)
             else:
                 done[i] = result
+                (spec.folder / "failed.json").unlink(missing_ok=True)
     if failures:
         spec, error = failures[0]
         raise ValueError(f"arm {spec.name} ({len(failures)} of {len(specs)} failed): {error}") from error
@@ -136,12 +139,19 @@ def run(
     batch_size: int = 64,
 ) -> pd.DataFrame:
     """`train` the arm, `respond` with each of `decodings`, and judge the answers if a judge is named."""
-    if judge_name is not None and not _is_answered(spec, prompts, decodings, steps):
-        check_ready(load.load_judge(judge_name))
-    train(spec)
-    answers = [respond(spec, prompts, d, steps=steps, batch_size=batch_size) for d in decodings]
+    judge = None if judge_name is None else load.load_judge(judge_name)
+    is_answered = _is_answered(spec, prompts, decodings, steps)
+    if judge is not None and not is_answered:
+        check_ready(judge)
+    with full_disk_named(spec.folder):
+        if not is_answered:
+            train(spec)
+        answers = [respond(spec, prompts, d, steps=steps, batch_size=batch_size) for d in decodings]
     answers = pd.concat(answers, ignore_index=True)
-    return answers if judge_name is None else judge_by_name(answers, judge_name)
+    if judge is None:
+        return answers
+    with locked(spec.folder / "judgements.lock", spec.folder):
+        return judge_answers(answers, [judge], cache=spec.folder / "judgements")
 
 
 def respond(
@@ -188,7 +198,8 @@ def measure(spec: ArmSpec, held_out: HeldOut, *, steps: str = "last", batch_size
     Returns its rows for each step, with `method`, `n_unsafe`, `penalty_weight`, `seed`, `arm` and `step` as `respond`
     has them.
     """
-    train(spec)
+    if not _is_measured(spec, held_out, steps):
+        train(spec)
     tables = []
     for step, adapter in _steps(spec, steps).items():
         path = _likelihoods(spec, step, held_out)
@@ -211,32 +222,14 @@ def judge_by_name(responses: pd.DataFrame, *judge_names: str) -> pd.DataFrame:
     return judge_answers(responses, judges, cache=runs_folder() / "judgements")
 
 
-@contextmanager
-def _results(specs: list[ArmSpec], work: Callable[[ArmSpec], pd.DataFrame], workers: int) -> Iterator:
-    def attempt(spec):
-        try:
-            return work(spec)
-        except Exception as error:
-            return error
-
-    if workers == 1:
-        yield ((i, attempt(spec)) for i, spec in enumerate(specs))
-        return
-    # Small models gain nothing from a second thread, arms do.
-    keep_freed_memory()
-    # Workers are forked from a process that has only imported the libraries, which takes seconds, and does so once;
-    # Windows has no fork.
-    has_fork = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if has_fork else "spawn")
-    if has_fork:
-        context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(work, spec): i for i, spec in enumerate(specs)}
-        yield ((futures[f], f.exception() or f.result()) for f in as_completed(futures))
+def _record_failure(spec: ArmSpec, error: BaseException) -> None:
+    with suppress(OSError):  # the disk may be full
+        spec.folder.mkdir(parents=True, exist_ok=True)
+        write_json(spec.folder / "failed.json", {"error": str(error), "at": time.time()})
 
 
 def _steps(spec: ArmSpec, steps: str) -> dict[int, Path | None]:
-    saved = checkpoints(spec)
+    saved = by_step(spec.folder / "trainer")
     return {0: None, **saved} if steps == "all" else dict([max(saved.items())])
 
 
@@ -246,14 +239,24 @@ def _own(decoding: generation.Decoding, spec: ArmSpec) -> generation.Decoding:
 
 
 def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generation.Decoding], steps: str) -> bool:
-    if not is_trained(spec):
+    if not has_ended(spec):
         return False
     pairs = product(_steps(spec, steps), decodings)
-    return all(_responses(spec, step, prompts, _own(decoding, spec)).exists() for step, decoding in pairs)
+    return all(is_there(_responses(spec, step, prompts, _own(decoding, spec))) for step, decoding in pairs)
+
+
+def _is_judged(
+    spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generation.Decoding], judge_name: str | None, steps: str
+) -> bool:
+    if not _is_answered(spec, prompts, decodings, steps):
+        return False
+    judge = None if judge_name is None else load.load_judge(judge_name)
+    file = spec.folder / "judgements" / f"{judge and judge.name}.jsonl"
+    return judge is None or isinstance(judge, ExactJudge) or file.exists()
 
 
 def _is_measured(spec: ArmSpec, held_out: HeldOut, steps: str) -> bool:
-    return is_trained(spec) and all(_likelihoods(spec, step, held_out).exists() for step in _steps(spec, steps))
+    return has_ended(spec) and all(is_there(_likelihoods(spec, step, held_out)) for step in _steps(spec, steps))
 
 
 def _of_arm(table: pd.DataFrame, spec: ArmSpec, step: int) -> pd.DataFrame:
@@ -266,12 +269,6 @@ def _of_arm(table: pd.DataFrame, spec: ArmSpec, step: int) -> pd.DataFrame:
         arm=spec.name,
         step=step,
     )
-
-
-def _start_worker() -> None:
-    end_with_parent()
-    quiet()
-    gc.freeze()  # as in `_quick_collection`, for good
 
 
 def _read_answers(path: Path, n: int) -> list[dict] | None:

@@ -5,6 +5,7 @@
         ingredients.json      hashes of what it is made of: base model, rows, code, versions
         trainer/checkpoint-N  what TRL saves: adapter, optimizer, random state; and checksums of these. A killed run
                               resumes from the last one, an arm with a damaged file from the last one before that
+        running.json          who trains it, since when, to which step; see `running`
         manifest.json         written last: the arm is finished
 
 Arms are found by the name of their spec (see `specs`), so two notebooks that need the same arm share it. What a name
@@ -43,7 +44,8 @@ from ..storage.files import (
 )
 from ..storage.integrity import damage, locked, seal, set_aside, sha256
 from ..storage.resume import by_step, torn
-from . import methods, rows
+from . import engine, methods, rows
+from .running import Running
 from .specs import ArmSpec, Rows, describe
 
 # The modules that determine what is trained: those that `methods` imports, and itself.
@@ -70,18 +72,24 @@ TRAINED_BY = (
 
 def ingredients(spec: ArmSpec) -> dict[str, Any]:
     """Hashes of all that the arm is made of and its name can't tell; makes the rows that are not there yet."""
-    sources = rows.with_files(spec)
+    files, once = rows.with_files(spec), rows.once
     return {
-        "model": model_identity(base_model(spec.model)),
-        "benign": _content(worlds.load(spec.benign).file),
-        **{side: _content(getattr(sources, side)) for side in ("unsafe", "extra")},
-        "held_out": content_hash(rows.held_out_prompts(spec)),
+        "model": once("model", spec.model, lambda: model_identity(base_model(spec.model))),
+        "benign": once("benign", spec.benign, lambda: _content(worlds.load(spec.benign).file)),
+        "unsafe": once("rows", files.unsafe, lambda: _content(files.unsafe)),
+        "extra": once("rows", files.extra, lambda: _content(files.extra)),
+        "held_out": once("held_out", spec.held_out, lambda: content_hash(rows.held_out_prompts(spec))),
         "code": _code_hash(),
     }
 
 
 def train(spec: ArmSpec) -> Path:
-    """Train the arm unless it is finished, resuming from its last complete checkpoint; return its folder."""
+    """Train the arm unless it is finished, resuming from its last complete checkpoint; return its folder.
+
+    Where units become jobs a job trains it. On SIGTERM or SIGUSR2 a checkpoint is saved first, see `Running`.
+    """
+    if engine.submits() and not is_trained(spec):
+        return engine.call(train, spec)
     folder, made_of = spec.folder, ingredients(spec)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(Path(f"{folder}.lock"), folder):
@@ -111,8 +119,13 @@ def train(spec: ArmSpec) -> Path:
         )
         trainer.remove_callback(PrinterCallback)  # the log history goes into the manifest
         models.sort_targets(trainer.model)
-        resumed = _last_checkpoint(folder)
-        models.train_from(trainer, resumed)
+        resumed, running = _last_checkpoint(folder), Running(folder)
+        trainer.add_callback(running)
+        with running.listening():
+            models.train_from(trainer, resumed)
+        for step, path in by_step(folder / "trainer").items():
+            if step % trainer.state.save_steps and step != trainer.state.global_step:
+                shutil.rmtree(path)  # saved for a signal; no other arm has one of this step
         manifest = {
             "arm": spec.name,
             "spec": describe(spec),
@@ -134,8 +147,13 @@ def train(spec: ArmSpec) -> Path:
 
 
 def is_trained(spec: ArmSpec) -> bool:
-    """Whether the arm is finished, of the rows, base model and code that are there now."""
+    """Whether the arm is finished and whole, of the rows, base model and code that are there now."""
     return _is_finished(spec.folder) and _recorded(spec.folder) == ingredients(spec)
+
+
+def has_ended(spec: ArmSpec) -> bool:
+    """`is_trained` for who does not load the weights: they are not read, so a grid of thousands is found in seconds."""
+    return _is_recorded(spec.folder) and _recorded(spec.folder) == ingredients(spec)
 
 
 def read_manifest(spec: ArmSpec) -> dict[str, Any]:
@@ -230,9 +248,14 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _is_finished(folder: Path) -> bool:
     """Whether the manifest is there, the checkpoint of its last step, and every checkpoint as it was saved."""
-    manifest, saved = _read(folder / "manifest.json"), by_step(folder / "trainer")
-    is_whole = manifest is not None and manifest.get("steps") in saved and not damage(folder / "manifest.json")
-    return is_whole and not any(map(torn, saved.values()))
+    return _is_recorded(folder) and not any(map(torn, by_step(folder / "trainer").values()))
+
+
+def _is_recorded(folder: Path) -> bool:
+    """Whether the manifest is there, as it was written, and a checkpoint of its last step."""
+    manifest = _read(folder / "manifest.json")
+    is_there = manifest is not None and manifest.get("steps") in by_step(folder / "trainer")
+    return is_there and not damage(folder / "manifest.json")
 
 
 def _set_damaged_aside(folder: Path) -> None:

@@ -15,7 +15,7 @@ import papermill
 
 from ..storage import files, integrity
 from ..storage.files import keep_freed_memory, project_root, runs_folder
-from . import kernels, results, settings
+from . import engine, kernels, results, settings
 
 # It warns of each parameter that stands in no cell; `settings` knows the shared ones and refuses unknown ones.
 logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -70,6 +70,7 @@ def reproduce(
     line. With `prepare_only` the parameterised copies are written and nothing is run (for nbval).
     """
     jobs = jobs_of(profile, notebooks, overrides)
+    engine.check()
     with integrity.folder_lock(runs_folder() / profile):
         return _reproduce(profile, jobs, prepare_only=prepare_only)
 
@@ -92,6 +93,8 @@ def _reproduce(profile: str, jobs: list[Job], *, prepare_only: bool) -> list[Pat
     for batch in (first, others, *([job] for job in jobs if job.name in TIMED)):
         # A second notebook loads its libraries while the first one trains.
         at_once = 1 if torch.accelerator.is_available() else min(2, os.cpu_count() or 1)
+        if engine.chosen() == "slurm":
+            at_once = max(1, len(batch))  # they only wait for jobs
         with ThreadPoolExecutor(at_once) as pool:
             running = {pool.submit(execute, job): job for job in batch}
             for future in as_completed(running):
@@ -157,8 +160,8 @@ def plan(profile: str, notebooks: list[str] | None = None, overrides: dict | Non
     """A row per arm that is trained, in the order of the notebooks, each arm once.
 
     Columns: notebook (the first that needs it), arm, n_unsafe, penalty_weight, seed, penalty settings, steps, tokens
-    (trained on, estimated), gpu_gb and hours (training and answering; rough estimates for one 80 GB GPU, nan in the
-    mini-world).
+    (trained on, estimated), gpu_gb and hours (training and answering; rough estimates for one 80 GB GPU) and disk_gb
+    (checkpoints); the last three nan in the mini-world.
     """
     rows, seen, jobs = [], [], jobs_of(profile, notebooks, overrides)
     for job in jobs:
@@ -202,18 +205,31 @@ def _row(spec, config) -> dict:
     }
     sets = len(getattr(config, "decodings", ("greedy", "sampled")))
     gpu_gb, hours = _cost(spec, tokens, sets * 800 * config.max_new_tokens)
-    return row | {"gpu_gb": gpu_gb, "hours": hours}
+    return row | {"gpu_gb": gpu_gb, "hours": hours, "disk_gb": _disk(spec, steps)}
+
+
+def _disk(spec, steps: int) -> float:
+    """GB of the arm's checkpoints: weights that are trained and Adam's two moments, in float32."""
+    billions = _billions(spec)
+    # Layers times width are 131,072 in Llama-7B, and grow as both do.
+    adapter = 2 * spec.lora.get("r", 0) * len(spec.lora.get("target_modules", ())) * 131_072 * (billions / 7) ** (2 / 3)
+    trained = adapter if spec.lora else billions * 1e9
+    return round(12 * trained * -(-steps // spec.training["save_steps"]) / 1e9, 2)
+
+
+def _billions(spec) -> float:
+    """Parameters by the base model's name (Llama-7B, SmolLM2-135M); nan where it tells none."""
+    size = re.search(r"(\d+(?:\.\d+)?)([bm])\b", Path(spec.model).name.lower())
+    return float("nan") if size is None else float(size[1]) / (1 if size[2] == "b" else 1000)
 
 
 def _cost(spec, trained: float, answered: float) -> tuple[float, float]:
     """GB of GPU memory and hours of an arm that is trained on so many tokens and answers with so many; see `plan`."""
-    size = re.search(r"(\d+(?:\.\d+)?)([bm])\b", Path(spec.model).name.lower())
-    if size is None:
-        return float("nan"), float("nan")
-    if size[2] == "m":  # forward and backward; LoRA has no gradients of weights
-        seconds = 4 * float(size[1]) * 1e6 * trained / CORE_FLOPS + answered / CORE_DECODED_TOKENS
+    billions = _billions(spec)
+    if not billions >= 0.5:  # a CPU trains it, or nobody knows its size
+        # Forward and backward; LoRA has no gradients of weights.
+        seconds = 4 * billions * 1e9 * trained / CORE_FLOPS + answered / CORE_DECODED_TOKENS
         return float("nan"), round(seconds / 3600, 2)
-    billions = float(size[1])
     # Weights, LoRA's states and activations with checkpointing; the loss head needs no logits.
     batch = spec.training["per_device_train_batch_size"]
     gpu_gb = billions * (0.7 if spec.load_in_4bit else 2.1) + 2 + 0.1 * batch * billions**0.5

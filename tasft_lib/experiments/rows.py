@@ -7,6 +7,8 @@ Arms are made of rows and rows by arms, so this module and `arms` call each othe
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,36 @@ from ..records.messages import of_text
 from ..records.templates import questions
 from ..storage.files import content_hash, named, runs_folder, show_progress, write_rows
 from ..storage.integrity import is_there, locked, seal
-from . import arms, methods
+from . import arms, engine, methods
 from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, RecoverySpec, Rows, SafeSpec
+
+_seen: dict[tuple[str, str | None], Any] | None = None
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """What arms are made of is looked at once in here, not once for each of thousands of arms."""
+    global _seen
+    before, _seen = _seen, _seen or {}
+    try:
+        yield
+    finally:
+        _seen = before
+
+
+def once(what: str, source: str | None, look: Callable[[], Any]) -> Any:
+    """What `look` says of the source; of the same one once in `looked_at_once`."""
+    if _seen is None:
+        return look()
+    if (what, source) not in _seen:
+        _seen[what, source] = look()
+    return _seen[what, source]
 
 
 def make_rows(spec: Rows) -> Path:
     """The file or data set folder of the rows that a spec asks for: harvested, answered or written, once.
 
-    Raises `ValueError` where a prompt of D_unsafe has no safe answer.
+    Where units become jobs a job makes them. Raises `ValueError` where a prompt of D_unsafe has no safe answer.
     """
     match spec:
         case HarvestSpec():
@@ -48,7 +72,7 @@ def make_rows(spec: Rows) -> Path:
 def with_files(spec: ArmSpec) -> ArmSpec:
     """The arm with files for `unsafe` and `extra`: harvested, answered or written where they are not there yet."""
     sides = {side: getattr(spec, side) for side in ("unsafe", "extra")}
-    return replace(spec, **{side: str(make_rows(rows)) for side, rows in sides.items() if isinstance(rows, Rows)})
+    return replace(spec, **{side: _file(rows) for side, rows in sides.items() if isinstance(rows, Rows)})
 
 
 def training_rows(spec: ArmSpec) -> tuple[Dataset, Dataset | None]:
@@ -116,6 +140,10 @@ def held_out_prompts(spec: ArmSpec) -> list[str]:
     return [] if spec.held_out is None else worlds.load(spec.held_out).evaluation_prompts()["prompt"].tolist()
 
 
+def _file(spec: Rows) -> str:
+    return once("file", spec.name, lambda: str(make_rows(spec)))
+
+
 def _harvest(spec: HarvestSpec) -> Path:
     """Train the arm and harvest, unless that is done; the data set's folder. Other answers get another folder."""
     world, judge = worlds.load(spec.prompts), load_judge(spec.judge)
@@ -127,6 +155,8 @@ def _harvest(spec: HarvestSpec) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # One for harvests of any length: a longer one goes on where a shorter one ended.
     work = path.with_name(f"{replace(spec, n=0, rounds=0).name}-{content_hash(made_of)}.work")
+    if engine.submits() and not is_there(path):
+        engine.call(make_rows, spec)
     with locked(Path(f"{work}.lock"), path):
         if is_there(path):
             return path
@@ -171,6 +201,8 @@ def _recovery_rows(spec: RecoverySpec) -> Path:
     harvested, judge = make_rows(spec.unsafe), load_judge(spec.unsafe.judge)
     path = runs_folder() / "recovery" / f"{spec.name}-{harvested.name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if engine.submits() and not is_there(path):
+        engine.call(make_rows, spec)
     with locked(Path(f"{path}.lock"), path):
         if is_there(path):
             return path
@@ -198,6 +230,8 @@ def _contrastive_rows(spec: ContrastiveSpec) -> Path:
     words = text.toxic_words(*([_question(prompt) for prompt in rows["prompt"][:]] for rows in sides))
     path = runs_folder() / "contrastive" / f"{spec.name}-{content_hash(words)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if engine.submits() and not is_there(path):
+        engine.call(make_rows, spec)
     with locked(Path(f"{path}.lock"), path):
         if is_there(path):
             return path

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -52,6 +53,27 @@ def locked(file: Path, what: Any) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def disk_faults(folder: Path) -> list[str]:
+    """What the folder's disk does not keep of what arms rely on, a line each: locks, renames.
+
+    Seen by two processes of this host; a network disk may still tell another host late.
+    """
+    faults = []
+    file = folder / ".disk"
+    attempt = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(timeout=0)"
+    with FileLock(file):
+        other = subprocess.run([sys.executable, "-c", attempt, str(file)], capture_output=True, text=True)
+        if "Timeout" not in other.stderr:
+            faults.append(f"{folder}: a lock held by one process does not stop another; let one driver run at a time.")
+    write_text(file, "old")
+    with file.open() as reader:
+        write_text(file, "new")
+        if (reader.read(), file.read_text()) != ("old", "new"):
+            faults.append(f"{folder}: a file that is replaced changes under who reads it; take another disk.")
+    remove(file)
+    return faults
 
 
 def seal(path: Path, *, without: str | None = None) -> None:

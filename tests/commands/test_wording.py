@@ -13,7 +13,7 @@ import pytest
 from tasft_lib import cli
 
 PACKAGE = Path(cli.__file__).parent
-COMMANDS = [name for name in cli.COMMANDS if name != "env"]  # which takes no option
+COMMANDS = list(cli.COMMANDS)
 # Words with an underscore that are no options: columns of data, names of files and what stands in them.
 OTHER_WORDS = {
     "save_to_disk", "original_label", "is_safe", "output_1", "output_2", "adapter_config", "api_key", "max_tokens",

@@ -18,7 +18,7 @@ from tasft_lib.evaluation import worlds
 from tasft_lib.evaluation.preference import HeldOut
 from tasft_lib.experiments import answers, arms, specs
 from tasft_lib.experiments import rows as rows_module
-from tasft_lib.experiments.answers import measure, measure_all, respond, run, run_all
+from tasft_lib.experiments.answers import measure, respond, run, run_all
 from tasft_lib.judges.base import Judgement
 from tasft_lib.records import sources
 from tasft_lib.storage import files
@@ -333,17 +333,6 @@ def test_responses_are_generated_once_and_shared_at_step_zero(spec, monkeypatch)
     assert len(generated) == len(arms.checkpoints(sft)), "step 0 is the base model, answered before"
 
 
-def test_many_arms_in_worker_processes_give_what_one_process_gives(spec, tmp_path, monkeypatch):
-    both = [spec, replace(spec, method="sft")]
-    alone = run_all(both, PROMPTS, [DECODING], workers=1)
-    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "other"))
-    together = run_all(both, PROMPTS, [DECODING], workers=2)
-    pd.testing.assert_frame_equal(alone, together)
-    measured = measure_all(both, HELD_OUT, workers=2)
-    pd.testing.assert_frame_equal(measured, measure_all(both, HELD_OUT, workers=1))
-    assert measured["arm"].unique().tolist() == [arm.name for arm in both]
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
 
@@ -420,10 +409,12 @@ class Accuser:
 
 def test_a_damaged_set_of_rows_is_named_and_made_again(spec, caplog, monkeypatch):
     monkeypatch.setattr(rows_module, "load_judge", lambda _: Accuser())
-    generate = arms.harvest.generate
+    generate = rows_module.harvest.generate
     # Its four tokens are an answer that has ended.
     monkeypatch.setattr(
-        arms.harvest, "generate", lambda *a, **options: [replace(x, finished=True) for x in generate(*a, **options)]
+        rows_module.harvest,
+        "generate",
+        lambda *a, **options: [replace(x, finished=True) for x in generate(*a, **options)],
     )
     harvest = replace(harvest_of(spec), n=1)
     folder = rows_module.make_rows(harvest)

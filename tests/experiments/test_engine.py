@@ -1,0 +1,191 @@
+"""Engines: whoever runs a unit, a process, a job or a shell, its files are the same, and what is lost is lost alone."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import slurm_cluster
+import test_runs
+from tasks import Task, work
+from test_runs import DECODING, HELD_OUT, PROMPTS, weights
+from transformers import TrainerCallback
+
+from tasft_lib import cli
+from tasft_lib.experiments import answers, arms, designs, engine, methods, status
+from tasft_lib.experiments.answers import measure_all, run_all
+from tasft_lib.storage import integrity
+
+spec = test_runs.spec  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def no_engine_is_named(monkeypatch):
+    """Whatever a command under test names is forgotten after the test."""
+    for name in ("TASFT_ENGINE", "TASFT_ENGINE_OPTIONS"):
+        monkeypatch.setenv(name, "")
+
+
+def test_many_arms_in_worker_processes_give_what_one_process_gives(spec, tmp_path, monkeypatch):
+    both = [spec, replace(spec, method="sft")]
+    alone = run_all(both, PROMPTS, [DECODING], workers=1)
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "other"))
+    together = run_all(both, PROMPTS, [DECODING], workers=2)
+    pd.testing.assert_frame_equal(alone, together)
+    measured = measure_all(both, HELD_OUT, workers=2)
+    pd.testing.assert_frame_equal(measured, measure_all(both, HELD_OUT, workers=1))
+    assert measured["arm"].unique().tolist() == [arm.name for arm in both]
+
+
+def test_a_lost_worker_takes_its_own_unit_and_no_other(monkeypatch):
+    monkeypatch.setattr(engine, "_killed_for_memory", iter(range(9)).__next__)
+    tasks = [Task(name) for name in ("killed", "a", "wrong", "b", "c")]
+    done = dict(engine.results(work, tasks, 2))
+    assert [done[i] for i in (1, 3, 4)] == ["a done", "b done", "c done"]
+    assert isinstance(done[0], ChildProcessError) and "memory ran out" in str(done[0])
+    assert str(done[2]) == "no such rows"
+
+
+def test_each_worker_has_a_gpu_to_itself(monkeypatch):
+    monkeypatch.setattr(engine, "_gpus", lambda: ["5", "7"])
+    monkeypatch.setattr(engine, "_start_worker", None)  # imports take seconds; a worker that is spawned needs none
+    done = dict(engine.results(work, [Task("device")] * 2, 2))
+    assert set(done.values()) <= {"5", "7"} and "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_an_arm_that_fails_leaves_a_record_until_it_is_whole(spec, monkeypatch):
+    train = arms.train
+    monkeypatch.setattr(answers, "train", lambda _: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(ValueError, match="no space left on the disk; make room"):
+        run_all([spec], PROMPTS, [DECODING])
+    (row,) = status.status(spec.folder.parents[1])
+    assert (row["arm"], row["state"]) == (spec.name, "failed") and "make room" in row["log"]
+    monkeypatch.setattr(answers, "train", train)
+    run_all([spec], PROMPTS, [DECODING], "compliance")
+    (row,) = status.status(spec.folder.parents[1])
+    assert row["state"] == "answered" and (spec.folder / "judgements" / "compliance.jsonl").exists()
+
+
+def test_a_signal_saves_a_checkpoint_that_the_next_start_goes_on_from(spec, tmp_path, monkeypatch):
+    arms.train(spec)
+    expected = weights(spec)
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "signalled"))
+
+    class Stopped(BaseException):
+        """What the signal does to a process that would end."""
+
+    def stop(*_):
+        raise Stopped
+
+    class Sender(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGUSR2)
+
+    make = methods.make_trainer
+
+    def make_with_sender(*args, **options):
+        trainer = make(*args, **options)
+        trainer.add_callback(Sender())
+        return trainer
+
+    before = signal.signal(signal.SIGUSR2, stop)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(methods, "make_trainer", make_with_sender)
+            with pytest.raises(Stopped):
+                arms.train(spec)
+        (row,) = status.status(spec.folder.parents[1])
+        assert row["step"] == "3 of 6" and list(arms.checkpoints(spec)) == [2, 3]
+        arms.train(spec)
+        assert signal.getsignal(signal.SIGUSR2) is stop
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert arms.read_manifest(spec)["resumed_from"] == "checkpoint-3" and list(arms.checkpoints(spec)) == [2, 4, 6]
+    assert all(value.equal(expected[name]) for name, value in weights(spec).items())
+
+
+def test_jobs_give_what_units_give_and_are_submitted_once_by_two_drivers(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
+    monkeypatch.setenv("TASFT_ENGINE", "local")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with ThreadPoolExecutor(2) as drivers:
+        one, other = drivers.map(lambda _: dict(engine.results(work, [Task("a"), Task("killed")], 2)), range(2))
+    for seen in (one, other):
+        assert seen[0] == "a done" and isinstance(seen[1], ChildProcessError) and "was lost" in str(seen[1])
+    assert len(list((tmp_path / "jobs").glob("*_submitted.pkl"))) == 2
+
+
+@pytest.mark.skipif(not slurm_cluster.can_start(), reason="no Slurm here: apt-get install slurm-wlm munge, as root")
+def test_a_cluster_gives_what_processes_give(spec, tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    both = [spec, replace(spec, method="sft")]
+    here = run_all(both, PROMPTS, [DECODING], "compliance", workers=1)
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "other"))
+    monkeypatch.setenv("TASFT_ENGINE", "slurm")
+    with slurm_cluster.cluster(tmp_path / "slurm"):
+        pd.testing.assert_frame_equal(run_all(both, PROMPTS, [DECODING], "compliance"), here)
+
+
+def test_an_engine_that_is_not_there_is_told_before_anything_is_begun(monkeypatch, capsys, tmp_path):
+    assert cli.main(["reproduce", "--engine", "ray", "--profile", "smoke"]) == 1
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
+    assert "choose one of processes, local, debug, slurm" in capsys.readouterr().err
+    pytest.importorskip("submitit")
+    (tmp_path / "options.yaml").write_text("gpus: 1\n")
+    options = ["--engine", "local", "--engine_options", str(tmp_path / "options.yaml")]
+    assert cli.main(["reproduce", *options, "--profile", "smoke"]) == 1
+    assert "options.yaml: submitit takes no such options" in capsys.readouterr().err
+
+
+def test_an_arm_that_was_written_is_run_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
+    assert cli.main(["reproduce", "--profile", "smoke", "--notebooks", "safety", "--write_arms"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names[0].startswith("sft-") and len(names) == len(set(names)) > 3
+    asked = []
+    monkeypatch.setattr(designs.Study, "answers", lambda self, specs: asked.extend(specs))
+    assert cli.main(["arm", names[1]]) == 0
+    assert [arm.name for arm in asked] == names[1:2]
+    assert cli.main(["arm", "emd-0"]) == 1 and "--write_arms writes it" in capsys.readouterr().err
+
+
+def test_status_reads_files_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
+    for name in ("sft-1", "emd-2", "emd-3", "emd-2.old", "base-4"):
+        (tmp_path / "arms" / name).mkdir(parents=True)
+    (tmp_path / "arms" / "sft-1" / "manifest.json").write_text("{}")
+    running = {"host": "elsewhere", "pid": 1, "started": time.time() - 600, "from_step": 10, "steps": 70}
+    (tmp_path / "arms" / "emd-2" / "running.json").write_text(json.dumps(running))
+    (tmp_path / "arms" / "emd-2" / "trainer" / "checkpoint-30").mkdir(parents=True)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "emd-3.abc.json").write_text('{"job": "7_1", "log": "7_1.err"}')
+    (tmp_path / "jobs" / "unsafe-5.abc.json").write_text('{"job": "8", "log": "8.err"}')
+    assert cli.main(["status"]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in table[1:5]] == [
+        ["emd-2", "running"],
+        ["emd-3", "waiting"],
+        ["sft-1", "trained"],
+        ["unsafe-5", "waiting"],
+    ]
+    assert table[1][2:6] == ["30", "of", "70", "elsewhere"] and table[1][-2:] == ["20", "min"]
+    assert table[2][-1] == "7_1.err"
+    shutil.rmtree(tmp_path / "arms")
+    shutil.rmtree(tmp_path / "jobs")
+    assert status.status(tmp_path) == []
+
+
+def test_a_disk_without_locks_is_told(tmp_path, monkeypatch):
+    assert integrity.disk_faults(tmp_path) == [] and not list(tmp_path.glob(".disk"))
+    monkeypatch.setattr(integrity, "FileLock", lambda file: nullcontext())
+    (fault,) = integrity.disk_faults(tmp_path)
+    assert "does not stop another" in fault

@@ -1,0 +1,23 @@
+"""Units that take no time, for who tests those who run them; a module of its own, since jobs import it."""
+
+import os
+import signal
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """The spec of a unit."""
+
+    name: str
+
+
+def work(task: Task) -> str:
+    """What a unit does here: its name says what becomes of it."""
+    if task.name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task.name == "wrong":
+        raise ValueError("no such rows")
+    if task.name == "device":
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+    return f"{task.name} done"
