@@ -15,7 +15,6 @@ from . import claims, tables
 from .figures import NAMES
 
 RATES = "A rate is given with its n, its 95 % interval and its range over seeds."
-MINI_WORLD = ("mini", "smoke", "search")  # profiles
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; font-size: 13px } th, td { padding: .25em .7em; border-bottom: 1px solid #ddd;
@@ -149,7 +148,7 @@ BLOCKS = {
 
 
 def _preface(profile: str) -> str:
-    if profile in MINI_WORLD:
+    if profile in ("mini", "smoke", "search"):
         return (
             "**Mini-world results**: an invented language, a model of 1.2M parameters, an exact judge. They say whether"
             f" the implementation does what the equations say, and are no evidence about 7B models. {RATES}"
@@ -166,7 +165,7 @@ def _preface(profile: str) -> str:
 def _doubt(profile: str, folder: Path) -> str:
     """What the verdicts' intervals are over."""
     n = claims.n_bases(folder)
-    several = f"{n} base models, the same for all methods" if profile in MINI_WORLD else f"{n} seeds, of one base model"
+    several = f"{n} base models, the same for all methods" if profile == "mini" else f"{n} seeds, of one base model"
     over = "prompts alone, of one base model" if n == 1 else f"prompts and {several}"
     return (
         f"A verdict holds at both ends of 95 % intervals, which are over {over}; one that would flip between them is"
