@@ -121,12 +121,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("command", nargs="*", default=REPRODUCE)
-    args = parser.parse_args()
+    own, _, command = " ".join(sys.argv[1:]).partition(" -- ")
+    args = parser.parse_args(own.split())
+    command = command.split() or REPRODUCE
     random.seed(args.seed)
     straight = args.folder / "straight"
     started = time.time()
-    if start(args.command, straight).wait():
+    if start(command, straight).wait():
         print(f"undisturbed it fails; see {straight / 'log'}")
         return 1
     seconds, expected = time.time() - started, contents(straight)
@@ -135,7 +136,7 @@ def main() -> int:
     while kills < args.kills:
         rounds += 1
         folder = args.folder / f"round-{rounds}"
-        done, told = disturbed(args.command, folder, seconds / 2, args.kills - kills)
+        done, told = disturbed(command, folder, seconds / 2, args.kills - kills)
         kills, faults = kills + done, faults + told
         there = contents(folder)
         for name in sorted(expected.keys() | there.keys()):

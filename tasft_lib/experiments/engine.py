@@ -232,7 +232,7 @@ def _jobs(work: Callable[[Any], Any], specs: list, workers: int) -> Iterator[tup
 def _executor(engine: str, folder: Path) -> Any:
     import submitit
 
-    options = {"timeout_min": 525_600} if engine == "local" else {}
+    options = {"timeout_min": 1_440 if engine == "slurm" else 525_600}  # submitit's own is five minutes
     file = os.environ.get("TASFT_ENGINE_OPTIONS")
     try:
         given = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}

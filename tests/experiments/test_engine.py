@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from tasft_lib import cli
 from tasft_lib.experiments import answers, arms, designs, engine, methods, status
 from tasft_lib.experiments.answers import measure_all, run_all
-from tasft_lib.storage import integrity
+from tasft_lib.storage import files, integrity
 
 spec = test_runs.spec  # a fixture
 
@@ -133,6 +133,9 @@ def test_a_cluster_gives_what_processes_give(spec, tmp_path, monkeypatch):
     monkeypatch.setenv("TASFT_ENGINE", "slurm")
     with slurm_cluster.cluster(tmp_path / "slurm"):
         pd.testing.assert_frame_equal(run_all(both, PROMPTS, [DECODING], "compliance"), here)
+        for options in (files.project_root() / "params" / "engines").glob("*.yaml"):
+            monkeypatch.setenv("TASFT_ENGINE_OPTIONS", str(options))
+            engine.check()
 
 
 def test_an_engine_that_is_not_there_is_told_before_anything_is_begun(monkeypatch, capsys, tmp_path):
