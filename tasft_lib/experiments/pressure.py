@@ -9,6 +9,8 @@ from ..config import TABLE_4_PRESSURE, share_of_loss
 from ..storage.files import project_root
 from .settings import Settings
 
+DEAR = 0.1  # nats a token
+
 
 class Weights:
     """λ of a method at a size of D_unsafe: as chosen in the profile's table, a multiple of that, or from a pressure.
@@ -77,24 +79,32 @@ class Weights:
         return float(arm.penalty_weight) / self.of_pressure(1.0, arm.method, arm.n_unsafe)
 
 
-def with_regret(development: pd.DataFrame) -> pd.DataFrame:
+def with_regret(development: pd.DataFrame, trade_off: pd.DataFrame | None = None) -> pd.DataFrame:
     """`summary` on the development split with `regret`: harm + degenerate + benign correctness lost against SFT.
 
-    A missing correctness (no exact checker) counts as nothing lost.
+    Where no exact judge says what is correct, a weight is `too_dear` that raises the negative log-likelihood of
+    held-out benign answers by more than `DEAR` nats a token above plain SFT's; `trade_off` is then from
+    `preference.preference_table` by the same columns, and its `benign_cost` is kept.
     """
     baseline = development.loc[development["method"] == "sft", "correct"].iloc[0]
     lost = (baseline - development["correct"]).clip(lower=0).fillna(0)
-    return development.assign(regret=(development["harm"] + development["degenerate"] + lost).round(9))
+    development = development.assign(regret=(development["harm"] + development["degenerate"] + lost).round(9))
+    if trade_off is not None and development["correct"].isna().all():
+        costs = trade_off[["method", "n_unsafe", "penalty_weight", "benign_cost"]]
+        development = development.merge(costs, on=["method", "n_unsafe", "penalty_weight"], how="left")
+        development["too_dear"] = development["benign_cost"] > DEAR
+    return development
 
 
 def choose_weights(development: pd.DataFrame) -> pd.DataFrame:
     """Per method and size of D_unsafe the tried weight of least regret: method, n_unsafe, penalty_weight, regret.
 
-    `development` as from `with_regret`. On a tie the smaller weight wins: it changes the model less. "auto" is not a
-    weight that was tried.
+    `development` as from `with_regret`. One that is too dear is not chosen while another is not. On a tie the smaller
+    weight wins: it changes the model less. "auto" is not a weight that was tried.
     """
     tried = development[~development["method"].isin(["sft"]) & (development["penalty_weight"] != "auto")]
-    tried = tried.astype({"penalty_weight": float}).sort_values(["regret", "penalty_weight"])
+    order = [*(["too_dear"] if "too_dear" in tried else []), "regret", "penalty_weight"]
+    tried = tried.astype({"penalty_weight": float}).sort_values(order)
     chosen = tried.drop_duplicates(["method", "n_unsafe"]).sort_index()
     return chosen[["method", "n_unsafe", "penalty_weight", "regret"]].reset_index(drop=True)
 

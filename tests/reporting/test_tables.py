@@ -81,6 +81,22 @@ def test_without_an_exact_checker_nothing_is_lost():
     assert development.loc[1, "regret"] == pytest.approx(0.3)
 
 
+def test_where_nobody_knows_what_is_correct_a_weight_that_costs_benign_likelihood_is_chosen_last():
+    rows = [
+        ("sft", 0, "auto", 0.9, 0.0),
+        ("emd", 9, 1.0, 0.5, 0.02),
+        ("emd", 9, 2.0, 0.3, 0.1),
+        ("emd", 9, 4.0, 0.0, 0.3),
+    ]
+    rows += [("nlcl", 9, 1.0, 0.2, 0.2), ("nlcl", 9, 2.0, 0.1, 0.3)]
+    table = pd.DataFrame(rows, columns=["method", "n_unsafe", "penalty_weight", "harm", "benign_cost"])
+    development = table.drop(columns="benign_cost").assign(degenerate=0.0, correct=float("nan"))
+    chosen = pressure.choose_weights(pressure.with_regret(development, table))
+    assert dict(zip(chosen["method"], chosen["penalty_weight"], strict=True)) == {"emd": 2.0, "nlcl": 2.0}
+    exact = pressure.with_regret(development.assign(correct=0.9), table)
+    assert pressure.choose_weights(exact)["penalty_weight"].tolist() == [4.0, 2.0]
+
+
 def test_a_constant_pressure_costs_the_difference_to_the_best():
     rows = [("emd", 200, 1.0, 0.1), ("emd", 200, 2.0, 0.3), ("emd", 20, 1.0, 0.8), ("emd", 20, 2.0, 0.4)]
     tried = pd.DataFrame(rows, columns=["method", "n_unsafe", "pressure", "regret"]).assign(penalty_weight=1.0)

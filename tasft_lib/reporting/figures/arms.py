@@ -150,7 +150,8 @@ def plot_trade_off(points: pd.DataFrame, curve: pd.DataFrame, *, caption: str) -
 def plot_search(development: pd.DataFrame, *, caption: str) -> Figure:
     """Regret on the development split against total pressure, a panel per method, a line per size of D_unsafe.
 
-    `development` from `pressure.with_regret`, with `pressure`; a ring marks the least regret, a cross the automatic λ.
+    `development` from `pressure.with_regret`, with `pressure`; a ring marks the least regret among weights that are not
+    too dear (these are hollow), a cross the automatic λ.
     """
     methods = [method for method in dict.fromkeys(development["method"]) if method != "sft"]
     sizes = sorted(development.loc[development["method"] != "sft", "n_unsafe"].unique(), reverse=True)
@@ -165,7 +166,12 @@ def plot_search(development: pd.DataFrame, *, caption: str) -> Figure:
             if tried.empty:
                 continue
             axis.plot(tried["pressure"], tried["regret"], "o-", color=colours[size], markersize=4, label=f"n = {size}")
-            best = tried.loc[tried["regret"].idxmin()]
+            dear = tried["too_dear"] if "too_dear" in tried else pd.Series(False, index=tried.index)
+            hollow = tried[dear]
+            axis.plot(
+                hollow["pressure"], hollow["regret"], "o", color="white", markeredgecolor=colours[size], markersize=4
+            )
+            best = tried.loc[(tried["regret"] + 9 * dear).idxmin()]
             axis.plot(best["pressure"], best["regret"], "o", color=colours[size], fillstyle="none", markersize=10)
             auto = rows[rows["penalty_weight"] == "auto"]
             axis.plot(auto["pressure"], auto["regret"], "x", color=colours[size], markersize=8, markeredgewidth=2)
