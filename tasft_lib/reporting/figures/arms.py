@@ -182,8 +182,7 @@ def plot_search(development: pd.DataFrame, *, caption: str) -> Figure:
         axis.minorticks_off()
     for axis in axes[len(methods) :]:
         axis.set_visible(False)
-    for axis in axes[-columns:]:
-        axis.set_xlabel("total pressure, λ × share of unsafe rows")
+    figure.supxlabel("total pressure, λ × share of unsafe rows", fontsize="medium")
     for axis in axes[::columns]:
         axis.set_ylabel("regret")
     return finish(figure, axes[0], caption, tight=False)
