@@ -3,13 +3,14 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import make_rows
 
 from tasft_lib import losses
-from tasft_lib.experiments import emd_bound
-from tasft_lib.records import data
+from tasft_lib.experiments import embedding_axis, emd_bound
+from tasft_lib.records import data as forms
 
 
 @pytest.fixture
@@ -71,7 +72,36 @@ def test_distributions_are_the_models_at_the_unsafe_tokens(model, tokenizer):
         emd_bound.unsafe_token_distributions(model, tokenizer, rows.select([]), n_tokens=7)
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = "{% for m in messages %}{{ m.content }} {{ 'w9 <eos>' if m.role == 'assistant' }} {% endfor %}"
-    messages = data.to_training_rows(rows, label=None, template="chat", source="f")
+    messages = forms.to_training_rows(rows, label=None, template="chat", source="f")
     again = emd_bound.unsafe_token_distributions(model, chat, messages, n_tokens=10**6)
     assert again[1].equal(targets) and again[2].equal(places), "neither the prompt nor the end of the turn"
     torch.testing.assert_close(again[0], probs)
+
+
+def test_an_axis_of_frequency_is_found_and_taken_away():
+    generator = torch.Generator().manual_seed(0)
+    meaning, axis = torch.randn(200, 16, generator=generator), torch.eye(16)[0]
+    weight = meaning + torch.linspace(9, 1, 200)[:, None] * axis  # the first tokens are the most frequent
+    counts = pd.Series(1, index=range(200))
+    units = embedding_axis.geometries(weight, 1)
+    table = embedding_axis.axis_table(units, counts).set_index("geometry")
+    assert table.loc["lm_head", "mean_cosine"] > 0.4 and table.loc["lm_head", "mean_by_rank"] > 0.7
+    assert table.loc["centred", "mean_cosine"] < 0.1 and table.loc["centred", "component_by_rank"] > 0.7
+    assert abs(table.loc["isotropic"].drop("tokens")).max() < 0.4
+    pairs = units["lm_head"] @ units["lm_head"].T
+    assert table.loc["lm_head", "mean_cosine"] == pytest.approx(pairs.mean().item(), abs=1e-5)
+    assert table.loc["lm_head", "sd_cosine"] == pytest.approx(pairs.std(correction=0).item(), abs=1e-5)
+    cosines = embedding_axis.mean_cosines(units, counts)
+    np.testing.assert_allclose(cosines.loc[cosines["geometry"] == "lm_head", "mean_cosine"], pairs.mean(1), atol=1e-5)
+
+
+def test_tokens_are_counted_and_have_their_nearest_and_farthest(tokenizer):
+    counts = embedding_axis.token_counts(tokenizer, ["w1 w2 w1 w1", "w2 w3 <eos>"])
+    assert counts.tolist() == [3, 2, 1] and tokenizer.eos_token_id not in counts.index
+    words = ["ant", "bee", "cow", "dig", "12"]
+    named = type("Words", (), {"decode": staticmethod(lambda ids: words[ids[0]])})
+    unit = {"lm_head": torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8], [-1, 0], [0.8, 0.6]])}
+    table = embedding_axis.neighbours(unit, pd.Series(1, index=[0, 1, 2, 3, 4]), named, [1, 9], n=2)
+    assert table.to_dict("records") == [
+        {"geometry": "lm_head", "rank": 1, "token": "ant", "nearest": "'12' 'cow'", "farthest": "'dig' 'bee'"}
+    ]

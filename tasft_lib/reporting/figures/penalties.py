@@ -104,6 +104,25 @@ def plot_mass(table: pd.DataFrame, *, caption: str) -> Figure:
     return finish(figure, axes[0], caption)
 
 
+def plot_mean_cosines(table: pd.DataFrame, *, caption: str) -> Figure:
+    """A token's mean cosine with the others against its rank by frequency, a panel per geometry; the line is a median.
+
+    `table` from `embedding_axis.mean_cosines`.
+    """
+    names = list(dict.fromkeys(table["geometry"]))
+    figure, axes = panels(len(names), 3.6 * len(names), 3.2, sharey=True)
+    for axis, name in zip(axes, names, strict=True):
+        rows = table[table["geometry"] == name]
+        axis.scatter(rows["rank"], rows["mean_cosine"], s=3, color="#0072B2", alpha=0.15, linewidths=0, rasterized=True)
+        bins = np.geomspace(1, rows["rank"].max() + 1, 13)
+        of_bin = rows.groupby(pd.cut(rows["rank"], bins, right=False), observed=True)
+        axis.plot(of_bin["rank"].median(), of_bin["mean_cosine"].median(), color="#D55E00", linewidth=2)
+        axis.axhline(0, color="black", linewidth=1, linestyle=(0, (4, 3)))
+        axis.set(title=name, xscale="log", xlabel="rank of the token by frequency")
+    axes[0].set_ylabel("mean cosine with other tokens")
+    return finish(figure, None, caption)
+
+
 def _named_line(axis: Axes, rows: pd.DataFrame, p: float, offset: tuple[float, float], name: str, **style) -> None:
     """`push` over `p` with its name beside the point nearest to `p`, `offset` (in points) away from it."""
     axis.plot(rows["p"], rows["push"], linewidth=2, **style)
