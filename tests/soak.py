@@ -23,7 +23,7 @@ import psutil
 REPRODUCE = ["reproduce", "--profile", "smoke", "--notebooks", "build_unsafe_set", "safety"]
 COMPARED = (".csv", ".png", ".jsonl", ".safetensors", ".arrow")
 # Caches and work in hand: what is in them stands in the results, in another order after a kill.
-LEFT_OUT = ("judgements", "jobs", "smoke")
+LEFT_OUT = ("judgements", "jobs")
 
 
 def environment(folder: Path) -> dict[str, str]:
