@@ -157,7 +157,8 @@ def _preface(profile: str) -> str:
         return (
             "**A real language model of 135M parameters**, one seed. The judge errs, and not alike on all arms:"
             " rates are as judged, and corrected in the table."
-            " λ is the best of four on development prompts, of those that cost at most .1 nat a token of benign likelihood."
+            " λ is the best of four on development prompts, of those that cost at most .1 nat a token of benign"
+            " likelihood."
             f" {RATES}"
         )
     return RATES
