@@ -45,14 +45,14 @@ def can_start() -> bool:
 
 
 @contextmanager
-def cluster(folder: Path, *, cpus: int = 2, port: int = 16817) -> Iterator[Path]:
+def cluster(folder: Path, *, port: int = 16817) -> Iterator[Path]:
     """Starts munge and Slurm in `folder`, and names them in SLURM_CONF; yields `slurm.conf`."""
     host = os.uname().nodename.partition(".")[0]
     for name in ("spool", "state"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
     conf = folder / "slurm.conf"
-    conf.write_text(CONF.format(folder=folder, host=host, cpus=cpus, port=port, node_port=port + 1))
+    conf.write_text(CONF.format(folder=folder, host=host, cpus=os.cpu_count(), port=port, node_port=port + 1))
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
