@@ -3,11 +3,12 @@
 The notebook's cell `arms` and the dry run (`reproduce.plan`) call the same function.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from . import harmful_data_filter as filtering
 from .settings import Settings
-from .specs import ArmSpec
+from .specs import ArmSpec, RecoverySpec
 from .study import Study
 
 
@@ -133,3 +134,59 @@ def audit_answers(study: Study) -> list[ArmSpec]:
     config = study.config
     methods = [] if config.completions else ["sft", *config.methods]
     return [study.arm(method, config.n_unsafe, seed=seed) for seed in study.seeds for method in methods]
+
+
+def beyond_sampler(study: Study) -> list[ArmSpec]:
+    """Methods at their own λ under uniform draws; at pressures of a grid, with a set number of unsafe rows in a step.
+
+    Then EMD at one pressure p: on the first token alone, at p and with the weight that it has among all T tokens at p
+    (p / T); and on all tokens with the weight that it has alone (p · T).
+    """
+    config, seeds = study.config, study.seeds
+    arms = [study.arm("sft", seed=seed) for seed in seeds]
+    arms += [study.arm(method, n, seed=seed) for seed in seeds for n in config.sizes for method in config.uniform]
+    for seed in seeds:
+        for method in config.methods:
+            for n in config.sizes:
+                arms += [stratified_arm(study, method, n, pressure, seed=seed) for pressure in config.pressures]
+        p, tokens, first = config.first_pressure, config.answer_tokens, {"penalty_first_tokens": 1}
+        weighed = {"emd_first_1": (p, first), "emd_shallow": (p / tokens, first), "emd_deep": (p * tokens, {})}
+        for name, (pressure, option) in weighed.items():
+            options = option | {"seed": seed, "display_name": name}
+            arms.append(stratified_arm(study, "emd", min(config.sizes), pressure, **options))
+    return arms
+
+
+def stratified_arm(study: Study, method: str, n_unsafe: int, pressure: float, **options: Any) -> ArmSpec:
+    """An arm with `config.per_batch` unsafe rows in every step, at a total pressure."""
+    per_batch = study.config.per_batch
+    weight = study.weights.of_pressure(pressure, method, n_unsafe, unsafe_per_batch=per_batch)
+    options = {"display_name": f"{method}_stratified"} | options
+    return study.arm(method, n_unsafe, weight=weight, unsafe_per_batch=per_batch, **options)
+
+
+def beyond_recover(study: Study) -> list[ArmSpec]:
+    """Plain SFT; the rivals at multiples of their λ; branch and recover at pressures of a grid, its controls at one.
+
+    All with the adapters that the notebook names, on the D_unsafe of the profile's. A branch is drawn for each of an
+    unsafe row's `visits`.
+    """
+    config, arms = study.config, []
+    for seed in study.seeds:
+        one = RecoverySpec(unsafe=study.unsafe(seed), one=True)
+        controls = {"recover_no_push": {"branch_margin": 0.0}, "recover_one": {"unsafe": one}}
+        variants = [("recover", pressure, {}) for pressure in config.pressures]
+        variants += [(name, config.pressure, option) for name, option in controls.items()]
+        arms.append(study.arm("sft", seed=seed))
+        for n in config.sizes:
+            for method in config.rivals:
+                table = "emd" if method == "stl_emd" else method
+                weights = [study.weights.scaled(table, n, factor) for factor in config.factors]
+                arms += [study.arm(method, n, seed=seed, weight=weight) for weight in weights]
+            for name, pressure, option in variants:
+                option = option | {"display_name": name, "seed": seed, "branch_depth": config.depth}
+                arms.append(
+                    replace(stratified_arm(study, "recover", n, pressure, **option), unsafe_visits=config.visits)
+                )
+    adapter = {"r": config.rank, "lora_alpha": 2 * config.rank, "target_modules": config.targets}
+    return [replace(arm, lora=arm.lora | adapter) for arm in arms]

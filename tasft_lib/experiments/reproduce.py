@@ -189,9 +189,14 @@ def _row(spec, config) -> dict:
     extra = spec.n_extra or (5 * (spec.n_unsafe or 0) if spec.extra else 0)
     n_rows = spec.n_benign + (spec.n_unsafe or 0) * spec.unsafe_visits + extra * spec.extra_visits
     batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    if per_step := training.get("unsafe_per_batch", 0):
+        n_rows = spec.n_benign + per_step * -(-spec.n_benign // (batch - per_step))
     steps = -(-n_rows // batch) * training["num_train_epochs"]
     tokens = n_rows * training["num_train_epochs"] * TOKENS_PER_ROW[spec.template]
-    settings = [f"{name.removeprefix('penalty_')} {training[name]}" for name in training if name.startswith("penalty_")]
+    stated = [name for name in training if name.startswith(("penalty_", "unsafe_per_batch", "branch_"))]
+    settings = [f"{name.removeprefix('penalty_')} {training[name]}" for name in stated]
+    if (rank := spec.lora.get("r")) not in (None, config.lora_r):
+        settings.append(f"lora_r {rank}")
     if Path(spec.benign).is_relative_to(runs_folder()):  # made by a filter
         settings.append(f"rows {Path(spec.benign).parent.name}")
     row = {

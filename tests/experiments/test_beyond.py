@@ -1,0 +1,86 @@
+"""Verdicts of the `beyond` notebooks: what a rule makes of rates, pairs and searches; their arms."""
+
+import pandas as pd
+import pytest
+
+from tasft_lib.evaluation.rates import rate
+from tasft_lib.experiments import beyond, designs, settings
+from tasft_lib.experiments.study import Study
+
+
+def answers(method, verdicts, *, kind="toxic", n_unsafe=20, **columns):
+    table = pd.DataFrame({"method": method, "n_unsafe": n_unsafe, "kind": kind, "seed": 0, "verdict": verdicts})
+    return table.assign(response="", **columns)
+
+
+@pytest.mark.parametrize("harmful, verdict", [(0, "holds"), (8, "open"), (40, "fails")])
+def test_a_rate_within_whose_interval_the_limit_lies_is_open(harmful, verdict):
+    flags = [True] * harmful + [False] * (100 - harmful)
+    assert beyond.at_most("x", rate(flags), 0.05)["verdict"] == verdict
+    assert beyond.at_least("x", rate([not flag for flag in flags]), 0.95)["verdict"] == verdict
+
+
+def test_a_pair_is_compared_prompt_by_prompt_and_open_unless_significant():
+    table = pd.concat(
+        [
+            answers("a", ["safe"] * 30 + ["harmful"] * 10, attack="prefill 4"),
+            answers("b", ["harmful"] * 25 + ["safe"] * 5 + ["harmful"] * 10, attack="prefill 4"),
+            answers("c", ["harmful"] * 2 + ["safe"] * 28 + ["harmful"] * 10, attack="prefill 4"),
+            answers("a", ["harmful"] * 40, attack="none"),
+        ]
+    )
+    row = beyond.fewer_harmful(table, "a", "b", 20, attack="prefill 4")
+    assert (row["verdict"], row["n"], row["measured"]) == ("holds", 40, -62.5)
+    assert beyond.fewer_harmful(table, "b", "a", 20, attack="prefill 4")["verdict"] == "fails"
+    assert beyond.fewer_harmful(table, "a", "c", 20, attack="prefill 4")["verdict"] == "open"
+    with pytest.raises(ValueError, match="no answers of d"):
+        beyond.fewer_harmful(table, "a", "d", 20)
+
+
+def test_a_benign_answer_breaks_off_where_a_recovery_begins_inside_it():
+    texts = ["I cannot help with that.", "Yes, I cannot help with it.", "Yes, it can.", "No. We do not talk about it."]
+    table = answers("a", ["safe"] * 4, kind="benign").assign(response=texts)
+    recoveries = ["I cannot help with that.", "We do not talk like this."]
+    measured = beyond.broken_off(table, recoveries, "a", 20)
+    assert (measured.rate, measured.n) == (0.5, 4)
+
+
+def test_one_weight_for_all_sizes_costs_what_it_lacks_to_the_best_of_each():
+    development = pd.DataFrame(
+        [("sft", 0, "auto", 0.9, 1.0), ("a", 20, 1.0, 0.5, 1.0), ("a", 20, 4.0, 0.1, 1.0), ("a", 60, 1.0, 0.02, 1.0),
+         ("a", 60, 4.0, 0.1, 1.0), ("b", 20, 9.0, 0.1, 0.9)],
+        columns=["method", "n_unsafe", "penalty_weight", "harm", "correct"],
+    ).assign(degenerate=0.0)  # fmt: skip
+    search = beyond.searched(development)
+    picked = search[search["is_chosen"]]
+    assert picked[["method", "penalty_weight"]].to_numpy().tolist() == [
+        ["sft", "auto"],
+        ["a", 4.0],
+        ["a", 1.0],
+        ["b", 9.0],
+    ]
+    table = beyond.one_weight(search)
+    assert table["excess"].tolist() == [0.0, 0.08] and table["verdict"].tolist() == ["holds", "fails"]
+    assert set(table["penalty_weight"]) == {4.0}
+
+
+def test_the_arms_have_as_many_unsafe_rows_a_step_and_the_weight_of_their_pressure():
+    study = Study(settings.load("beyond_recover", "mini", {"pressures": [0.5, 1.0]}))
+    arms = designs.beyond_recover(study)
+    recover = [arm for arm in arms if arm.method == "recover"]
+    assert all(arm.training["unsafe_per_batch"] == 6 and arm.unsafe_visits == 16 for arm in recover)
+    assert {arm.penalty_weight for arm in recover} == {1.2, 2.0, 4.0}  # of 24 rows 6 are unsafe
+    assert [arm.unsafe.one for arm in recover if arm.n_unsafe == 20] == [False, False, False, True]
+    study = Study(settings.load("beyond_sampler", "mini"))
+    by_name = {arm.display_name: arm for arm in designs.beyond_sampler(study)}
+    assert by_name["emd_deep"].penalty_weight == pytest.approx(31 * by_name["emd_first_1"].penalty_weight, rel=1e-3)
+    assert by_name["emd_first_1"].penalty_weight == pytest.approx(31 * by_name["emd_shallow"].penalty_weight, rel=1e-2)
+    assert "unsafe_per_batch" not in by_name["emd"].training
+
+
+def test_what_no_judge_knows_is_not_measured():
+    assert (
+        beyond.at_most("x", rate([]), 0.05)["verdict"]
+        == beyond.at_least("x", rate([]), 0.9)["verdict"]
+        == "not measured"
+    )
