@@ -409,7 +409,7 @@ def test_the_work_of_a_model_goes_on_wherever_the_model_lies(script, tmp_path):
 
 def test_a_save_that_fails_leaves_nothing_behind(script, tmp_path, monkeypatch):
     dataset, report = script(lambda prompt, time: f"zorvex {prompt}")
-    monkeypatch.setattr(harvest_module, "_data_card", lambda report: 1 / 0)
+    monkeypatch.setattr(harvest_module, "data_card", lambda report: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_harvest(dataset, [], report, tmp_path / "unsafe")
     assert list(tmp_path.iterdir()) == []
