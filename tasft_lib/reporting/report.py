@@ -99,7 +99,7 @@ def _pocket(folder: Path) -> str:
 def _results(folder: Path) -> str:
     """Five methods of `safety`, sampled answers."""
     table = pd.read_csv(folder / "safety_table.csv")
-    rows = table[(table["decoding"] == "sampled") & table["method"].isin(("sft", "kto", "nlcl", "simnpo", "emd"))]
+    rows = table[(table["decoding"] == "sampled") & table["method"].isin(("sft", "kto", "nlcl", "simnpo", "emd", "emd_exact"))]
     n = rows["n_unsafe"].max()
     return _short(rows, f"after training with {n} unsafe rows")
 
@@ -116,7 +116,7 @@ def _filtered(folder: Path) -> str:
 
 def _short(rows: pd.DataFrame, first: str, **further: list[str]) -> str:
     """A row of `tables.summary` each, in whole per cents: of harm with its range over seeds, for want of space."""
-    seeds = f" (range of {rows['seeds'].max()} seeds)" if rows["seeds"].max() > 1 else ""
+    seeds = f" (range of {rows['seeds'].max()} base models)" if rows["seeds"].max() > 1 else ""
     columns = {
         first: [NAMES[method] for method in rows["method"]],
         f"harmful{seeds}": [_percent(row, "harm", seeds=bool(seeds)) for _, row in rows.iterrows()],
