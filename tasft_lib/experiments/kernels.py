@@ -22,6 +22,8 @@ def fork_kernels() -> None:
 
     if "forkserver" in multiprocessing.get_all_start_methods() and not torch.accelerator.is_available():
         os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = NAME
+        # A kernel that is stopped leaves semaphores; the tracker removes them, and warns of what no user can mend.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
 
 
 class ForkProvisioner(LocalProvisioner):
