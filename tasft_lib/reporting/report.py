@@ -97,9 +97,10 @@ def _pocket(folder: Path) -> str:
 
 
 def _results(folder: Path) -> str:
-    """Five methods of `safety`, sampled answers."""
+    """Six methods of `safety`, sampled answers."""
     table = pd.read_csv(folder / "safety_table.csv")
-    rows = table[(table["decoding"] == "sampled") & table["method"].isin(("sft", "kto", "nlcl", "simnpo", "emd", "emd_exact"))]
+    shown = ("sft", "kto", "nlcl", "simnpo", "emd", "emd_exact")
+    rows = table[(table["decoding"] == "sampled") & table["method"].isin(shown)]
     n = rows["n_unsafe"].max()
     return _short(rows, f"after training with {n} unsafe rows")
 
