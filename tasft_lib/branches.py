@@ -32,7 +32,9 @@ def recovery_rows(dataset: Any, name: str) -> Dataset | None:
         return None
     recoveries = unsafe["recovery"][:] if "recovery" in columns else [None] * len(unsafe)
     if without := [row for row, recovery in zip(unsafe["_tasft_row"][:], recoveries, strict=True) if not recovery]:
-        what = 'no recovery, a safe answer to its prompt, which penalty="recover" needs; see tasft harvest --recoveries'
+        what = (
+            'no recovery, a safe answer to its prompt, which penalty="recover" needs; see `tasft harvest --recoveries`'
+        )
         raise ValueError(f"{name}, row {without[0] + 1}: unsafe, and {what}.")
     return unsafe.remove_columns("completion").rename_column("recovery", "completion")
 

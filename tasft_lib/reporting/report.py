@@ -102,7 +102,7 @@ def _results(folder: Path) -> str:
     shown = ("sft", "kto", "nlcl", "simnpo", "emd", "emd_exact")
     rows = table[(table["decoding"] == "sampled") & table["method"].isin(shown)]
     n = rows["n_unsafe"].max()
-    return _short(rows, f"after training with {n} unsafe rows")
+    return _short(rows, f"after training with {n} unsafe rows", seeds="base models")
 
 
 def _filtered(folder: Path) -> str:
@@ -115,12 +115,14 @@ def _filtered(folder: Path) -> str:
     return _short(plain.reset_index(), "filter", **{"harmful, refusals among the benign rows": harm})
 
 
-def _short(rows: pd.DataFrame, first: str, **further: list[str]) -> str:
+def _short(rows: pd.DataFrame, first: str, *, seeds: str = "seeds", **further: list[str]) -> str:
     """A row of `tables.summary` each, in whole per cents: of harm with its range over seeds, for want of space."""
-    seeds = f" (range of {rows['seeds'].max()} base models)" if rows["seeds"].max() > 1 else ""
+    n = rows["seeds"].max()
     columns = {
         first: [NAMES[method] for method in rows["method"]],
-        f"harmful{seeds}": [_percent(row, "harm", seeds=bool(seeds)) for _, row in rows.iterrows()],
+        f"harmful (range of {n} {seeds})" if n > 1 else "harmful": [
+            _percent(row, "harm", seeds=n > 1) for _, row in rows.iterrows()
+        ],
     }
     measures = {"degenerate": "no language", "correct": "benign correct", "over_refusal": "harmless refused"}
     for measure, name in measures.items():

@@ -68,9 +68,9 @@ def disk_faults(folder: Path) -> list[str]:
         if "Timeout" not in other.stderr:
             faults.append(f"{folder}: a lock held by one process does not stop another; let one driver run at a time.")
     write_text(file, "old")
-    with file.open() as reader:
+    with file.open(encoding="utf-8") as reader:
         write_text(file, "new")
-        if (reader.read(), file.read_text()) != ("old", "new"):
+        if (reader.read(), file.read_text(encoding="utf-8")) != ("old", "new"):
             faults.append(f"{folder}: a file that is replaced changes under who reads it; take another disk.")
     remove(file)
     return faults

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from tasft_lib.experiments import arms, harmful_data_filter, settings
+from tasft_lib.experiments.rows import training_rows
 from tasft_lib.experiments.study import Study
 from tasft_lib.judges import miniworld
 from tasft_lib.miniworld import FAMILIES, toxic_prompts
@@ -119,7 +120,7 @@ def test_arms_get_the_rows_with_the_highest_scores_and_no_labels(study):
     assert detected["auroc"].notna().all() and (detected["n_harmful"] == round(0.2 * n)).all()
     # The rows are those that the arm is trained on.
     _, arm = trained[2]
-    benign, unsafe = rows.training_rows(arm)
+    benign, unsafe = training_rows(arm)
     assert (len(benign), len(unsafe)) == (arm.n_benign, arm.n_unsafe)
 
 

@@ -141,7 +141,7 @@ def test_the_project_has_notebooks_and_parameter_files():
     for profile in ("smoke", "mini", "local", "small", "paper"):
         assert set(PROFILES[profile]) >= {"build_unsafe_set", "safety"}
     assert set(UNUSED) <= set(NOTEBOOKS) and {n for names in UNUSED.values() for n in names} <= set(SHARED)
-    named = {path for path in (ROOT / "params").glob("*/*.yaml") if path.parent.name != "accelerate"}
+    named = {path for path in (ROOT / "params").glob("*/*.yaml") if path.parent.name not in ("accelerate", "engines")}
     assert named == {ROOT / f"params/{p}/{name}.yaml" for p in PROFILES for name in ("common", *PROFILES[p])}
 
 
