@@ -155,7 +155,7 @@ def _fit_rows(benign, unsafe, options: Options, checked_by) -> tuple:
         recoveries = unsafe["recovery"][:] if "recovery" in unsafe.column_names else [None] * len(unsafe)
         if place := next((p for p, told in zip(unsafe["place"][:], recoveries, strict=True) if not told), None):
             what = "no recovery, a safe answer to its prompt, which penalty recover needs"
-            raise ValueError(f"{place}: {what}; add a column, or tasft harvest --recoveries")
+            raise ValueError(f"{place}: {what}; add a column, or run `tasft harvest --recoveries`")
     if data_args.drop_long:
         long = {"tokenizer": checked_by, "max_length": args.max_length}
         benign = tokens.drop_long(benign, source=script_args.dataset_name, **long)
