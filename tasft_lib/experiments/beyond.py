@@ -13,8 +13,9 @@ def searched(development: pd.DataFrame) -> pd.DataFrame:
     `is_chosen` marks, of each method and size, the arm of least regret; on a tie the smaller weight.
     """
     table = with_regret(development)
-    weighed = table[table["method"] != "sft"].astype({"penalty_weight": float})
-    best = weighed.sort_values(["regret", "penalty_weight"]).drop_duplicates(["method", "n_unsafe"]).index
+    weights = pd.to_numeric(table["penalty_weight"], errors="coerce")  # plain SFT and STL have none
+    best = table[table["method"] != "sft"].assign(penalty_weight=weights)
+    best = best.sort_values(["regret", "penalty_weight"]).drop_duplicates(["method", "n_unsafe"]).index
     return table.assign(is_chosen=table.index.isin(best) | (table["method"] == "sft"))
 
 

@@ -48,7 +48,7 @@ def test_a_benign_answer_breaks_off_where_a_recovery_begins_inside_it():
 def test_one_weight_for_all_sizes_costs_what_it_lacks_to_the_best_of_each():
     development = pd.DataFrame(
         [("sft", 0, "auto", 0.9, 1.0), ("a", 20, 1.0, 0.5, 1.0), ("a", 20, 4.0, 0.1, 1.0), ("a", 60, 1.0, 0.02, 1.0),
-         ("a", 60, 4.0, 0.1, 1.0), ("b", 20, 9.0, 0.1, 0.9)],
+         ("a", 60, 4.0, 0.1, 1.0), ("b", 20, 9.0, 0.1, 0.9), ("stl", 20, "auto", 0.3, 0.9)],
         columns=["method", "n_unsafe", "penalty_weight", "harm", "correct"],
     ).assign(degenerate=0.0)  # fmt: skip
     search = beyond.searched(development)
@@ -58,6 +58,7 @@ def test_one_weight_for_all_sizes_costs_what_it_lacks_to_the_best_of_each():
         ["a", 4.0],
         ["a", 1.0],
         ["b", 9.0],
+        ["stl", "auto"],
     ]
     table = beyond.one_weight(search)
     assert table["excess"].tolist() == [0.0, 0.08] and table["verdict"].tolist() == ["holds", "fails"]
