@@ -1,7 +1,7 @@
 """A bad night, by hand: kills at random moments, then everything must be as if there had been none.
 
-    python tests/soak.py /tmp/soak --kills 50                                     # the arms of two smoke notebooks
-    python tests/soak.py /tmp/soak --kills 10 -- evaluate --model M --output_dir {out}    # any command of tasft
+    python tests/soak.py FOLDER --kills 50                                     # the arms of two smoke notebooks
+    python tests/soak.py FOLDER --kills 10 -- evaluate --model M --output_dir {out}    # any command of tasft
 
 The command runs once undisturbed. Then it is started again and again, and SIGKILL falls on a worker, on the driver or
 on all at once, until it comes to an end; then in a new folder, until there were so many kills. Each time every answer,

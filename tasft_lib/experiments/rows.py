@@ -199,13 +199,8 @@ def _safe_rows(spec: SafeSpec) -> Path:
 def _recovery_rows(spec: RecoverySpec) -> Path:
     """Harvest where needed, and ask for recoveries unless that is done; the JSONL file of D_unsafe with them."""
     harvested, judge = make_rows(spec.unsafe), load_judge(spec.unsafe.judge)
-    path = runs_folder() / "recovery" / f"{spec.name}-{harvested.name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if engine.submits() and not is_there(path):
-        engine.call(make_rows, spec)
-    with locked(Path(f"{path}.lock"), path):
-        if is_there(path):
-            return path
+
+    def write() -> list[dict]:
         rows, others = sources.read_rows(harvested), recoveries.read(harvested)
         asked = rows["instruction"][:]
         if spec.one:
@@ -218,9 +213,9 @@ def _recovery_rows(spec: RecoverySpec) -> Path:
         is_chat = spec.unsafe.arm.template == "chat"
         answers = [of_text(one.completion, "assistant") if is_chat else one.completion for one in found]
         columns = zip(rows, answers, found, strict=True)
-        write_rows(path, [row | {"recovery": r, "recovery_from": one.verdict} for row, r, one in columns])
-        seal(path)
-        return path
+        return [row | {"recovery": r, "recovery_from": one.verdict} for row, r, one in columns]
+
+    return _written_once(spec, runs_folder() / "recovery" / f"{spec.name}-{harvested.name}.jsonl", write)
 
 
 def _contrastive_rows(spec: ContrastiveSpec) -> Path:
@@ -228,21 +223,28 @@ def _contrastive_rows(spec: ContrastiveSpec) -> Path:
     arm = spec.unsafe.arm
     sides = sources.read_rows(make_rows(spec.unsafe)), training_rows(arm)[0]
     words = text.toxic_words(*([_question(prompt) for prompt in rows["prompt"][:]] for rows in sides))
-    path = runs_folder() / "contrastive" / f"{spec.name}-{content_hash(words)}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if engine.submits() and not is_there(path):
-        engine.call(make_rows, spec)
-    with locked(Path(f"{path}.lock"), path):
-        if is_there(path):
-            return path
+
+    def write() -> list[dict]:
         rows = worlds.load(spec.writer).contrastive_rows(words, spec.per_word, seed=spec.seed)
         if rows is None:
             writer = arms.load_model(replace(arm, model=spec.writer, model_revision=spec.writer_revision))
             options = {"per_word": spec.per_word, "decoding": spec.decoding, "batch_size": spec.batch_size}
             rows = contrastive_rows(words, writer, **options)
-        write_rows(path, rows)
-        seal(path)
-        return path
+        return rows
+
+    return _written_once(spec, runs_folder() / "contrastive" / f"{spec.name}-{content_hash(words)}.jsonl", write)
+
+
+def _written_once(spec: Rows, path: Path, write: Callable[[], list[dict]]) -> Path:
+    """The JSONL file of what `write` gives, unless it is there whole; a job's work where the engine has jobs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if engine.submits() and not is_there(path):
+        engine.call(make_rows, spec)
+    with locked(Path(f"{path}.lock"), path):
+        if not is_there(path):
+            write_rows(path, write())
+            seal(path)
+    return path
 
 
 def _question(prompt: str | list[dict]) -> str:
