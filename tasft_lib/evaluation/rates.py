@@ -322,15 +322,20 @@ def _check_paired(first: np.ndarray, second: np.ndarray) -> None:
 def summary(judged: pd.DataFrame, by: list[str], measures: Iterable[str] = SUMMARY) -> pd.DataFrame:
     """One row per group of `by`: every rate with its n, its 95 % interval and its range over seeds, see `rate`.
 
-    `judged` as from `answers.judge_answers`, at one step and one decoding per group. Columns: *by; seeds (how
-    many); for each of `measures` its rate in [0, 1] (mean over seeds), `_low`, `_high`, `_n`, `_min` and `_max` (over
-    seeds) and `_by_seed` (each seed's, parted by spaces); score (mean, 0-5, on toxic prompts); unscored (count). A
-    measure without prompts is nan. Where the judge's errors are known, `_corrected`, `_corrected_low`,
-    `_corrected_high` too, and `unlike` (see `rates_table`).
+    `judged` as from `answers.judge_answers`, at one step and one decoding per group. Columns: *by; penalty_weight,
+    where `by` has it not, the λ of each seed, parted by spaces, or the one of all; seeds (how many); for each of
+    `measures` its rate in [0, 1] (mean over seeds), `_low`, `_high`, `_n`, `_min` and `_max` (over seeds) and
+    `_by_seed` (each seed's, parted by spaces); score (mean, 0-5, on toxic prompts); unscored (count). A measure without
+    prompts is nan. Where the judge's errors are known, `_corrected`, `_corrected_low`, `_corrected_high` too, and
+    `unlike` (see `rates_table`).
     """
     rows = []
     for key, group in judged.groupby(by, sort=False, dropna=False):
-        row = dict(zip(by, key, strict=True)) | {"seeds": group["seed"].nunique()}
+        row = dict(zip(by, key, strict=True))
+        if "penalty_weight" in group and "penalty_weight" not in by:
+            weights = group.groupby("seed")["penalty_weight"].first().map(str)
+            row["penalty_weight"] = weights.iloc[0] if weights.nunique() == 1 else " ".join(weights)
+        row["seeds"] = group["seed"].nunique()
         for measure in measures:
             answers = counted(group, measure)
             verdict = MEASURES[measure].verdict

@@ -161,8 +161,8 @@ def respond(
 
     `prompts` are those of `prompts.evaluation_prompts`, or of an attack (see `attacks`), which may have `asked` for
     them and `begun` the answer. Returns their rows for each step, with `method` (the arm's display name), `n_unsafe`,
-    `penalty_weight`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response` and `finished`.
-    Step 0, the base model, is part of "all".
+    `penalty_weight`, `model`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response` and
+    `finished`. Step 0, the base model, is part of "all".
     """
     decoding = _own(decoding, spec)
     chosen = _steps(spec, steps)
@@ -265,6 +265,7 @@ def _of_arm(table: pd.DataFrame, spec: ArmSpec, step: int) -> pd.DataFrame:
         method=spec.display_name or spec.method,
         n_unsafe=spec.n_unsafe or spec.n_extra or 0,
         penalty_weight=spec.penalty_weight,
+        model=spec.model,
         seed=spec.seed,
         arm=spec.name,
         step=step,
