@@ -57,6 +57,7 @@ TRAINED_BY = (
     "labels",
     "sampling",
     "branches",
+    "weight",
     "trainer",
     "experiments/methods",
     "records/data",
