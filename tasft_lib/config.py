@@ -9,6 +9,7 @@ from trl import SFTConfig
 from .losses import PENALTIES
 from .sampling import check_sampling
 
+RULES = ("auto", "parity")  # that λ may follow, see `weight`
 REDUCTIONS = ("batch", "unsafe", "micro_batch")
 # Made once, before training; in the last two distance means nothing.
 MADE_EMBEDDINGS = ("centred", "isotropic", "random", "one_hot")
@@ -23,6 +24,7 @@ LOSS_HEADS = ("fused", "dense")
 # D_unsafe; these are the geometric means of those 16 products. The exact EMD is half as large as the paper's bound
 # (½‖μ−ê‖² = 1 − μ·ê for concentrated mass), so it gets twice the weight. A recovery weighs like an ordinary answer.
 PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39, "recover": 1.0}
+PULLS = ("imitation", "recover")  # penalties that pull towards the rows labelled False, which are safe answers there
 # β of the papers' main experiments: NPO (arXiv:2404.05868) and SimNPO (arXiv:2410.07163).
 DEFAULT_BETA = {"npo": 0.1, "simnpo": 2.5}
 
@@ -44,15 +46,16 @@ class TASFTConfig(SFTConfig):
         "it has begun, for the safe one in the row's column `recovery` (see `branches`).",
         choices=tuple(PENALTIES),
     )
-    # str, because HfArgumentParser takes one type per option; after __post_init__ a number, or "auto".
+    # str, because HfArgumentParser takes one type per option; after __post_init__ a number, or one of `RULES`.
     penalty_weight: str = _option(
         "auto",
         "Lambda of eq. 6 and 8: a number, or `auto`: `penalty_pressure` by the share of the loss that unsafe rows get "
-        "under `penalty_reduction`, so the number of unsafe rows needs no retuning.",
+        "under `penalty_reduction`, so the number of unsafe rows needs no retuning; or `parity`, for `recover` and "
+        "`imitation`: at most that, and in each step what makes a safe answer as likely as an ordinary one (`weight`).",
     )
     penalty_pressure: float | None = _option(
         None,
-        "Expected weight of the penalty, for `penalty_weight=auto`; default: the geometric mean over the paper's tuned "
+        "Expected weight of the penalty, for `auto` and `parity`; default: the geometric mean over the paper's tuned "
         "weights (Table 4), 0.077 for `emd`, 0.154 for `emd_exact`, 0.39 for `nlcl`; 1 for `recover`; none for others.",
     )
     penalty_reduction: str = _option(
@@ -102,8 +105,11 @@ class TASFTConfig(SFTConfig):
             allowed = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
-        if self.penalty_weight != "auto":
-            self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, 'a number ≥ 0 or "auto"')
+        if self.penalty_weight not in RULES:
+            expected = 'a number ≥ 0, "auto" or "parity"'
+            self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, expected)
+        if self.penalty_weight == "parity" and self.penalty not in PULLS:
+            raise ValueError(f'penalty_weight="parity" is for {" and ".join(PULLS)}; give {self.penalty!r} a number.')
         if self.penalty_pressure is not None:
             self.penalty_pressure = _nonnegative("penalty_pressure", self.penalty_pressure, "a number ≥ 0")
         if self.penalty_beta is None:
@@ -117,10 +123,9 @@ class TASFTConfig(SFTConfig):
         for name in ("penalty_first_tokens", "penalty_components", "branch_depth"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} would do nothing; use 1 or more.")
-        if self.penalty_weight == "auto" and self.penalty_pressure is None and self.penalty not in PRESSURE:
-            raise ValueError(
-                f'penalty_weight="auto" has no pressure for {self.penalty!r}; give a weight or a pressure.'
-            )
+        if self.penalty_weight in RULES and self.penalty_pressure is None and self.penalty not in PRESSURE:
+            rule = f'penalty_weight="{self.penalty_weight}"'
+            raise ValueError(f"{rule} has no pressure for {self.penalty!r}; give a weight or a pressure.")
         if (self.packing or self.eval_packing) and self.packing_strategy != "bfd":
             raise ValueError(
                 f"packing_strategy={self.packing_strategy!r} cuts rows in pieces, and the penalty is a mean over a "

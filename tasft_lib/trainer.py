@@ -24,9 +24,10 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from . import branches, labels
-from .config import MADE_EMBEDDINGS, PRESSURE, TASFTConfig
+from .config import MADE_EMBEDDINGS, TASFTConfig
 from .forward import TASFTForward, TASFTOutput
-from .sampling import share_of_loss, stratified
+from .sampling import stratified
+from .weight import Parity, starting_weight
 
 logger = logging.get_logger(__name__)
 
@@ -43,8 +44,8 @@ class TASFTTrainer(SFTTrainer):
     `label` column is taken as benign. `TrainingArguments` and `SFTConfig` become a `TASFTConfig`, as TRL does.
 
     Logs beside TRL's own metrics (which describe the benign rows): `nll` per benign token, `penalty` per unsafe sample
-    (unweighted), `unsafe_log_prob` (mean log-probability of a penalised token, averaged over unsafe samples) and
-    `unsafe_rows` per optimizer step (in evaluation: in all).
+    (unweighted), `unsafe_log_prob` (mean log-probability of a penalised token, averaged over unsafe samples),
+    `unsafe_rows` per optimizer step (in evaluation: in all) and, by parity, the `penalty_weight` of the next step.
 
     Raises `ValueError` for data without a usable `label` column and for what can't be honoured: custom collators,
     formatting functions, loss functions, image data, context, sequence and tensor parallelism.
@@ -100,37 +101,14 @@ class TASFTTrainer(SFTTrainer):
         TASFTForward.replace_forward(causal_lm, args)
         eos = causal_lm.generation_config.eos_token_id
         self._ends = labels.turn_ends(self.processing_class, self._tokenizer, self.chat_template, eos)
-        self.penalty_weight = self._resolve_penalty_weight()
+        self.penalty_weight = starting_weight(self)
+        if args.penalty_weight == "parity":
+            self.add_callback(Parity(self))
         self._sums = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
         self._steps_since_log = 0
         self._to_compare = ".".join(trl.__version__.split(".")[:2]) not in TESTED_TRL
         if self._to_compare:
             logger.warning_once(f"TASFTTrainer is tested on TRL {' and '.join(TESTED_TRL)}, not on {trl.__version__}.")
-
-    def _resolve_penalty_weight(self) -> float:
-        """λ as a number; "auto" is `penalty_pressure` over the share of the loss that unsafe samples get."""
-        args = self.args
-        if not isinstance(self.train_dataset, Dataset) and (args.penalty_weight == "auto" or args.unsafe_per_batch):
-            name, other = ("unsafe_per_batch", 0) if args.unsafe_per_batch else ('penalty_weight="auto"', "a number")
-            raise ValueError(f"{name} needs a data set of known size; give {other} for a streamed one.")
-        if args.penalty_weight != "auto":
-            return args.penalty_weight
-        # Packed rows have no label of their own.
-        of_rows = (self._rows or self.train_dataset).with_format(None)["label"][:]
-        unsafe_fraction = of_rows.count(False) / len(of_rows)
-        if unsafe_fraction == 0:
-            return 0.0
-        share = share_of_loss(
-            unsafe_fraction,
-            args.penalty_reduction,
-            micro_batch=args.per_device_train_batch_size * len(of_rows) / len(self.train_dataset),
-            micro_batches=args.gradient_accumulation_steps * args.world_size,
-            unsafe_per_batch=args.unsafe_per_batch,
-        )
-        pressure = PRESSURE[args.penalty] if args.penalty_pressure is None else args.penalty_pressure
-        weight = pressure / share
-        logger.info(f"penalty_weight=auto: λ = {weight:.4g} ({unsafe_fraction:.2%} of the rows are unsafe)")
-        return weight
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if not isinstance(dataset, Dataset) or dataset.format["type"] != "custom":  # TRL refuses that one
@@ -260,5 +238,7 @@ class TASFTTrainer(SFTTrainer):
             if mode == "train":
                 metrics["unsafe_rows"] /= self._steps_since_log
                 self._steps_since_log = 0
+                if self.args.penalty_weight == "parity":
+                    metrics["penalty_weight"] = self.penalty_weight
             logs |= metrics if mode == "train" else {f"eval_{name}": value for name, value in metrics.items()}
         super().log(logs, start_time)

@@ -60,7 +60,11 @@ def _score(args: argparse.Namespace) -> None:
     check_folder(args.output_dir / MANIFEST, optional | settings | options)
     # What the harness has asked it keeps, by the question as the model is given it.
     cache = args.output_dir / f"asked-{files.content_hash([settings['model'], args.model_revision, args.dtype])}"
-    scores = lm_eval.harness_scores(model, tokenizer, tasks, batch_size=args.batch_size, cache=cache, **options)
+    try:
+        scores = lm_eval.harness_scores(model, tokenizer, tasks, batch_size=args.batch_size, cache=cache, **options)
+    except ConnectionError as error:  # of the data of a task
+        remedy = "check the network, or give --tasks and --include_path of tasks that read your own files"
+        raise ConnectionError(f"{error}; {remedy}") from error
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files.write_text(args.output_dir / "capability.csv", scores.to_csv(index=False))
     files.write_json(args.output_dir / MANIFEST, settings | options | files.environment())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..records.templates import TEMPLATES
 from ..storage import files, integrity
-from .flags import MODEL, add_drop_empty, add_dtype, add_source, check_data, located, source_options
+from .flags import MODEL, add_drop_empty, add_dtype, add_source, check_data, located, own_template, source_options
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +33,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pooling", choices=("last", "mean"), help="over tokens (default: last)")
     parser.add_argument("--n_directions", type=int, help="singular vectors of the score (default: 4)")
     parser.add_argument("--steer", type=float, default=0.0, help="-1 to 1: drop less or more than that threshold says")
-    parser.add_argument("--prompt_template", default="alpaca", choices=TEMPLATES)
+    parser.add_argument("--prompt_template", choices=TEMPLATES, help="of text; chat makes messages of it (default: "
+                        "the one in the model's tasft.json, else alpaca, as in training)")  # fmt: skip
     add_drop_empty(parser)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_length", type=int, help="tokens read of a row (default: the model's context)")
@@ -72,7 +73,8 @@ def _filter(args) -> None:
     }
     rows = sources.read_rows(args.data, **source_options(args))
     has_label = "label" in rows.column_names
-    template = args.prompt_template
+    # Not "chat" for every model that has such a template: `tasft train` reads these rows, too, without it.
+    template = args.prompt_template or own_template(args.model, args.model_revision, None)
     reading = {"template": template, "drop_empty": args.drop_empty}
     texts = forms.to_training_rows(
         rows, label=None if has_label else True, source=args.data, with_place=True, **reading
@@ -92,7 +94,7 @@ def _filter(args) -> None:
         "model_revision": args.model_revision,
         "dtype": args.dtype,
         "load_in_4bit": args.load_in_4bit,
-        "prompt_template": args.prompt_template,
+        "prompt_template": template,
         "max_length": args.max_length,
         **how,
     } | ({"drop_empty": True} if args.drop_empty else {})

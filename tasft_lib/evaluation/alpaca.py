@@ -267,8 +267,7 @@ def _length_controlled(annotations: list[dict], instructions: list[str]) -> dict
     if len(table) < MIN_CONTROLLED:
         raise few
     try:
-        with _quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             metrics = glm_winrate.get_length_controlled_winrate(
                 table, save_weights_dir=None, is_add_glm_preference_inplace=False
             )
@@ -281,12 +280,17 @@ def _length_controlled(annotations: list[dict], instructions: list[str]) -> dict
 
 @contextmanager
 def _quiet():
-    """alpaca_eval talks to the root logger, sets its level, and logs what servers say, which may hold texts."""
+    """alpaca_eval talks to the root logger, sets its level, and logs what servers say, which may hold texts.
+
+    What its imports warn of, nobody who runs it can mend.
+    """
     root = logging.getLogger()
     level = root.level
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(logging.NOTSET)
         root.setLevel(level)

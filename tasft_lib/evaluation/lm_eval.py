@@ -2,11 +2,12 @@
 
 import copy
 import json
+import logging
 import re
 import sqlite3
 import tempfile
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def harness_scores(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with _quiet(), tempfile.TemporaryDirectory() as folder:
             results = lm_eval.simple_evaluate(
                 # The harness may give the tokenizer a pad token.
                 model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **switches),
@@ -91,6 +92,18 @@ def harness_scores(
         for module, training in modes:
             module.training = training
     return _tidy(results)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the harness warns of in each such run (a model that is loaded, a task without `num_fewshot`)."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _readable(cache: Path) -> Path:
@@ -162,6 +175,8 @@ def write_tasks(files: list[Path], folder: Path, *, limit: int | None = None) ->
             "test_split": "test",
             "output_type": "multiple_choice",
             "doc_to_text": "{{question}}",
+            # Not of the question, which in a chat template is a user's message, and the choice an answer.
+            "target_delimiter": "\n\n ",
             "doc_to_choice": "{{choices}}",
             "doc_to_target": "answer",
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
@@ -176,9 +191,8 @@ def _question(row: dict, file: Path, number: int) -> dict:
     answers = listed[1].split("/") if listed else []
     if row.get("answer") not in answers:
         raise ValueError(f"{file}: row {number}: needs an instruction that ends in 'Answer format: a/b' and its answer")
-    question = f"{row['instruction']}\n\n"
     return {
-        "question": question,
+        "question": row["instruction"].rstrip(),
         "choices": [f"the correct answer is {answer}" for answer in answers],
         "answer": answers.index(row["answer"]),
     }

@@ -57,6 +57,7 @@ TRAINED_BY = (
     "labels",
     "sampling",
     "branches",
+    "weight",
     "trainer",
     "experiments/methods",
     "records/data",
@@ -80,6 +81,7 @@ def ingredients(spec: ArmSpec) -> dict[str, Any]:
         "extra": once("rows", files.extra, lambda: _content(files.extra)),
         "held_out": once("held_out", spec.held_out, lambda: content_hash(rows.held_out_prompts(spec))),
         "code": _code_hash(),
+        "libraries": _libraries(),
     }
 
 
@@ -166,15 +168,16 @@ def summary(arms: list[ArmSpec]) -> dict[str, Any]:
 
     Returns:
         `base`, spec and ingredients of the first arm; `rows`, by name the specs of what rows are made from; `arms`, by
-        name what each arm recorded (seconds, steps, penalty_weight, ...), spec and ingredients where they differ;
-        `base_model`, which source it was brought from, where tasft brought it.
+        name what each arm recorded (seconds, steps, penalty_weight, ...), spec and ingredients where they differ,
+        versions and hardware where they are others than here; `base_model`, which source it was brought from, where
+        tasft brought it.
     """
-    base, summaries, made = {}, {}, {}
+    base, summaries, made, here = {}, {}, {}, environment()
     for arm in arms:
         manifest = read_manifest(arm)
         own = {"spec": travelling(describe(arm)), "ingredients": manifest["ingredients"]}
         base = base or own
-        left_out = ("arm", "log_history", "versions", "hardware")
+        left_out = ("arm", "log_history", *(part for part in ("versions", "hardware") if manifest[part] == here[part]))
         different = {part: _difference(own[part], base[part]) for part in own}
         summaries[arm.name] = {k: v for k, v in manifest.items() if k not in left_out} | different
     for source in (source for arm in arms for source in (arm.unsafe, arm.extra)):
@@ -315,8 +318,17 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 @cache
 def _code_hash() -> str:
-    """Of the modules that determine what is trained, and of the libraries' versions, whatever their build."""
+    """Of the modules that determine what is trained."""
     package = Path(__file__).parents[1]
-    sources = [(package / f"{name}.py").read_text(encoding="utf-8") for name in TRAINED_BY]
+    return content_hash([(package / f"{name}.py").read_text(encoding="utf-8") for name in TRAINED_BY])
+
+
+def _libraries() -> list[str] | None:
+    """Versions of the libraries that train, whatever their build; None where `$TASFT_ANY_LIBRARIES` lets any be right.
+
+    So a laptop can read what a cluster trained, which has others. Manifests say which they were.
+    """
+    if os.environ.get("TASFT_ANY_LIBRARIES"):
+        return None
     versions = (transformers.__version__, torch.__version__, version("trl"), version("peft"))
-    return content_hash([*sources, *(number.partition("+")[0] for number in versions)])
+    return [number.partition("+")[0] for number in versions]

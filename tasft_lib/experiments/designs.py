@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import harmful_data_filter as filtering
+from . import trade_off as search
 from .settings import Settings
 from .specs import ArmSpec, RecoverySpec
 from .study import Study
@@ -190,3 +191,8 @@ def beyond_recover(study: Study) -> list[ArmSpec]:
                 )
     adapter = {"r": config.rank, "lora_alpha": 2 * config.rank, "target_modules": config.targets}
     return [replace(arm, lora=arm.lora | adapter) for arm in arms]
+
+
+def trade_off(study: Study) -> list[ArmSpec]:
+    """Every trial of the search, see `trade_off.trials`; which arms are tested follows from it."""
+    return [trial.arm for trial in search.trials(study)]

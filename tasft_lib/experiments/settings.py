@@ -79,6 +79,7 @@ UNUSED = {
     **dict.fromkeys(UNTRAINED, tuple(SHARED)),
     **dict.fromkeys(JUDGED, HELD_OUT),
     **dict.fromkeys(("build_unsafe_set", "your_model"), ("penalty_weights", *HELD_OUT)),
+    "trade_off": ("penalty_weights",),
     "harmful_data_filter": (
         *("benign", "benign_revision", "n_benign", "harvest_prompts", "n_harvest", "rounds"),
         *("penalty_weights", *HELD_OUT),

@@ -10,6 +10,7 @@ import re
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import generation
+from ..records import templates
 from ..text import words_of
 
 ASK = (
@@ -29,14 +30,20 @@ def contrastive_rows(
     """Up to `per_word` harmless prompts with each word, answered: rows of `instruction`, `input` and `output`.
 
     `writer` is the second model and its tokenizer (an instruction-tuned one: its chat template is used where it has
-    one). Prompts that lack the word or repeat one are left out, and answers that are empty or cut off.
+    one, without thinking where it can do without). Prompts that lack the word or repeat one are left out, and answers
+    that are empty or cut off.
     """
     model, tokenizer = writer
+    is_chat = bool(tokenizer.chat_template)
+    options = {"decoding": decoding, "batch_size": batch_size, "special_tokens": not is_chat}
 
     def ask(questions: list[str]) -> list[str]:
-        prompts = [_chat(tokenizer, question) for question in questions]
-        answers = generation.generate(model, tokenizer, prompts, decoding=decoding, batch_size=batch_size)
-        return [answer.text if answer.finished else "" for answer in answers]
+        if is_chat:  # templates that can't think pass over the switch
+            prompts = templates.ask(questions, "chat", tokenizer, chat_template_kwargs={"enable_thinking": False})
+        else:
+            prompts = [f"{question}\n" for question in questions]
+        answers = generation.generate(model, tokenizer, prompts, **options)
+        return [templates.split_thinking(answer.text)[1] if answer.finished else "" for answer in answers]
 
     written = ask([ASK.format(n=per_word, word=word) for word in words])
     prompts = [p for word, text in zip(words, written, strict=True) for p in questions_with(word, text)[:per_word]]
@@ -52,11 +59,3 @@ def questions_with(word: str, text: str) -> list[str]:
     """The lines of a model's list that hold the word, without bullets and numbers."""
     lines = [re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", line).strip().strip('"') for line in text.splitlines()]
     return [line for line in lines if word.lower() in words_of(line)]
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    if tokenizer.chat_template is None:
-        return f"{question}\n"
-    message = [{"role": "user", "content": question}]
-    # Templates without a thinking mode ignore the option.
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)

@@ -202,7 +202,7 @@ def _settings(record: dict) -> str:
     weight, asked = method.pop("penalty_weight"), record["penalty_weight_asked"]
     rows = {
         "loss": "NLL(benign rows) + λ · penalty(unsafe rows)",
-        "λ": f"{weight:.4g}" + (" (by the rule `auto`)" if asked == "auto" else ""),
+        "λ": f"{weight:.4g}" + {"auto": " (by the rule `auto`)", "parity": " (its last, by `parity`)"}.get(asked, ""),
         **{key: value for key, value in method.items() if value is not None},
         "benign rows": record["benign_rows"],
         "unsafe rows": record["unsafe_rows"],

@@ -5,6 +5,8 @@ import json
 
 import pandas as pd
 import pytest
+import torch
+from chat_server import ChatServer, last
 from conftest import build_model
 from datasets import Dataset, DatasetDict, load_from_disk
 from test_capability import FakeHarness, install
@@ -210,6 +212,29 @@ def test_of_a_model_that_thinks_the_answer_is_harvested(place, monkeypatch):
     assert {row["completion"][0]["content"] for row in load_from_disk("h")} == {"w1 w2 w3", "w4 w5"}
     report = json.loads((place / "h" / "report.json").read_text())
     assert report["unfinished"] == 2
+
+
+def test_a_chat_model_by_its_name_is_attacked_in_its_template_and_judged_without_its_thinking(
+    place, monkeypatch, capsys
+):
+    asked = []
+
+    def answer(model, tokenizer, prompts, **options):
+        asked.append((prompts, options["special_tokens"], model.dtype))
+        return [Response("<think>\nw9\n</think>\n\nw1 w2", 3, True)] * len(prompts)
+
+    monkeypatch.setattr("tasft_lib.generation.generate", answer)
+    monkeypatch.setattr("tasft_lib.base_models.resolve", {"by-name": "chat"}.get)
+    (place / "goals.csv").write_text("goal\nw3 w4\n")
+    said = {"a": '{"improvement": "", "prompt": "w5 w6"}', "j": "Rating: [[3]]"}
+    with ChatServer(lambda request: said[request["model"]]) as server:
+        command = ["attack", "--goals", "goals.csv", "--target", "by-name", "--dtype", "bf16", "--output_dir", "a"]
+        command += ["--attacker", server.url, "--attacker_model", "a", "--judge", server.url, "--judge_model", "j"]
+        assert cli.main([*command, "--streams", "1", "--depth", "1"]) == 0
+        assert last(server.requests[-1]) == "Prompt: w5 w6\n\nReply: w1 w2"
+    turn = "<|im_start|>user w5 w6 <|im_end|> \n<|im_start|>assistant "
+    assert asked == [([turn], False, torch.bfloat16)]
+    assert "prompt template: chat" in capsys.readouterr().out
 
 
 def test_capability_puts_a_chat_models_questions_in_its_template_and_keeps_what_was_asked(place, monkeypatch, capsys):

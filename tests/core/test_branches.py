@@ -24,11 +24,11 @@ def options(**changes):
     return {"penalty": "recover", "penalty_weight": 2.0, "branch_depth": 4, "per_device_train_batch_size": 12} | changes
 
 
-def reference(model, tokenizer, rows, places, *, margin=1.0, first=8):
-    """(NLL per benign token + 2 · Σ (pull + push) / rows) of the rows, which branch after `places` tokens; float64."""
+def reference(model, tokenizer, rows, places, *, margin=1.0):
+    """(NLL per benign token, Σ (pull + push) / rows, pull) of the rows, which branch after `places` tokens; float64."""
     head = model.get_output_embeddings().weight.detach()
     unit = head / head.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    nll, n_tokens, penalties = 0.0, 0, []
+    nll, n_tokens, pulls, penalties = 0.0, 0, [], []
 
     def log_probs(context, answer):
         ids = torch.tensor(context + answer)
@@ -44,8 +44,9 @@ def reference(model, tokenizer, rows, places, *, margin=1.0, first=8):
             nll, n_tokens = nll - log_p_y.sum(), n_tokens + len(answer)
             continue
         distance = (log_p[0].exp() @ unit - unit[u[k]]).square().sum() / 2
-        penalties.append(-log_p_y.mean() + (0 if u[k] == answer[0] else (margin - distance).clamp(min=0)))
-    return nll / n_tokens + 2.0 * sum(penalties) / len(rows)
+        pulls.append(-log_p_y.mean())
+        penalties.append(pulls[-1] + (0 if u[k] == answer[0] else (margin - distance).clamp(min=0)))
+    return nll / n_tokens, sum(penalties) / len(rows), sum(pulls) / len(pulls)
 
 
 def places_of(trainer, rows, tokenizer):
@@ -72,7 +73,8 @@ def test_the_step_is_the_gradient_of_pull_and_push(margin, loss_head, tokenizer,
     args = config(tmp_path, **options(branch_margin=margin, loss_head=loss_head))
     log, gradient = gradient_step(build_model(tokenizer), args, rows, tokenizer)
     model = build_model(tokenizer).double()
-    loss = reference(model, tokenizer, rows, places, margin=margin)
+    nll, penalty, _ = reference(model, tokenizer, rows, places, margin=margin)
+    loss = nll + 2 * penalty
     names, parameters = zip(*model.named_parameters(), strict=True)
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
     expected = torch.autograd.grad(loss, parameters)

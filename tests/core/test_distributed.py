@@ -23,6 +23,7 @@ CASES = {
     "dense": {"loss_head": "dense"},
     "LoRA": {"lora": True},
     "npo": {"lora": True, "penalty": "npo"},
+    "parity": {"penalty": "imitation", "penalty_weight": "parity", "penalty_pressure": 1.0, "unsafe_every": 4},
     "a rank without unsafe rows": {"unsafe_every": 4},
     "a rank without unsafe rows, nlcl": {"unsafe_every": 4, "penalty": "nlcl"},
     "no unsafe rows": {"unsafe_every": None},
@@ -96,7 +97,7 @@ def test_two_processes_take_the_step_of_one(name, results, tokenizer, tmp_path):
     if name not in logs:
         pytest.skip("refused under ZeRO-3")
     log, expected = gradient_step(model, config(tmp_path, **options), rows, tokenizer)
-    for metric in ("loss", "nll", "penalty", "unsafe_rows", "unsafe_log_prob"):
+    for metric in ("loss", "nll", "penalty", "unsafe_rows", "unsafe_log_prob", "penalty_weight"):
         assert (metric in log) == (metric in logs[name])
         if metric in log:
             assert logs[name][metric] == pytest.approx(log[metric], rel=1e-5), metric

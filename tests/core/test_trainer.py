@@ -610,6 +610,8 @@ def test_logit_scaling_and_soft_capping_are_the_models_own(architecture, overrid
         ({"eval_packing": True}, "eval_packing=True"),
         ({"loss_head": "liger"}, "loss_head='liger'"),
         ({"penalty": "simnpo", "penalty_weight": "auto"}, "no pressure for 'simnpo'"),
+        ({"penalty": "emd", "penalty_weight": "parity"}, "parity\" is for imitation and recover; give 'emd'"),
+        ({"penalty": "imitation", "penalty_weight": "parity"}, "parity\" has no pressure for 'imitation'"),
         ({"penalty": "npo", "penalty_beta": 0}, "penalty_beta=0"),
         ({"loss_type": "dft"}, "'dft'"),
         ({"label_smoothing_factor": 0.1}, "label smoothing"),

@@ -1,8 +1,11 @@
 """Attacks and contrastive rows: what is asked and begun, and what must not change."""
 
+import copy
+
 import pandas as pd
 import pytest
 from conftest import build_model
+from test_templates import CHATML
 
 from tasft_lib import generation, miniworld
 from tasft_lib.evaluation import attacks, worlds
@@ -86,6 +89,26 @@ def test_a_second_model_writes_prompts_and_answers_them(tokenizer, monkeypatch):
     rows = contrastive.contrastive_rows(["kill"], (build_model(tokenizer), tokenizer), per_word=5)
     assert rows == [{"instruction": "May I kill time?", "input": "", "output": "Yes."}]
     assert asked[1] == ["May I kill time?\n", "Kill the lights?\n"]
+
+
+def test_a_chat_model_writes_in_its_own_template_and_its_thinking_is_no_answer(tokenizer, monkeypatch):
+    writer = copy.deepcopy(tokenizer)
+    writer.chat_template = CHATML.replace("thinking", "enable_thinking")
+    said = [
+        [("<think>\nKill me?\n</think>\n\nMay I kill time?\nKill the lights?\nKill a fly?", True)],
+        [("<think>\nso\n</think>\n\nYes.", True), ("Cut", False), ("<think>\nand", True)],
+    ]
+    asked = []
+
+    def generate(model, tokenizer, prompts, **options):
+        asked.append((prompts, options["special_tokens"]))
+        return [generation.Response(text, 3, finished) for text, finished in said[len(asked) - 1]]
+
+    monkeypatch.setattr(generation, "generate", generate)
+    rows = contrastive.contrastive_rows(["kill"], (build_model(tokenizer), writer), per_word=5)
+    assert rows == [{"instruction": "May I kill time?", "input": "", "output": "Yes."}]
+    turn = "<|im_start|>user May I kill time? <|im_end|> \n<|im_start|>assistant <think></think> "
+    assert asked[1][0][0] == turn and [added for _, added in asked] == [False, False]
 
 
 def test_the_mini_worlds_contrastive_rows_hold_the_word_and_are_harmless():

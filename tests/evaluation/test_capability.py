@@ -1,5 +1,6 @@
 """Capability by others' harnesses: what they are given and what is made of what they return; no network, no judge."""
 
+import copy
 import json
 import random
 import sys
@@ -10,11 +11,13 @@ import pandas as pd
 import pytest
 import yaml
 from chat_server import ChatServer, error, last
+from conftest import build_model
+from test_templates import CHATML
 
 from tasft_lib import cli
 from tasft_lib.evaluation import alpaca
 from tasft_lib.evaluation.alpaca import alpaca_eval_cost, alpaca_eval_score, read_annotator
-from tasft_lib.evaluation.lm_eval import TASKS, harness_scores
+from tasft_lib.evaluation.lm_eval import TASKS, harness_scores, write_tasks
 
 REFERENCES = [{"instruction": f"name w{i}", "output": f"w{i} w{i}"} for i in range(6)]
 OUTPUTS = [f"w{i}" for i in range(6)]
@@ -166,6 +169,33 @@ def test_the_real_harness_scores_questions_on_disk(model, tokenizer, tmp_path):
     # Equal rows of the head make equal likelihoods; the first choice wins a tie.
     assert table[["task", "metric", "n"]].values.tolist() == [["invented", "acc", 8]]
     assert table["value"].tolist() == [answers.count(0) / 8] and table["stderr"].notna().all()
+
+
+def test_the_real_harness_puts_the_bare_question_in_the_template_and_the_choice_after_it(
+    tokenizer, tmp_path, monkeypatch, caplog
+):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    (tmp_path / "zoo").mkdir()
+    row = {"instruction": "w1 w2\n\nAnswer format: w3/w4", "answer": "w3"}
+    (tmp_path / "zoo" / "test.json").write_text(json.dumps([row]))
+    tasks = dict.fromkeys(write_tasks([tmp_path / "zoo" / "test.json"], tmp_path / "tasks"))
+    chat = copy.deepcopy(tokenizer)
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "bos_token": "<s>"})
+    chat.chat_template = "{{ bos_token }} " + CHATML
+    asked = []
+
+    def scored(self, requests, **options):
+        asked.extend(text for text, _, _ in requests)
+        return [(0.0, False)] * len(requests)
+
+    monkeypatch.setattr(huggingface.HFLM, "_loglikelihood_tokens", scored)
+    options = {"include_path": str(tmp_path / "tasks")}
+    harness_scores(build_model(chat), chat, tasks, apply_chat_template=True, **options)
+    harness_scores(build_model(chat), chat, tasks, **options)
+    question, choice = "w1 w2\n\nAnswer format: w3/w4", "the correct answer is w3"
+    turn = f"<s> <|im_start|>user {question} <|im_end|> \n<|im_start|>assistant "
+    assert asked[0] == (turn, choice) and asked[2] == (question, f"\n\n {choice}")
+    assert not caplog.text, "nothing is said of what is as it should be"
 
 
 def test_the_real_harness_asks_the_hub_for_the_pinned_commit(model, tokenizer, monkeypatch):

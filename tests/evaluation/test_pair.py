@@ -337,10 +337,15 @@ def test_the_command_attacks_servers_and_folders(tmp_path, tokenizer, goals_file
         local = [*common, str(tmp_path / "local"), "--target", str(tmp_path / "model"), "--prompt_template", "none"]
         assert cli.main([*local, "--n_goals", "1"]) == 0
         assert "0 of 1 scored goals" in capsys.readouterr().out
-        assert cli.main([*common, str(tmp_path / "x"), "--target", server.url]) == 1
-        assert "no name" in capsys.readouterr().err
-        assert cli.main([*common, str(tmp_path / "x"), "--target", "nowhere", "--target_model", "m"]) == 1
-        assert "address of a server" in capsys.readouterr().err
+        assert cli.main([*common, str(tmp_path / "x"), "--target", "nowhere"]) == 1
+        assert "nowhere: no such folder" in capsys.readouterr().err
+        for wrong, told in (
+            ([server.url], "give --target_model"),
+            (["nowhere", "--target_model", "m"], "leave it out"),
+        ):
+            with pytest.raises(SystemExit):
+                cli.main([*common, str(tmp_path / "x"), "--target", *wrong])
+            assert told in capsys.readouterr().err
 
 
 def test_a_served_model_is_evaluated_by_the_same_command(tmp_path, monkeypatch, capsys):

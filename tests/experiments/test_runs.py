@@ -21,7 +21,7 @@ from tasft_lib.experiments import rows as rows_module
 from tasft_lib.experiments.answers import measure, respond, run, run_all
 from tasft_lib.judges.base import Judgement
 from tasft_lib.records import sources
-from tasft_lib.storage import files
+from tasft_lib.storage import files, integrity
 
 DECODING = generation.Decoding(max_new_tokens=4)
 PROMPTS = pd.DataFrame(
@@ -170,13 +170,25 @@ def test_a_file_that_is_no_model_makes_no_other_arm(file, spec, tmp_path):
 
 
 def test_the_build_of_a_library_makes_no_other_arm(monkeypatch):
-    hashes = []
+    made_of = []
     for number in ("2.13.0+cpu", "2.13.0+cu128", "2.14.0"):
         monkeypatch.setattr(arms.torch, "__version__", number)
-        arms._code_hash.cache_clear()
-        hashes.append(arms._code_hash())
-    arms._code_hash.cache_clear()
-    assert hashes[0] == hashes[1] != hashes[2]
+        made_of.append(arms._libraries())
+    assert made_of[0] == made_of[1] != made_of[2]
+
+
+def test_where_any_libraries_are_right_an_arm_of_others_is_used_and_said_to_be(spec, monkeypatch):
+    monkeypatch.setenv("TASFT_ANY_LIBRARIES", "1")
+    manifest = arms.train(spec) / "manifest.json"
+    trained_by = {"versions": arms.read_manifest(spec)["versions"] | {"transformers": "5.99.0"}}
+    files.write_json(manifest, arms.read_manifest(spec) | trained_by)
+    integrity.seal(manifest)
+    monkeypatch.setattr(arms.transformers, "__version__", "5.98.0")
+    assert arms.is_trained(spec)
+    (told,) = arms.summary([spec])["arms"].values()
+    assert told["versions"] == trained_by["versions"] and "hardware" not in told
+    monkeypatch.delenv("TASFT_ANY_LIBRARIES")
+    assert not arms.is_trained(spec)
 
 
 def test_all_code_that_trains_is_in_an_arms_ingredients():

@@ -439,6 +439,14 @@ def test_chat_rows(folder, tokenizer):
     assert cli.main(command(folder, source="chat.jsonl")) == 0
     dropped = sources.read_rows(folder / "out" / "dropped.jsonl")
     assert [row["prompt"] for row in dropped] == [rows[i]["prompt"] for i in HARMFUL]
+    (folder / "model" / "tasft.json").write_text('{"prompt_template": "chat"}')
+    assert cli.main([word for word in command(folder, out="text") if word not in ("--prompt_template", "none")]) == 0
+    template = {
+        name: json.loads((folder / name / "settings.json").read_text())["prompt_template"] for name in ("out", "text")
+    }
+    assert template == {"out": "none", "text": "chat"}, "text as messages, for a model that was tuned on them"
+    scores = [pd.read_csv(folder / name / "scores.csv") for name in template]
+    pd.testing.assert_frame_equal(*scores)
 
 
 def test_validation_and_threshold_on_the_command_line(folder, capsys):

@@ -19,7 +19,7 @@ from .arms import (
 )
 from .bench import plot_bench, plot_scaling
 from .filters import plot_detection, plot_layers, plot_scores
-from .likelihoods import plot_depth, plot_preference, plot_preference_trade_off
+from .likelihoods import plot_costs, plot_depth, plot_preference, plot_preference_trade_off
 from .penalties import plot_bounds, plot_distance, plot_mass, plot_mean_cosines, plot_push
 from .style import NAMES, save_figure
 
@@ -30,6 +30,7 @@ __all__ = [
     "plot_bench",
     "plot_bounds",
     "plot_comparison",
+    "plot_costs",
     "plot_depth",
     "plot_detection",
     "plot_detectors",

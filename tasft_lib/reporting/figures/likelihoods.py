@@ -111,6 +111,38 @@ def plot_preference_trade_off(table: pd.DataFrame, *, caption: str) -> Figure:
     return finish(figure, axes[0], caption, columns=6)
 
 
+def plot_costs(table: pd.DataFrame, *, dear: float, caption: str) -> Figure:
+    """Harm and preference (%) against cost in benign NLL, a line per method along its strength, a column per adapter.
+
+    `table` from `trade_off.searched`. A ring marks the chosen trials, a dotted line what is too `dear` (nats a token);
+    hollow are trials with more than 5 % degenerate answers. Dashed: plain SFT. Costs above `FAR` stand at the right
+    edge.
+    """
+    adapters = list(dict.fromkeys(table["adapter"]))
+    measures = {"harm": "toxic prompts answered (%)", "preference": "safe answer likelier (%)"}
+    size = (4.2 * len(adapters) + 1, 7.0)
+    figure, axes = panels(len(adapters), *size, len(measures), sharex=True, sharey="row")
+    for place, axis in enumerate(axes):
+        measure, adapter = list(measures)[place // len(adapters)], adapters[place % len(adapters)]
+        own = table[table["adapter"] == adapter].assign(x=lambda rows: rows["benign_cost"].clip(upper=FAR))
+        axis.axhline(100 * own.loc[own["method"] == "sft", measure].iloc[0], color="0.4", linewidth=0.8, linestyle="--")
+        axis.axvline(dear, color="0.4", linewidth=0.8, linestyle=":")
+        for method, rows in own[own["method"] != "sft"].groupby("method", sort=False):
+            rows, style = rows.sort_values("penalty_weight"), look(method)
+            axis.plot(rows["x"], 100 * rows[measure], markersize=0, **style | {"linewidth": 1, "label": None})
+            axis.plot([], [], markersize=5, **style)
+            for part, face in ((rows["degenerate"] <= 0.05, style["color"]), (rows["degenerate"] > 0.05, "none")):
+                marks = {"marker": style["marker"], "edgecolors": style["color"], "facecolors": face, "s": 22}
+                axis.scatter(rows.loc[part, "x"], 100 * rows.loc[part, measure], zorder=3, **marks)
+            ring = rows[rows["is_chosen"]]
+            axis.plot(ring["x"], 100 * ring[measure], "o", color=style["color"], fillstyle="none", markersize=11)
+        axis.set_title(adapter if place < len(adapters) else "")
+        axis.set(xlabel="benign NLL above plain SFT's, nats a token" if place >= len(adapters) else "", ylim=(-3, 103))
+        if place % len(adapters) == 0:
+            axis.set_ylabel(measures[measure])
+    return finish(figure, axes[0], caption, columns=5)
+
+
 def _panel(axis: Axes, measure: str) -> None:
     title, unit, _ = MEASURES[measure]
     axis.set_title(title)

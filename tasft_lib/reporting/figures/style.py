@@ -29,6 +29,8 @@ STYLES = {  # name, colour, marker, line
     "gradient_ascent": ("gradient ascent", "#999999", "p", "--"),
     "unlikelihood": ("unlikelihood", "#666666", "h", ":"),
     "emd_random": ("EMD, random embedding", "#D55E00", "1", ":"),
+    "emd_isotropic": ("EMD, isotropic", "#D55E00", "o", "--"),
+    "emd_exact_isotropic": ("EMD exact, isotropic", "#009E73", "^", "--"),
     "emd_one_hot": ("EMD, one-hot embedding", "#D55E00", "2", ":"),
     "emd_embed_tokens": ("EMD, embed_tokens", "#D55E00", "3", ":"),
     "emd_first_1": ("EMD, first token", "#D55E00", "*", "--"),

@@ -1,0 +1,114 @@
+"""The search of `trade_off`: which trials there are, which is chosen, and what is still answered."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from tasft_lib.experiments import pressure, settings, trade_off
+from tasft_lib.experiments.study import Study
+
+
+@pytest.fixture
+def study():
+    return Study(settings.load("trade_off", "smoke", {"n_seeds": 2}))
+
+
+def search_of(*rows):
+    columns = ("method", "adapter", "penalty_weight", "regret", "too_dear", "benign_cost")
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_every_method_has_every_strength_with_every_adapter_and_differs_in_nothing_else(study):
+    trials = trade_off.trials(study)
+    for adapter in study.config.adapters:
+        own = [trial for trial in trials if trial.adapter == adapter["name"]]
+        listed = [(tried["name"], float(s)) for tried in study.config.tried for s in tried["strengths"]]
+        assert [(trial.method, trial.strength) for trial in own] == [("sft", 0.0), *listed]
+        assert {trial.arm.lora["r"] for trial in own} == {adapter.get("r", study.config.lora_r)}
+    assert len({trial.arm.name for trial in trials}) == len(trials)
+    stl = [trial.arm for trial in trials if trial.method == "stl"]
+    assert {arm.extra_visits for arm in stl} == {2}
+    isotropic = [trial.arm for trial in trials if trial.method == "emd_isotropic"]
+    assert {arm.training["penalty_embedding"] for arm in isotropic} == {"isotropic"}
+
+
+def test_a_line_without_its_names_is_refused():
+    study = Study(settings.load("trade_off", "smoke", {"tried": [{"method": "emd"}]}))
+    with pytest.raises(ValueError, match="without name, strengths"):
+        trade_off.trials(study)
+
+
+def answers_of(arm, n_harmful, n=10):
+    verdicts = ["harmful"] * n_harmful + ["safe"] * (n - n_harmful)
+    common = {"arm": arm, "method": arm.split()[0], "n_unsafe": 20, "penalty_weight": "auto", "seed": 0, "judge": "j"}
+    return pd.DataFrame({"kind": "toxic", "verdict": verdicts, "score": 0.0, **common, "step": 3})
+
+
+def found_likely(arm, nll):
+    common = {"arm": arm, "method": arm.split()[0], "n_unsafe": 20, "penalty_weight": "auto", "seed": 0, "step": 3}
+    benign = pd.DataFrame({"kind": "benign", "row": [0, 1], "nll": [nll, nll + 0.1]})
+    toxic = pd.DataFrame({"kind": "toxic", "row": [0, 1], "safe": [-1.0, -2.0], "unsafe_0": [-1.5, -1.5]})
+    return pd.concat([toxic, benign]).assign(**common)
+
+
+def test_a_trial_costs_against_plain_sft_with_its_own_adapters_and_none_too_dear_is_chosen():
+    trials, judged, likely = [], [], []
+    nlls = {("sft", "a"): 1.0, ("sft", "b"): 2.0}
+    for method, adapter, strength, harmful, cost in [
+        ("sft", "a", 0.0, 9, 0.0),
+        ("emd", "a", 1.0, 6, 0.05),
+        ("emd", "a", 2.0, 1, 0.3),
+        ("nlcl", "a", 1.0, 2, 0.2),
+        ("sft", "b", 0.0, 9, 0.0),
+        ("emd", "b", 1.0, 4, 0.08),
+        ("nlcl", "b", 1.0, 1, 0.5),
+    ]:
+        name = f"{method} {adapter} {strength}"
+        trials.append(trade_off.Trial(method, adapter, strength, SimpleNamespace(name=name)))
+        judged.append(answers_of(name, harmful))
+        likely.append(found_likely(name, nlls["sft", adapter] + cost))
+    search = trade_off.searched(trials, pd.concat(judged), pd.concat(likely))
+    assert search["benign_cost"].tolist() == pytest.approx([0, 0.05, 0.3, 0.2, 0, 0.08, 0.5])
+    chosen = search[search["is_chosen"]]
+    assert dict(zip(chosen["method"], chosen["adapter"], strict=True)) == {"emd": "b", "nlcl": "b"}
+    assert chosen.set_index("method")["too_dear"].to_dict() == {"emd": False, "nlcl": True}, "where all are, the least"
+
+
+def test_tested_are_the_chosen_trials_and_plain_sft_with_the_same_adapters_of_every_seed(study):
+    narrow, wide = (adapter["name"] for adapter in study.config.adapters)
+    rows = search_of(("emd", narrow, 4.0, 0.1, False, 0.0), ("stl", wide, 2.0, 0.1, False, 0.0))
+    kept = trade_off.tested(study, rows.assign(is_chosen=True))
+    names = {adapter: [(arm.display_name, arm.seed) for arm in own] for adapter, own in kept.items()}
+    assert names == {
+        narrow: [("sft", 0), ("emd", 0), ("sft", 1), ("emd", 1)],
+        wide: [("sft", 0), ("stl", 0), ("sft", 1), ("stl", 1)],
+    }
+    first = [trial.arm.name for trial in trade_off.trials(study)]
+    assert all(arm.name in first for own in kept.values() for arm in own if arm.seed == 0), "trained once"
+
+
+def test_still_answered_is_a_share_of_what_plain_sft_answers():
+    says = {"sft": ["harmful", "harmful", "refusal", "harmful"], "emd": ["harmful", "safe", "harmful", "harmful"]}
+    tables = [
+        pd.DataFrame({"kind": "seemingly toxic", "prompt": list("abcd"), "verdict": verdicts, "method": m, "seed": 0})
+        for m, verdicts in says.items()
+    ]
+    measured = trade_off.still_answered(pd.concat(tables), "emd")
+    assert (measured.rate, measured.n) == (pytest.approx(2 / 3), 3)
+    exact = pd.concat(tables).assign(correct=None)
+    assert trade_off.still_answered(exact, "emd").rate == 1.0, "an exact judge calls an answer there safe"
+
+
+def test_the_verdict_is_about_the_best_of_the_search():
+    search = search_of(("emd", "a", 4.0, 0.2, False, 0.01), ("stl", "a", 2.0, 0.1, True, 0.3)).assign(is_chosen=True)
+    share = {"_low": -0.01, "_high": 0.01, "_n": 100, "": 0.0}
+    measures = ("harm", "degenerate", "benign_cost", "still_answered")
+    row = {f"{measure}{end}": value for measure in measures for end, value in share.items()}
+    table = pd.DataFrame([{"method": "emd", "adapter": "a", **row, "harm_corrected": float("nan")}])
+    attacked = {"method": "emd", "adapter": "a", "attack": "prefill 4", "harm": 0.5, "harm_low": 0.4, "harm_high": 0.6}
+    depths = pd.DataFrame([attacked | {"harm_n": 100}])
+    rows = trade_off.verdict(search, table, depths, 4)
+    assert rows[0]["criterion"].startswith("EMD at 4, a")
+    assert [row["verdict"] for row in rows] == ["holds", "holds", "holds", "fails", "fails"]
+    assert rows[2]["limit"] == 100 * pressure.DEAR
