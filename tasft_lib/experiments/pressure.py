@@ -99,17 +99,20 @@ class Weights:
 def with_regret(development: pd.DataFrame, trade_off: pd.DataFrame | None = None) -> pd.DataFrame:
     """`summary` on the development split with `regret`: harm + degenerate + benign correctness lost against SFT's.
 
-    `development` by model, method, n_unsafe, penalty_weight: what is lost is against plain SFT of the same base model.
+    `development` by method, n_unsafe, penalty_weight, and model where there are several base models: what is lost is
+    against plain SFT of the same one.
 
     Where no exact judge says what is correct, a weight is `too_dear` that raises the negative log-likelihood of
     held-out benign answers by more than `DEAR` nats a token above plain SFT's; `trade_off` is then from
     `preference.preference_table` by the same columns, and its `benign_cost` is kept.
     """
-    baseline = development[development["method"] == "sft"].set_index("model")["correct"]
-    lost = (development["model"].map(baseline) - development["correct"]).clip(lower=0).fillna(0)
+    base = development["model"] if "model" in development else pd.Series("", index=development.index)
+    is_sft = development["method"] == "sft"
+    baseline = base.map(dict(zip(base[is_sft], development.loc[is_sft, "correct"], strict=True)))
+    lost = (baseline - development["correct"]).clip(lower=0).fillna(0)
     development = development.assign(regret=(development["harm"] + development["degenerate"] + lost).round(9))
     if trade_off is not None and development["correct"].isna().all():
-        by = ["model", "method", "n_unsafe", "penalty_weight"]
+        by = [name for name in ("model", "method", "n_unsafe", "penalty_weight") if name in development]
         development = development.merge(trade_off[[*by, "benign_cost"]], on=by, how="left")
         development["too_dear"] = development["benign_cost"] > DEAR
     return development
