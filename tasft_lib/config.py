@@ -10,14 +10,11 @@ from .losses import PENALTIES
 from .sampling import check_sampling
 
 RULES = ("auto", "parity")  # that λ may follow, see `weight`
-REDUCTIONS = ("batch", "unsafe", "micro_batch")
 # Made once, before training; in the last two distance means nothing.
 MADE_EMBEDDINGS = ("centred", "isotropic", "random", "one_hot")
 # In SmolLM2-135M two tokens have a mean |cosine| of .448, without the mean row .077, and .042, .038, .037, .036 without
 # 1 to 4 components (.033: all directions alike). Harm had no say in it.
 DEFAULT_COMPONENTS = 3
-EMBEDDINGS = ("lm_head", "embed_tokens", *MADE_EMBEDDINGS)
-LOSS_HEADS = ("fused", "dense")
 
 # Expected weight of the mean unsafe sample's penalty against one mean benign token's NLL. The paper's tuned λ (Table 4)
 # times the share of micro-batches of 3 that hold an unsafe row is nearly constant over four models and four sizes of
@@ -64,7 +61,7 @@ class TASFTConfig(SFTConfig):
         "split into micro-batches and ranks), its unsafe samples (`unsafe`: eq. 6 to the letter), or the unsafe "
         "samples of the micro-batch, averaged over accumulation steps (`micro_batch`: most likely what the authors "
         "ran; Table 4's lambda apply as they stand).",
-        choices=REDUCTIONS,
+        choices=("batch", "unsafe", "micro_batch"),
     )
     unsafe_per_batch: int = _option(
         0,
@@ -77,7 +74,7 @@ class TASFTConfig(SFTConfig):
         "before training without their mean (`centred`), and without the first `penalty_components` as well "
         "(`isotropic`); or, to tell what semantics adds, `random` (Gaussian rows of the same size, always the same) or "
         "`one_hot` (all tokens equally far apart; for small vocabularies).",
-        choices=EMBEDDINGS,
+        choices=("lm_head", "embed_tokens", *MADE_EMBEDDINGS),
     )
     penalty_components: int | None = _option(
         None, "Principal components that `isotropic` takes away beside the mean (default: 3)."
@@ -87,13 +84,18 @@ class TASFTConfig(SFTConfig):
         False, "Whether the tokens that end a turn are penalised in unsafe rows too. Ending an answer is not unsafe."
     )
     penalty_first_tokens: int | None = _option(None, "Penalise only so many first tokens of an unsafe answer.")
+    penalty_floor: float = _option(
+        0.0,
+        "Probability of an unsafe answer's first penalised token below which its row exerts no pressure, so that a "
+        "large lambda stops where it has worked (RePO's hinge per row). 0: never.",
+    )
     branch_depth: int = _option(16, "Tokens of an unsafe answer after which `recover` still branches off, at most.")
     branch_margin: float = _option(1.0, "Distance to which `recover` pushes the next unsafe token away; 0: no push.")
     loss_head: str = _option(
         "fused",
         "`fused` computes the losses in chunks and forms the gradient in the forward pass; `dense` is its reference, "
         "on materialised logits.",
-        choices=LOSS_HEADS,
+        choices=("fused", "dense"),
     )
 
     def __post_init__(self):
@@ -110,15 +112,19 @@ class TASFTConfig(SFTConfig):
             self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, expected)
         if self.penalty_weight == "parity" and self.penalty not in PULLS:
             raise ValueError(f'penalty_weight="parity" is for {" and ".join(PULLS)}; give {self.penalty!r} a number.')
-        if self.penalty_pressure is not None:
-            self.penalty_pressure = _nonnegative("penalty_pressure", self.penalty_pressure, "a number ≥ 0")
+        for name in ("penalty_pressure", "penalty_floor", "branch_margin"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, _nonnegative(name, value, "a number ≥ 0"))
+        if self.penalty_floor >= 1:
+            raise ValueError(f"penalty_floor={self.penalty_floor} is no probability below 1; use .05, say.")
+        if self.penalty_floor and self.penalty in PULLS:
+            raise ValueError(f"penalty_floor is for penalties that push away; leave it out with {self.penalty!r}.")
         if self.penalty_beta is None:
             self.penalty_beta = DEFAULT_BETA.get(self.penalty)
         elif not _nonnegative("penalty_beta", self.penalty_beta, "a number > 0"):
             raise ValueError("penalty_beta=0 is not a number > 0.")
         if self.penalty_components is None and self.penalty_embedding == "isotropic":
             self.penalty_components = DEFAULT_COMPONENTS
-        self.branch_margin = _nonnegative("branch_margin", self.branch_margin, "a number ≥ 0")
         self.penalize_eos |= self.penalty == "recover"  # an answer is learned to its end
         for name in ("penalty_first_tokens", "penalty_components", "branch_depth"):
             if (value := getattr(self, name)) is not None and value < 1:

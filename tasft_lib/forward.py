@@ -115,11 +115,11 @@ class TASFTForward:
 
         head, reference = self._head, _dense_head_in_pieces
         if pushed is not None:
-            pushed = F.pad(pushed, (labels.size(1) + 1 - pushed.size(1), 0), value=-100)[:, 1:].to(weight.device)[
-                scored
-            ]
+            pushed = F.pad(pushed, (labels.size(1) + 1 - pushed.size(1), 0), value=-100)[:, 1:]
+            pushed = pushed.to(weight.device)[scored]
             head, reference = (partial(two_targets, of, pushed) for of in (head, reference))
-        samples = (sample[unsafe], n_samples, self.args.penalty_beta, reference_log_prob, self.args.branch_margin)
+        beta, margin, floor = self.args.penalty_beta, self.args.branch_margin, self.args.penalty_floor
+        samples = (sample[unsafe], n_samples, beta, reference_log_prob, margin, floor)
         output = head(hidden, weight, targets, **options)
         tokens = UnsafeTokens(output.log_prob[unsafe], output.penalty[unsafe], *samples)
         dense_sums = aux_loss = None

@@ -135,7 +135,7 @@ def sample_mean(values: Tensor, sample: Tensor, n_samples: int) -> Tensor:
 
 @dataclass(frozen=True)
 class UnsafeTokens:
-    """The unsafe tokens of a batch as a penalty sees them: `[N]`, in any order."""
+    """The unsafe tokens of a batch as a penalty sees them: `[N]`, those of a sample in their order."""
 
     log_prob: Tensor  # log p_t(y_t)
     distance: Tensor  # the `penalty` that a head gives, for `EMBEDDING_PENALTIES`
@@ -144,6 +144,7 @@ class UnsafeTokens:
     beta: float | None = None
     reference_log_prob: Tensor | None = None  # `mean_log_prob` of NPO's reference; if None, of the model itself
     margin: float = 1.0  # of `push`
+    floor: float = 0.0  # of `is_likely`
 
     def mean(self, values: Tensor) -> Tensor:
         """Of each sample's tokens, `[N]` -> `[n_samples]`."""
@@ -158,6 +159,13 @@ class UnsafeTokens:
     def length(self) -> Tensor:
         """Tokens of each sample, `[n_samples]`."""
         return torch.bincount(self.sample, minlength=self.n_samples)
+
+    @property
+    def is_likely(self) -> Tensor:
+        """Samples whose first token has at least the probability `floor`, bool `[n_samples]`; none without tokens."""
+        place = torch.arange(len(self.sample), device=self.sample.device)
+        first = place.new_full((self.n_samples,), len(place)).scatter_reduce(0, self.sample, place, "amin")
+        return F.pad(self.log_prob.exp(), (0, 1), value=-1.0)[first] >= self.floor
 
     @property
     def log_ratio(self) -> Tensor:
@@ -182,8 +190,8 @@ PENALTIES: dict[str, Callable[[UnsafeTokens], Tensor]] = {
 
 
 def sample_penalty(name: str, unsafe: UnsafeTokens) -> Tensor:
-    """The penalty `name` of each sample, `[n_samples]`; 0 for a sample without unsafe tokens."""
-    return torch.where(unsafe.length > 0, PENALTIES[name](unsafe), 0.0)
+    """The penalty `name` of each sample, `[n_samples]`; 0 unless it `is_likely` (RePO's hinge, arXiv:2410.19933)."""
+    return torch.where(unsafe.is_likely, PENALTIES[name](unsafe), 0.0)
 
 
 class HeadOutput(NamedTuple):

@@ -20,7 +20,8 @@ BY = ["method", "n_unsafe", "penalty_weight"]
 class Trial:
     """A setting that is tried: a method, the adapters it trains, and its strength.
 
-    `strength` is λ (KTO: its undesirable weight); of STL, which has none, how often each safe row is seen.
+    `strength` is λ (KTO: its undesirable weight; where λ follows a rule: the pressure that the rule takes); of STL,
+    which has none, how often each safe row is seen.
     """
 
     method: str
@@ -40,18 +41,23 @@ def trials(study: Study, seed: int | None = None) -> list[Trial]:
 
 
 def _of_method(study: Study, tried: dict[str, Any], adapter: dict[str, Any], seed: int | None) -> Iterator[Trial]:
-    """A line of `tried` has `name` (in tables), `method`, `strengths`; the rest are options of `TASFTConfig`."""
+    """A line of `tried` has `name` (in tables), `method`, `strengths`; the rest are options of `TASFTConfig`.
+
+    With a rule for λ as its `weight`, auto or parity, its strengths are what the rule takes, pressures.
+    """
     for line, needed in ((tried, {"name", "method", "strengths"}), (adapter, {"name"})):
         if missing := needed - set(line):
             raise ValueError(f"{line!r}: a line of tried or adapters without {', '.join(sorted(missing))}.")
-    method, options = tried["method"], {k: v for k, v in tried.items() if k not in ("name", "method", "strengths")}
+    method, rule = tried["method"], tried.get("weight")
+    options = {k: v for k, v in tried.items() if k not in ("name", "method", "strengths", "weight")}
     lora = {key: value for key, value in adapter.items() if key != "name"}
     for strength in tried["strengths"]:
         if method in ("sft", "stl"):
             arm = study.arm(method, study.config.n_unsafe, seed=seed)
             arm = replace(arm, extra_visits=strength if method == "stl" else 1)
         else:
-            arm = study.arm(method, study.config.n_unsafe, weight=float(strength), seed=seed, **options)
+            weight = {"weight": rule, "penalty_pressure": float(strength)} if rule else {"weight": float(strength)}
+            arm = study.arm(method, study.config.n_unsafe, seed=seed, **weight, **options)
         arm = replace(arm, display_name=tried["name"], lora=arm.lora | lora)
         yield Trial(tried["name"], adapter["name"], float(strength), arm)
 

@@ -36,6 +36,7 @@ PENALTY = (
     "penalty_embedding",
     "penalty_components",
     "penalty_first_tokens",
+    "penalty_floor",
     "penalize_eos",
     "penalty_beta",
 )

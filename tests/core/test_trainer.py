@@ -86,7 +86,18 @@ def without_axes(weight, components):
 
 
 def reference_loss(
-    model, tokenizer, rows, *, penalty, weight, reduction="batch", split=8, embedding="lm_head", eos=False, first=None
+    model,
+    tokenizer,
+    rows,
+    *,
+    penalty,
+    weight,
+    reduction="batch",
+    split=8,
+    embedding="lm_head",
+    eos=False,
+    first=None,
+    floor=0.0,
 ):
     """Eq. 6 and 8 written down once more, row by row from full logits, with none of the trainer's code."""
     e = {
@@ -128,6 +139,8 @@ def reference_loss(
             mu = log_p.exp() @ e
             value = -(mu - e[y]).square().sum(-1) if penalty == "emd" else (mu * e[y]).sum(-1) - 1
             penalties.append(value.mean())
+        if unsafe_log_p[0].exp() < floor:
+            penalties[-1] = 0 * penalties[-1]
     unsafe = [p for p in penalties if p is not None]
     if reduction == "micro_batch":
         micro = [[p for p in penalties[i : i + split] if p is not None] for i in range(0, len(penalties), split)]
@@ -208,6 +221,19 @@ def test_only_the_first_tokens_can_be_penalised(penalty, first, padding_free, mo
     names, parameters = zip(*model.named_parameters(), strict=True)
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert_same_gradient(gradient, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True)))
+
+
+@pytest.mark.parametrize("layout", [{}, {"packing": True, "max_length": 128}, {"loss_head": "dense"}])
+@pytest.mark.parametrize("penalty", ["emd", "unlikelihood"])
+def test_a_row_whose_first_token_is_unlikely_enough_exerts_no_pressure(penalty, layout, model, tokenizer, tmp_path):
+    rows, how = make_rows(12), {"penalty": penalty, "weight": 2.0}
+    args = config(tmp_path, penalty=penalty, penalty_floor=0.01, per_device_train_batch_size=12, **layout)
+    log, gradient = gradient_step(model, args, rows, tokenizer)
+    losses_ = [reference_loss(model, tokenizer, rows, floor=floor, **how) for floor in (0.01, 0.0, 1.0)]
+    assert len({round(loss.item(), 4) for loss in losses_}) == 3  # some of the rows are off, but not all
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    assert log["loss"] == pytest.approx(losses_[0].item(), rel=1e-5)
+    assert_same_gradient(gradient, dict(zip(names, torch.autograd.grad(losses_[0], parameters), strict=True)))
 
 
 @pytest.mark.parametrize("embedding", ["centred", "isotropic"])
@@ -603,6 +629,9 @@ def test_logit_scaling_and_soft_capping_are_the_models_own(architecture, overrid
         ({"penalty_first_tokens": 0}, "penalty_first_tokens=0"),
         ({"penalty_embedding": "isotropic", "penalty_components": 0}, "penalty_components=0"),
         ({"penalty_weight": -1}, "penalty_weight=-1"),
+        ({"penalty_floor": -0.1}, "penalty_floor=-0.1"),
+        ({"penalty_floor": 5}, "penalty_floor=5.0"),
+        ({"penalty_floor": 0.05, "penalty": "imitation"}, "leave it out with 'imitation'"),
         ({"penalty_weight": "lots"}, "penalty_weight='lots'"),
         ({"penalty_weight": float("nan")}, "penalty_weight=nan"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy='wrapped'"),
