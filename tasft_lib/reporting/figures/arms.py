@@ -1,5 +1,7 @@
 """Figures of trained models: their rates along training, by size, weight, attack and judge."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -148,38 +150,41 @@ def plot_trade_off(points: pd.DataFrame, curve: pd.DataFrame, *, caption: str) -
 
 
 def plot_search(development: pd.DataFrame, *, caption: str) -> Figure:
-    """Regret on the development split against total pressure, a panel per method, a line per size of D_unsafe.
+    """Regret on the development split against total pressure: a panel per method, a line per base model and size.
 
-    `development` from `pressure.with_regret`, with `pressure`. Of several base models the line is their mean and the
-    band reaches from the lowest to the highest. A ring marks the least regret on each among weights that are not too
-    dear (these are hollow), a cross the automatic λ.
+    `development` from `pressure.with_regret`, with `model` and `pressure`. The size of D_unsafe is a colour, the base
+    model a line style and a mark. A ring marks the least regret of a line among weights that are not too dear (these
+    are hollow), a cross the automatic λ.
     """
     methods = [method for method in dict.fromkeys(development["method"]) if method != "sft"]
     sizes = sorted(development.loc[development["method"] != "sft", "n_unsafe"].unique(), reverse=True)
     colours = dict(zip(sizes, sns.color_palette("viridis", len(sizes)), strict=True))
+    models = list(dict.fromkeys(development["model"]))
+    looks = dict(zip(models, itertools.cycle([("-", "o"), ("--", "s"), (":", "^")]), strict=False))
     columns = min(4, len(methods))
     lines = -(-len(methods) // columns)
     figure, axes = panels(columns, 3.1 * columns, 2.8 * lines, lines, sharey=True, layout="constrained")
     for axis, method in zip(axes, methods, strict=False):
-        for size in sizes:
-            rows = development[(development["method"] == method) & (development["n_unsafe"] == size)]
+        own = development[development["method"] == method]
+        for (model, (line, marker)), size in itertools.product(looks.items(), sizes):
+            rows = own[(own["model"] == model) & (own["n_unsafe"] == size)]
             tried = rows[rows["penalty_weight"] != "auto"].sort_values("pressure")
             if tried.empty:
                 continue
-            mean, low, high = (getattr(tried.groupby("pressure")["regret"], end)() for end in ("mean", "min", "max"))
-            axis.plot(mean.index, mean, "o-", color=colours[size], markersize=4, label=f"n = {size}")
-            axis.fill_between(mean.index, low, high, color=colours[size], alpha=0.12, linewidth=0)
+            style = {"marker": marker, "markersize": 4, "linestyle": line, "color": colours[size]}
+            name = f"{model}, n = {size}" if len(models) > 1 else f"n = {size}"
+            axis.plot(tried["pressure"], tried["regret"], label=name, **style)
             dear = tried["too_dear"] if "too_dear" in tried else pd.Series(False, index=tried.index)
             hollow = tried[dear]
             axis.plot(
-                hollow["pressure"], hollow["regret"], "o", color="white", markeredgecolor=colours[size], markersize=4
+                hollow["pressure"], hollow["regret"], marker, color="white", markeredgecolor=colours[size], markersize=4
             )
-            best = tried.loc[(tried["regret"] + 9 * dear).groupby(tried["model"], sort=False).idxmin()]
+            best = tried.loc[(tried["regret"] + 9 * dear).idxmin()]
             axis.plot(best["pressure"], best["regret"], "o", color=colours[size], fillstyle="none", markersize=10)
             auto = rows[rows["penalty_weight"] == "auto"]
             axis.plot(auto["pressure"], auto["regret"], "x", color=colours[size], markersize=8, markeredgewidth=2)
         axis.set(title=NAMES[method], xscale="log", ylim=(0, None))
-        tried = development[(development["method"] == method) & (development["penalty_weight"] != "auto")]
+        tried = own[own["penalty_weight"] != "auto"]
         ticks = sorted({float(f"{pressure:.2g}") for pressure in tried["pressure"]})
         axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], rotation=60, fontsize=8)
         axis.minorticks_off()
