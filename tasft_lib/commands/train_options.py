@@ -30,9 +30,12 @@ penalty options:
       Penalty on unsafe rows (default: emd); `imitation` pulls towards them: for safe ones. `recover` learns to leave an
       unsafe answer for the row's `recovery`, which `tasft harvest --recoveries` finds.
   --penalty_weight
-      Lambda: a number, or `auto` (default) for `penalty_pressure` / share of unsafe rows.
+      Lambda: a number, or `auto` (default) for `penalty_pressure` / share of unsafe rows; or `parity`, for recover and
+      imitation: at most that, and no more than makes a safe answer as likely as an ordinary one.
   --penalty_pressure
-      Expected weight of the penalty for `auto` (default: from the paper's Table 4).
+      Expected weight of the penalty for `auto` (default: from the paper's Table 4), largest one for `parity`.
+  --penalty_floor
+      Probability of an unsafe answer's first token below which its row exerts no pressure (default: 0).
   --penalty_reduction batch|unsafe|micro_batch
       What the summed penalty is divided by: samples of the optimizer step (default), its unsafe samples, or those of
       the micro-batch (the paper's lambda as they stand).
