@@ -4,6 +4,7 @@ the arm finds likely.
 runs/arms/<arm>/responses/<hash>/step-N.jsonl   answers, per set of prompts and decoding; generated once
 runs/arms/<arm>/likelihoods/<hash>/step-N.csv   of held-out rows, without text
 runs/arms/<arm>/judgements/<judge>.jsonl        labels by text hash, without text; one process writes at a time
+runs/arms/<arm>/counts.jsonl                    how many answers got which verdict, for `status.rates`
 runs/arms/<arm>/failed.json                     why it did not come to an end, until it does
 
 `run` and `measure` are the units of work: whoever calls one, a pool, a cluster's job or a shell, what is there is not
@@ -26,13 +27,16 @@ from tqdm import tqdm
 from .. import generation
 from ..evaluation.answers import asked_and_begun, judge_answers, questions
 from ..evaluation.preference import DEPTHS, HeldOut, likelihoods
+from ..evaluation.rates import counts
 from ..evaluation.worlds import base_model
 from ..judges import load
-from ..judges.base import ExactJudge, check_ready
+from ..judges.base import ExactJudge, Judge, check_ready
 from ..storage.files import (
+    checked,
     content_hash,
     full_disk_named,
     model_identity,
+    read_records,
     runs_folder,
     show_progress,
     write_json,
@@ -42,7 +46,7 @@ from ..storage.integrity import damage, is_there, locked, seal, set_aside
 from ..storage.resume import by_step
 from . import engine
 from .arms import has_ended, load_model, load_tokenizer, train
-from .rows import looked_at_once, make_rows
+from .rows import looked_at_once, make_rows, once
 from .specs import ArmSpec, Rows
 
 
@@ -151,7 +155,9 @@ def run(
     if judge is None:
         return answers
     with locked(spec.folder / "judgements.lock", spec.folder):
-        return judge_answers(answers, [judge], cache=spec.folder / "judgements")
+        judged = judge_answers(answers, [judge], cache=spec.folder / "judgements")
+        _count(judged, spec, prompts, decodings, judge)
+    return judged
 
 
 def respond(
@@ -161,8 +167,8 @@ def respond(
 
     `prompts` are those of `prompts.evaluation_prompts`, or of an attack (see `attacks`), which may have `asked` for
     them and `begun` the answer. Returns their rows for each step, with `method` (the arm's display name), `n_unsafe`,
-    `penalty_weight`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response` and `finished`.
-    Step 0, the base model, is part of "all".
+    `penalty_weight`, `model`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response` and
+    `finished`. Step 0, the base model, is part of "all".
     """
     decoding = _own(decoding, spec)
     chosen = _steps(spec, steps)
@@ -222,6 +228,21 @@ def judge_by_name(responses: pd.DataFrame, *judge_names: str) -> pd.DataFrame:
     return judge_answers(responses, judges, cache=runs_folder() / "judgements")
 
 
+def _count(
+    judged: pd.DataFrame, spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generation.Decoding], judge: Judge
+) -> None:
+    """The verdicts' numbers, a line each file of answers, judge and kind of prompt, in the place of earlier ones."""
+    path, by = spec.folder / "counts.jsonl", ["answers", "step", "kind", "judge"]
+    files = {decoding.name: _hash(prompts, _own(decoding, spec)) for decoding in decodings}
+    table = counts(judged, ["decoding", "step", "kind"])
+    table = table.assign(answers=table["decoding"].map(files), judge=judge.name, revision=judge.revision)
+    there = {tuple(record[name] for name in by): checked(record) for record in read_records(path)}
+    rows = json.loads(table.to_json(orient="records", double_precision=15))
+    new = {tuple(record[name] for name in by): checked(record) for record in rows}
+    if there | new != there:
+        write_text(path, "".join(json.dumps(record) + "\n" for record in (there | new).values()))
+
+
 def _record_failure(spec: ArmSpec, error: BaseException) -> None:
     with suppress(OSError):  # the disk may be full
         spec.folder.mkdir(parents=True, exist_ok=True)
@@ -265,6 +286,7 @@ def _of_arm(table: pd.DataFrame, spec: ArmSpec, step: int) -> pd.DataFrame:
         method=spec.display_name or spec.method,
         n_unsafe=spec.n_unsafe or spec.n_extra or 0,
         penalty_weight=spec.penalty_weight,
+        model=spec.model,
         seed=spec.seed,
         arm=spec.name,
         step=step,
@@ -282,9 +304,15 @@ def _read_answers(path: Path, n: int) -> list[dict] | None:
 
 
 def _responses(spec: ArmSpec, step: int, prompts: pd.DataFrame, decoding: generation.Decoding) -> Path:
-    asked, begun = asked_and_begun(prompts)
-    asked = content_hash({"asked": asked, "begun": begun, "decoding": asdict(decoding)})
-    return _folder(spec, step) / "responses" / asked / f"step-{step}.jsonl"
+    return _folder(spec, step) / "responses" / _hash(prompts, decoding) / f"step-{step}.jsonl"
+
+
+def _hash(prompts: pd.DataFrame, decoding: generation.Decoding) -> str:
+    def look() -> tuple[pd.DataFrame, str]:
+        asked, begun = asked_and_begun(prompts)
+        return prompts, content_hash({"asked": asked, "begun": begun, "decoding": asdict(decoding)})
+
+    return once("answers", f"{id(prompts)} {decoding}", look)[1]  # with the table, so that its id stays its own
 
 
 def _likelihoods(spec: ArmSpec, step: int, held_out: HeldOut) -> Path:

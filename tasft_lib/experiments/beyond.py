@@ -8,33 +8,35 @@ from .specs import ArmSpec
 
 
 def searched(development: pd.DataFrame) -> pd.DataFrame:
-    """`rates.summary` of the arms on the development split, by method, n_unsafe, penalty_weight, with `regret`.
+    """`rates.summary` of the arms on the development split, by model, method, n_unsafe, penalty_weight, with `regret`.
 
-    `is_chosen` marks, of each method and size, the arm of least regret; on a tie the smaller weight.
+    `is_chosen` marks, of each base model, method and size, the arm of least regret; on a tie the smaller weight.
     """
     table = with_regret(development)
     weights = pd.to_numeric(table["penalty_weight"], errors="coerce")  # plain SFT and STL have none
     best = table[table["method"] != "sft"].assign(penalty_weight=weights)
-    best = best.sort_values(["regret", "penalty_weight"]).drop_duplicates(["method", "n_unsafe"]).index
+    best = best.sort_values(["regret", "penalty_weight"]).drop_duplicates(["model", "method", "n_unsafe"]).index
     return table.assign(is_chosen=table.index.isin(best) | (table["method"] == "sft"))
 
 
 def chosen(arms: list[ArmSpec], search: pd.DataFrame) -> list[ArmSpec]:
     """Of the arms those that `searched` has chosen, and plain SFT."""
-    kept = {(row.method, row.n_unsafe, row.penalty_weight) for row in search[search["is_chosen"]].itertuples()}
-    is_kept = [arm.method == "sft" or (arm.display_name, arm.n_unsafe, arm.penalty_weight) in kept for arm in arms]
+    by = ["model", "method", "n_unsafe", "penalty_weight"]
+    kept = set(search.loc[search["is_chosen"], by].itertuples(index=False, name=None))
+    told = [(arm.model, arm.display_name, arm.n_unsafe, arm.penalty_weight) for arm in arms]
+    is_kept = [arm.method == "sft" or name in kept for arm, name in zip(arms, told, strict=True)]
     return [arm for arm, keep in zip(arms, is_kept, strict=True) if keep]
 
 
 def one_weight(search: pd.DataFrame, *, within: float = 0.03) -> pd.DataFrame:
     """Of `searched`, per method tried at several weights: the one weight of least mean regret, and what it costs.
 
-    A row per size, with the least `regret` of all weights there, and `excess`, how far the one weight's lies above it;
-    the verdict is whether that is at most `within`.
+    A row per size, with the least `regret` of all weights there, and `excess`, how far the one weight's lies above it,
+    of several base models on the mean; the verdict is whether that is at most `within`.
     """
     rows = []
     for method, tried in search[search["method"] != "sft"].groupby("method", sort=False):
-        regrets = tried.pivot(index="penalty_weight", columns="n_unsafe", values="regret").dropna()
+        regrets = tried.pivot_table(index="penalty_weight", columns="n_unsafe", values="regret").dropna()
         if len(regrets) < 2:
             continue
         weight = regrets.mean(axis=1).idxmin()

@@ -48,7 +48,7 @@ def data_efficiency(study: Study) -> list[ArmSpec]:
     for seed in study.seeds:
         arms += [study.arm(method, n, seed=seed) for method in by_size for n in by_size[method]]
         for method in config.auto_methods:
-            pressure = study.weights.chosen_pressure(method, max(config.sizes))
+            pressure = study.weights.chosen_pressure(method, max(config.sizes), seed)
             option = {"weight": "auto", "display_name": f"{method}_auto", "penalty_pressure": pressure}
             arms += [study.arm(method, n, seed=seed, **option) for n in config.sizes[1:]]
         for n in config.control_sizes:
@@ -76,12 +76,11 @@ def contrastive_augmentation(study: Study) -> list[ArmSpec]:
     arms = [study.arm("sft", seed=seed) for seed in study.seeds]
     for method in config.methods:
         for factor in config.factors:
-            weight = study.weights.scaled(method, config.n_unsafe, factor)
-            option = {"weight": weight}
-            arms += [study.arm(method, config.n_unsafe, seed=seed, **option) for seed in study.seeds]
-            option["display_name"] = f"{method}_contrastive"
             for seed in study.seeds:
-                arms.append(study.arm(method, config.n_unsafe, seed=seed, extra=study.contrastive(seed), **option))
+                option = {"seed": seed, "weight": study.weights.scaled(method, config.n_unsafe, factor, seed)}
+                arms.append(study.arm(method, config.n_unsafe, **option))
+                option |= {"display_name": f"{method}_contrastive", "extra": study.contrastive(seed)}
+                arms.append(study.arm(method, config.n_unsafe, **option))
     return arms
 
 
@@ -109,17 +108,18 @@ def emd_bound(study: Study) -> list[ArmSpec]:
 
 
 def penalty_weight(study: Study) -> list[ArmSpec]:
-    """Every method at its sizes of D_unsafe with every λ of the search; none where the answers are `stored`."""
+    """Plain SFT, then every method at its sizes of D_unsafe with every λ of the search, per seed; none where the
+    answers are `stored`."""
     config = study.config
     if config.stored:
         return []
-    arms = [study.sft]
+    arms = [study.arm("sft", seed=seed) for seed in study.seeds]
     for method, sizes in sizes_by_method(config).items():
         pressures = getattr(config, f"{method}_pressures")
         for n_unsafe in sizes:
             weights = [study.weights.of_pressure(pressure, method, n_unsafe) for pressure in pressures]
             weights += ["auto"] if method in config.auto_methods else []
-            arms += [study.arm(method, n_unsafe, weight=weight) for weight in weights]
+            arms += [study.arm(method, n_unsafe, weight=w, seed=seed) for seed in study.seeds for w in weights]
     return arms
 
 
@@ -182,7 +182,7 @@ def beyond_recover(study: Study) -> list[ArmSpec]:
         for n in config.sizes:
             for method in config.rivals:
                 table = "emd" if method == "stl_emd" else method
-                weights = [study.weights.scaled(table, n, factor) for factor in config.factors]
+                weights = [study.weights.scaled(table, n, factor, seed) for factor in config.factors]
                 arms += [study.arm(method, n, seed=seed, weight=weight) for weight in weights]
             for name, pressure, option in variants:
                 option = option | {"display_name": name, "seed": seed, "branch_depth": config.depth}

@@ -10,6 +10,7 @@ at once wait for each other. `TASFT_ENGINE` names the engine, `TASFT_ENGINE_OPTI
 
 import gc
 import hashlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -31,7 +32,7 @@ import torch
 import yaml
 
 from ..models import quiet
-from ..storage.files import end_with_parent, keep_freed_memory, read_object, runs_folder, whole, write_json
+from ..storage.files import end_with_parent, keep_freed_memory, read_object, runs_folder, whole
 from ..storage.integrity import locked
 
 ENGINES = ("processes", "local", "debug", "slurm")
@@ -261,7 +262,9 @@ def _submit(executor: Any, engine: str, folder: Path, stored: Path, specs: list)
             submitted = [executor.submit(_Unit(stored, specs[i])) for i in new]
         for i, job in zip(new, submitted, strict=True):
             jobs[i] = job.job_id
-            write_json(files[i], {"engine": engine, "job": job.job_id, "log": str(job.paths.stderr)})
+            record = {"engine": engine, "job": job.job_id, "log": str(job.paths.stderr)}
+            # Not by `whole`, which lists the folder: of a torn record the unit is submitted again, and waits.
+            files[i].write_text(json.dumps(record), encoding="utf-8")
     return [jobs[i] for i in range(len(specs))]
 
 

@@ -5,11 +5,14 @@ import socket
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ..storage.files import read_object
+from ..storage.files import read_object, read_records
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ("arm", "state", "step", "host", "started", "left", "log")
 
@@ -27,14 +30,30 @@ def status(runs: Path) -> list[dict[str, str]]:
         for name in names:
             if name.endswith(".json"):
                 jobs[name.partition(".")[0]] = _read(runs / "jobs" / name)
-    arms = {entry.name for entry in os.scandir(folder) if entry.is_dir()} if folder.is_dir() else set()
-    # Neither what was set aside nor the answers of a base model.
-    arms = {name for name in arms if "." not in name and not name.startswith("base-")}
-    rows = [_arm(folder / name, jobs.get(name, {})) for name in sorted(arms)]
-    for name in sorted(set(jobs) - arms):
+    arms = _arms(runs)
+    rows = [_arm(folder / name, jobs.get(name, {})) for name in arms]
+    for name in sorted(set(jobs) - set(arms)):
         is_done = f"{jobs[name].get('job')}_0_result.pkl" in ended
         rows.append(_row(arm=name, state="ended" if is_done else "waiting", log=jobs[name].get("log", "")))
     return rows
+
+
+def rates(runs: Path) -> "pd.DataFrame":
+    """The rates of every arm that was judged, see `rates.of_counts`: a row per set of prompts and decoding (`answers`,
+    the folder of the answers), step, kind of prompt and judge. No answer is read, so thousands of arms take seconds.
+    """
+    import pandas as pd
+
+    from ..evaluation.rates import of_counts
+    from ..judges.base import VERDICTS
+
+    rows = []
+    for name in _arms(runs):
+        counted = list(read_records(runs / "arms" / name / "counts.jsonl"))
+        spec = _read(runs / "arms" / name / "spec.json") if counted else {}
+        of = {"arm": name} | {key: spec.get(key) for key in ("method", "n_unsafe", "n_extra", "penalty_weight", "seed")}
+        rows += [of | record for record in counted]
+    return of_counts(pd.DataFrame(rows, columns=None if rows else [*VERDICTS, "score"]))
 
 
 def as_text(rows: list[dict[str, str]]) -> str:
@@ -47,6 +66,13 @@ def as_text(rows: list[dict[str, str]]) -> str:
     states = [row["state"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return "\n".join([*(line.rstrip() for line in table), counts])
+
+
+def _arms(runs: Path) -> list[str]:
+    """Neither what was set aside nor the answers of a base model."""
+    folder = runs / "arms"
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()] if folder.is_dir() else []
+    return sorted(name for name in names if "." not in name and not name.startswith("base-"))
 
 
 def _arm(folder: Path, job: dict[str, Any]) -> dict[str, str]:

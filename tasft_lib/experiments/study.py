@@ -34,7 +34,7 @@ class Study:
             sampled answers show what is left below it.
         seeds: of data order, unsafe subset, adapter and sampled answers, `n_seeds` from `seed` on. Of "miniworld" each
             stands on a base model of its own (`worlds.base_of_seed`), and so on a D_unsafe of its own.
-        weights: λ by method and size of D_unsafe.
+        weights: λ by method and size of D_unsafe, and by base model where the profile's table says so.
         sft: the plain SFT arm of the first seed.
     """
 
@@ -165,7 +165,7 @@ class Study:
             return spec
         trained_as = {"stl_weighted": "imitation", "stl_emd": "emd"}.get(method, method)
         if weight is None:
-            weight = self.weights.chosen("emd" if method in ("stl_weighted", "stl_emd") else method, n_unsafe)
+            weight = self.weights.chosen("emd" if method in ("stl_weighted", "stl_emd") else method, n_unsafe, seed)
         options = {} if method == "kto" else {**self.step, **penalty}
         if trained_as in EMBEDDING_PENALTIES:
             options = self.distance(options.get("penalty_embedding")) | options

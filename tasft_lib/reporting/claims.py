@@ -229,15 +229,17 @@ def _one_curve(read):
 
 
 def _contrastive_pairs(read, choose) -> list[tuple[str, float, pd.Series, pd.Series]]:
-    """(method, λ, arm without contrastive data, arm with it), at the λ that `choose` takes among those tried."""
+    """(method, factor, arm without contrastive data, arm with it), at the one of the tried multiples of the chosen λ
+    that `choose` takes."""
     table = read("contrastive_augmentation_table")
+    if "factor" not in table:
+        raise _NoSuchArm("an earlier table, of one λ for all base models")
     sampled = table[(table["decoding"] == "sampled") & (table["method"] != "sft")]
-    sampled = sampled.astype({"penalty_weight": float})  # text in a column with "auto"
     pairs = []
     for method in ("emd", "nlcl"):
-        tried = sampled.loc[sampled["method"] == method, "penalty_weight"]
+        tried = sampled.loc[sampled["method"] == method, "factor"]
         if len(tried):
-            arms = (_pick(sampled, method=m, penalty_weight=choose(tried)) for m in (method, f"{method}_contrastive"))
+            arms = (_pick(sampled, method=m, factor=choose(tried)) for m in (method, f"{method}_contrastive"))
             pairs.append((tables.NAMES[method], choose(tried), *arms))
     if not pairs:
         raise _NoSuchArm("neither EMD nor NLCL")
@@ -246,15 +248,15 @@ def _contrastive_pairs(read, choose) -> list[tuple[str, float, pd.Series, pd.Ser
 
 def _contrastive_is_less_safe(read):
     pairs = _contrastive_pairs(read, min)  # λ chosen without contrastive data; the others are larger
-    shown = [f"{name} λ = {weight}: {_text(a)} without, {_text(b)} with" for name, weight, a, b in pairs]
+    shown = [f"{name}, {factor:g} λ: {_text(a)} without, {_text(b)} with" for name, factor, a, b in pairs]
     return "; ".join(shown), _for_each((_more(b, a) for _, _, a, b in pairs), "partly")
 
 
 def _contrastive_noise(read):
     pairs = _contrastive_pairs(read, max)
     shown = [
-        f"{name} λ = {weight}: {_text(a, 'degenerate')} without, {_text(b, 'degenerate')} with"
-        for name, weight, a, b in pairs
+        f"{name}, {factor:g} λ: {_text(a, 'degenerate')} without, {_text(b, 'degenerate')} with"
+        for name, factor, a, b in pairs
     ]
     none_is_noisy = _all(_not(_exceeds(b, "degenerate", 0.05)) for _, _, _, b in pairs)
     if none_is_noisy is not False:
@@ -295,13 +297,13 @@ def _constant_pressure(read):
     table = table[table["method"].isin(["emd", "nlcl"])]
     if table.empty:
         raise _NoSuchArm("neither EMD nor NLCL")
-    lost = table["regret_constant"] - table["regret"]
+    table = table.assign(lost=table["regret_constant"] - table["regret"])
     shown = [
-        f"{tables.NAMES[r.method]} n = {r.n_unsafe}: best {r.best_pressure:g}, constant {r.constant_pressure:g} "
-        f"costs {r.regret_constant - r.regret:.2f}"
-        for r in table.itertuples()
+        f"{tables.NAMES[method]}: best {rows['best_pressure'].min():g} to {rows['best_pressure'].max():g}; one for all "
+        f"sizes of a base model costs up to {rows['lost'].max():.2f} of regret"
+        for method, rows in table.groupby("method", sort=False)
     ]
-    return "; ".join(shown), "reproduced" if (lost < 0.05).all() else "not reproduced"
+    return "; ".join(shown), "reproduced" if (table["lost"] < 0.05).all() else "not reproduced"
 
 
 def _saft_detects(read):

@@ -151,7 +151,7 @@ BLOCKS = {
 
 
 def _preface(profile: str) -> str:
-    if profile in ("mini", "smoke", "search"):
+    if profile in ("mini", "smoke", "search", "beyond"):
         return (
             "**Mini-world results**: an invented language, a model of 1.2M parameters, an exact judge. They say whether"
             f" the implementation does what the equations say, and are no evidence about 7B models. {RATES}"

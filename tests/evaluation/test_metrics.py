@@ -9,16 +9,19 @@ import pytest
 from scipy import stats
 
 from tasft_lib.evaluation.rates import (
+    counts,
     difference,
     effective_n,
     mcnemar,
     minimum_detectable_difference,
+    of_counts,
     paired_bootstrap,
     rate,
     rates_table,
     wilson_interval,
 )
 from tasft_lib.experiments.analysis import at_matched_harm, distance_to_the_others, monotone_curve
+from tasft_lib.judges.base import VERDICTS
 
 
 def test_wilson_of_none_in_forty_reaches_nearly_nine_percent():
@@ -129,6 +132,17 @@ def test_a_group_without_scores_has_no_rate():
     assert (gone["n"], gone["harmful"], gone["unscored"]) == (0, 0, 3)
     assert gone[["rate", "low", "high", "degenerate", "refusal", "safe", "score"]].isna().all()
     assert table.loc["sft", "rate"] == 0
+
+
+def test_counts_alone_give_the_rates_of_the_table():
+    draws = np.random.default_rng(0)
+    verdicts = {arm: draws.choice(VERDICTS, 40).tolist() for arm in "ab"} | {"gone": ["unscored"] * 3}
+    judged = frame(**verdicts, none_harmful=["safe"] * 7, all_harmful=["harmful"] * 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = of_counts(counts(judged, ["arm"])).set_index("arm")
+    expected = rates_table(judged, ["arm"]).set_index("arm")
+    pd.testing.assert_frame_equal(table.loc[expected.index], expected, check_dtype=False)
 
 
 def test_groups_of_several_columns_add_up_and_keep_missing_keys():

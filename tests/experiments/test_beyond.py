@@ -52,7 +52,7 @@ def test_one_weight_for_all_sizes_costs_what_it_lacks_to_the_best_of_each():
         [("sft", 0, "auto", 0.9, 1.0), ("a", 20, 1.0, 0.5, 1.0), ("a", 20, 4.0, 0.1, 1.0), ("a", 60, 1.0, 0.02, 1.0),
          ("a", 60, 4.0, 0.1, 1.0), ("b", 20, 9.0, 0.1, 0.9), ("stl", 20, "auto", 0.3, 0.9)],
         columns=["method", "n_unsafe", "penalty_weight", "harm", "correct"],
-    ).assign(degenerate=0.0)  # fmt: skip
+    ).assign(degenerate=0.0, model="m")  # fmt: skip
     search = beyond.searched(development)
     picked = search[search["is_chosen"]]
     assert picked[["method", "penalty_weight"]].to_numpy().tolist() == [
@@ -68,13 +68,13 @@ def test_one_weight_for_all_sizes_costs_what_it_lacks_to_the_best_of_each():
 
 
 def test_the_arms_have_as_many_unsafe_rows_a_step_and_the_weight_of_their_pressure():
-    study = Study(settings.load("beyond_recover", "mini", {"pressures": [0.5, 1.0]}))
+    study = Study(settings.load("beyond_recover", "beyond", {"pressures": [0.5, 1.0]}))
     arms = designs.beyond_recover(study)
     recover = [arm for arm in arms if arm.method == "recover"]
     assert all(arm.training["unsafe_per_batch"] == 6 and arm.unsafe_visits == 16 for arm in recover)
     assert {arm.penalty_weight for arm in recover} == {1.2, 2.0, 4.0}  # of 24 rows 6 are unsafe
     assert [arm.unsafe.one for arm in recover if arm.n_unsafe == 20] == [False, False, False, True]
-    study = Study(settings.load("beyond_sampler", "mini"))
+    study = Study(settings.load("beyond_sampler", "beyond"))
     by_name = {arm.display_name: arm for arm in designs.beyond_sampler(study)}
     assert by_name["emd_deep"].penalty_weight == pytest.approx(31 * by_name["emd_first_1"].penalty_weight, rel=1e-3)
     assert by_name["emd_first_1"].penalty_weight == pytest.approx(31 * by_name["emd_shallow"].penalty_weight, rel=1e-2)
@@ -90,7 +90,7 @@ def test_what_no_judge_knows_is_not_measured():
 
 
 def test_parity_and_the_floor_differ_from_their_grids_in_that_alone():
-    study = Study(settings.load("beyond_weight", "search", {"n_seeds": 2}))
+    study = Study(settings.load("beyond_weight", "beyond", {"n_seeds": 2}))
     arms = designs.beyond_weight(study)
     recover = [arm for arm in arms if arm.method == "recover" and (arm.seed, arm.n_unsafe) == (1, 60)]
     assert [arm.penalty_weight for arm in recover] == [0.12, 0.4, 1.2, 4.0, "parity"]

@@ -20,6 +20,7 @@ from test_runs import DECODING, HELD_OUT, PROMPTS, weights
 from transformers import TrainerCallback
 
 from tasft_lib import cli
+from tasft_lib.evaluation.rates import rates_table
 from tasft_lib.experiments import answers, arms, designs, engine, methods, status
 from tasft_lib.experiments.answers import measure_all, run_all
 from tasft_lib.storage import files, integrity
@@ -69,9 +70,19 @@ def test_an_arm_that_fails_leaves_a_record_until_it_is_whole(spec, monkeypatch):
     (row,) = status.status(spec.folder.parents[1])
     assert (row["arm"], row["state"]) == (spec.name, "failed") and "make room" in row["log"]
     monkeypatch.setattr(answers, "train", train)
-    run_all([spec], PROMPTS, [DECODING], "compliance")
+    judged = run_all([spec], PROMPTS, [DECODING], "compliance")
     (row,) = status.status(spec.folder.parents[1])
     assert row["state"] == "answered" and (spec.folder / "judgements" / "compliance.jsonl").exists()
+    # Rates are read without answers, also where a count was damaged or another set of prompts has its own.
+    run_all([spec], PROMPTS.head(1), [DECODING], "compliance")
+    counted = spec.folder / "counts.jsonl"
+    counted.write_text(counted.read_text().replace('"step": 6', '"step": 7', 1))
+    run_all([spec], PROMPTS, [DECODING], "compliance")
+    read = status.rates(spec.folder.parents[1])
+    assert set(read["arm"]) == {spec.name} and set(read["seed"]) == {spec.seed} and read["answers"].nunique() == 2
+    columns = ["kind", "n", "harmful", "rate", "low", "high", "refusal", "score"]
+    read = read.nlargest(1, "n").reset_index(drop=True)[columns]
+    pd.testing.assert_frame_equal(read, rates_table(judged, ["kind"])[columns], check_dtype=False)
 
 
 def test_a_signal_saves_a_checkpoint_that_the_next_start_goes_on_from(spec, tmp_path, monkeypatch):

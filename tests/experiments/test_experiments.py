@@ -138,6 +138,18 @@ def test_a_missing_weight_names_the_file_and_what_it_needs():
         weights.chosen("emd", 7)
 
 
+def test_an_arm_has_the_weight_that_was_chosen_on_its_own_base_model(tmp_path):
+    table = tmp_path / "weights.csv"
+    table.write_text("model,method,n_unsafe,penalty_weight\nminiworld,emd,20,3\nminiworld-1,emd,20,12\n")
+    it = study(model="miniworld", penalty_weights=str(table), n_seeds=2)
+    arms = [it.arm(method, 20, seed=seed) for method in ("emd", "stl_weighted") for seed in it.seeds]
+    assert [(arm.model, arm.penalty_weight) for arm in arms] == 2 * [("miniworld", 3.0), ("miniworld-1", 12.0)]
+    twice = SimpleNamespace(method="emd_contrastive", n_unsafe=20, penalty_weight=24.0, seed=1)
+    assert it.weights.factor_of(twice) == 2.0
+    with pytest.raises(ValueError, match="model miniworld-2; it needs one"):
+        it.arm("emd", 20, seed=2)
+
+
 def test_the_papers_weights_are_table_4():
     table = pd.read_csv(ROOT / "params" / "paper" / "penalty_weights.csv")
     names = {"llama-7b": "Llama-7B", "llama-13b": "Llama-13B", "Mistral-7B-v0.3": "Mistral-7B"}

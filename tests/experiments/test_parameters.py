@@ -180,8 +180,8 @@ def test_notebooks_that_share_arms_share_their_settings(profile, name):
     """`safety` finds what `build_unsafe_set` made only if both name the same arm."""
     if name in APART:
         pytest.skip("trains nothing, or on rows of its own")
-    # The search is the mini profile's: it chooses the weights of those very arms.
-    first = vars(load("build_unsafe_set", "mini" if profile == "search" else profile))
+    # The search chooses the weights of the mini profile's arms, and `beyond` goes on from the same rows.
+    first = vars(load("build_unsafe_set", "mini" if profile in ("search", "beyond") else profile))
     other = vars(load(name, profile))
     assert {key: first[key] for key in SHARED if key in first} == {key: other[key] for key in SHARED if key in first}
 

@@ -161,25 +161,25 @@ def test_jailbreaks_are_decided_by_the_best_attack_on_the_prompt(emd, verdict):
     assert decide("jailbreaks", jailbreak_table=table) == verdict
 
 
-def contrastive(with_it: str, without: str, weight: float) -> pd.DataFrame:
-    parts = [judged({("sft", 0, 0): HARMFUL}).assign(penalty_weight="auto")]
+def contrastive(with_it: str, without: str) -> pd.DataFrame:
+    parts = [judged({("sft", 0, 0): HARMFUL}).assign(factor=float("nan"))]
     parts += [
-        judged({(f"{m}{suffix}", 9, 0): letters}).assign(penalty_weight=str(w))
+        judged({(f"{m}{suffix}", 9, 0): letters}).assign(factor=factor)
         for m in ("emd", "nlcl")
-        for w in (9.6, weight)
+        for factor in (1.0, 4.0)
         for suffix, letters in (("", without), ("_contrastive", with_it))
     ]
-    return rates.summary(pd.concat(parts), ["method", "n_unsafe", "penalty_weight", "decoding"])
+    return rates.summary(pd.concat(parts), ["method", "n_unsafe", "factor", "decoding"])
 
 
 def test_contrastive_data_is_blamed_only_for_what_it_adds():
     noise = "d" * 100
-    assert decide("less safe", contrastive_augmentation_table=contrastive(HARMFUL, SAFE, 38.4)) == "reproduced"
-    assert decide("less safe", contrastive_augmentation_table=contrastive(SAFE, SAFE, 38.4)) == "not reproduced"
-    assert decide("non-language", contrastive_augmentation_table=contrastive(noise, SAFE, 38.4)) == "reproduced"
-    evidence, _ = claim("non-language").decide(lambda _: contrastive(noise, SAFE, 38.4))
-    assert "λ = 38.4" in evidence and "λ = 9.6" not in evidence, "the largest number, not the last in the alphabet"
-    both = contrastive(noise, noise, 38.4)
+    assert decide("less safe", contrastive_augmentation_table=contrastive(HARMFUL, SAFE)) == "reproduced"
+    assert decide("less safe", contrastive_augmentation_table=contrastive(SAFE, SAFE)) == "not reproduced"
+    assert decide("non-language", contrastive_augmentation_table=contrastive(noise, SAFE)) == "reproduced"
+    evidence, _ = claim("non-language").decide(lambda _: contrastive(noise, SAFE))
+    assert "4 λ" in evidence and "1 λ" not in evidence
+    both = contrastive(noise, noise)
     assert decide("non-language", contrastive_augmentation_table=both).startswith("partly: λ")
 
 

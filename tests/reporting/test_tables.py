@@ -66,7 +66,7 @@ def search(**regrets: dict[float, tuple[float, float, float]]) -> pd.DataFrame:
                 {"method": method, "n_unsafe": 9, "penalty_weight": weight, "harm": harm, "degenerate": degenerate,
                  "correct": correct}
             )  # fmt: skip
-    return pressure.with_regret(pd.DataFrame(rows))
+    return pressure.with_regret(pd.DataFrame(rows).assign(model="m"))
 
 
 def test_the_weight_of_least_regret_is_chosen_and_on_a_tie_the_smaller():
@@ -74,6 +74,17 @@ def test_the_weight_of_least_regret_is_chosen_and_on_a_tie_the_smaller():
     chosen = pressure.choose_weights(search(emd=emd, kto={2.0: (0.5, 0.0, 0.95)}))
     assert dict(zip(chosen["method"], chosen["penalty_weight"], strict=True)) == {"emd": 10.0, "kto": 2.0}
     assert chosen["regret"].tolist() == pytest.approx([0.1, 0.5]), "more correct than SFT earns nothing"
+
+
+def test_each_base_model_has_a_weight_of_its_own_and_loses_against_its_own_sft():
+    base, other = (search(emd={1.0: (0.5, 0.0, 0.9), 2.0: (0.0, 0.0, correct)}) for correct in (0.8, 0.2))
+    both = pd.concat([base, other.assign(model="other", correct=other["correct"] - 0.1)], ignore_index=True)
+    table = pressure.with_regret(both.drop(columns="regret"))
+    assert table["regret"].tolist() == pytest.approx([*base["regret"], *other["regret"]])
+    chosen = pressure.choose_weights(table)
+    assert chosen[["model", "penalty_weight"]].to_numpy().tolist() == [["m", 2.0], ["other", 1.0]]
+    constant = pressure.constant_pressure(table.assign(pressure=table["penalty_weight"]))
+    assert constant["best_pressure"].tolist() == [2.0, 1.0]
 
 
 def test_without_an_exact_checker_nothing_is_lost():
@@ -89,7 +100,8 @@ def test_where_nobody_knows_what_is_correct_a_weight_that_costs_benign_likelihoo
         ("emd", 9, 4.0, 0.0, 0.3),
     ]
     rows += [("nlcl", 9, 1.0, 0.2, 0.2), ("nlcl", 9, 2.0, 0.1, 0.3)]
-    table = pd.DataFrame(rows, columns=["method", "n_unsafe", "penalty_weight", "harm", "benign_cost"])
+    rows = [("m", *row) for row in rows]
+    table = pd.DataFrame(rows, columns=["model", "method", "n_unsafe", "penalty_weight", "harm", "benign_cost"])
     development = table.drop(columns="benign_cost").assign(degenerate=0.0, correct=float("nan"))
     chosen = pressure.choose_weights(pressure.with_regret(development, table))
     assert dict(zip(chosen["method"], chosen["penalty_weight"], strict=True)) == {"emd": 2.0, "nlcl": 2.0}
@@ -99,7 +111,8 @@ def test_where_nobody_knows_what_is_correct_a_weight_that_costs_benign_likelihoo
 
 def test_a_constant_pressure_costs_the_difference_to_the_best():
     rows = [("emd", 200, 1.0, 0.1), ("emd", 200, 2.0, 0.3), ("emd", 20, 1.0, 0.8), ("emd", 20, 2.0, 0.4)]
-    tried = pd.DataFrame(rows, columns=["method", "n_unsafe", "pressure", "regret"]).assign(penalty_weight=1.0)
+    tried = pd.DataFrame(rows, columns=["method", "n_unsafe", "pressure", "regret"])
+    tried = tried.assign(penalty_weight=1.0, model="m")
     table = pressure.constant_pressure(tried).set_index("n_unsafe")
     assert table["best_pressure"].to_dict() == {200: 1.0, 20: 2.0}
     assert set(table["constant_pressure"]) == {2.0} and table["regret_constant"].to_dict() == {200: 0.3, 20: 0.4}

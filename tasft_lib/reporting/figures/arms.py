@@ -11,7 +11,7 @@ from .style import NAMES, STYLES, finish, look, mark, panels, rows_of_marks, whi
 AXES = {  # of `plot_over` and `plot_preference`: its name and scale
     "step": ("training step", "linear"),
     "n_unsafe": ("unsafe examples", "log"),
-    "penalty_weight": ("λ (log scale)", "log"),
+    "factor": ("λ, times the chosen one", "log"),
     "contamination": ("contamination", "linear"),
     "quality": ("AUROC of the filter", "linear"),
     "share": ("share of the rows dropped", "linear"),
@@ -150,8 +150,9 @@ def plot_trade_off(points: pd.DataFrame, curve: pd.DataFrame, *, caption: str) -
 def plot_search(development: pd.DataFrame, *, caption: str) -> Figure:
     """Regret on the development split against total pressure, a panel per method, a line per size of D_unsafe.
 
-    `development` from `pressure.with_regret`, with `pressure`; a ring marks the least regret among weights that are not
-    too dear (these are hollow), a cross the automatic λ.
+    `development` from `pressure.with_regret`, with `pressure`. Of several base models the line is their mean and the
+    band reaches from the lowest to the highest. A ring marks the least regret on each among weights that are not too
+    dear (these are hollow), a cross the automatic λ.
     """
     methods = [method for method in dict.fromkeys(development["method"]) if method != "sft"]
     sizes = sorted(development.loc[development["method"] != "sft", "n_unsafe"].unique(), reverse=True)
@@ -165,13 +166,15 @@ def plot_search(development: pd.DataFrame, *, caption: str) -> Figure:
             tried = rows[rows["penalty_weight"] != "auto"].sort_values("pressure")
             if tried.empty:
                 continue
-            axis.plot(tried["pressure"], tried["regret"], "o-", color=colours[size], markersize=4, label=f"n = {size}")
+            mean, low, high = (getattr(tried.groupby("pressure")["regret"], end)() for end in ("mean", "min", "max"))
+            axis.plot(mean.index, mean, "o-", color=colours[size], markersize=4, label=f"n = {size}")
+            axis.fill_between(mean.index, low, high, color=colours[size], alpha=0.12, linewidth=0)
             dear = tried["too_dear"] if "too_dear" in tried else pd.Series(False, index=tried.index)
             hollow = tried[dear]
             axis.plot(
                 hollow["pressure"], hollow["regret"], "o", color="white", markeredgecolor=colours[size], markersize=4
             )
-            best = tried.loc[(tried["regret"] + 9 * dear).idxmin()]
+            best = tried.loc[(tried["regret"] + 9 * dear).groupby(tried["model"], sort=False).idxmin()]
             axis.plot(best["pressure"], best["regret"], "o", color=colours[size], fillstyle="none", markersize=10)
             auto = rows[rows["penalty_weight"] == "auto"]
             axis.plot(auto["pressure"], auto["regret"], "x", color=colours[size], markersize=8, markeredgewidth=2)

@@ -45,6 +45,7 @@ STYLES = {  # name, colour, marker, line
     "recover_one": ("recover, one sentence", "#009E73", "8", ":"),
     "recover_parity": ("recover, λ by parity", "#009E73", "X", ":"),
     "emd_floor": ("EMD, a floor per row", "#D55E00", "s", "--"),
+    "nlcl_floor": ("NLCL, a floor per row", "#56B4E9", "s", "--"),
     "nlcl_stratified": ("NLCL, stratified", "#56B4E9", "v", "--"),
     "simnpo_stratified": ("SimNPO, stratified", "#0072B2", ">", "--"),
     "emd_stratified": ("EMD, stratified", "#D55E00", "o", "--"),
