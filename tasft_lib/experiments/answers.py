@@ -240,7 +240,7 @@ def _count(
     rows = json.loads(table.to_json(orient="records", double_precision=15))
     new = {tuple(record[name] for name in by): checked(record) for record in rows}
     if there | new != there:
-        write_text(path, "".join(json.dumps(record) + "\n" for record in (there | new).values()))
+        write_text(path, "".join(json.dumps(record) + "\n" for _, record in sorted((there | new).items())))
 
 
 def _record_failure(spec: ArmSpec, error: BaseException) -> None:
