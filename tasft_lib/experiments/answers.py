@@ -269,11 +269,14 @@ def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generatio
 def _is_judged(
     spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generation.Decoding], judge_name: str | None, steps: str
 ) -> bool:
+    def cache() -> str | None:
+        judge = load.load_judge(judge_name)
+        return None if isinstance(judge, ExactJudge) else f"{judge.name}.jsonl"
+
     if not _is_answered(spec, prompts, decodings, steps):
         return False
-    judge = None if judge_name is None else load.load_judge(judge_name)
-    file = spec.folder / "judgements" / f"{judge and judge.name}.jsonl"
-    return judge is None or isinstance(judge, ExactJudge) or file.exists()
+    file = judge_name and once("cache", judge_name, cache)
+    return file is None or (spec.folder / "judgements" / file).exists()
 
 
 def _is_measured(spec: ArmSpec, held_out: HeldOut, steps: str) -> bool:
