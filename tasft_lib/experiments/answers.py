@@ -151,12 +151,12 @@ def run(
         if not is_answered:
             train(spec)
         answers = [respond(spec, prompts, d, steps=steps, batch_size=batch_size) for d in decodings]
-    answers = pd.concat(answers, ignore_index=True)
-    if judge is None:
-        return answers
-    with locked(spec.folder / "judgements.lock", spec.folder):
-        judged = judge_answers(answers, [judge], cache=spec.folder / "judgements")
-        _count(judged, spec, prompts, decodings, judge)
+        answers = pd.concat(answers, ignore_index=True)
+        if judge is None:
+            return answers
+        with locked(spec.folder / "judgements.lock", spec.folder):
+            judged = judge_answers(answers, [judge], cache=spec.folder / "judgements")
+            _count(judged, spec, prompts, decodings, judge)
     return judged
 
 
@@ -204,21 +204,22 @@ def measure(spec: ArmSpec, held_out: HeldOut, *, steps: str = "last", batch_size
     Returns its rows for each step, with `method`, `n_unsafe`, `penalty_weight`, `seed`, `arm` and `step` as `respond`
     has them.
     """
-    if not _is_measured(spec, held_out, steps):
-        train(spec)
     tables = []
-    for step, adapter in _steps(spec, steps).items():
-        path = _likelihoods(spec, step, held_out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(Path(f"{path}.lock"), path):
-            if not is_there(path):
-                model, tokenizer = load_model(spec, adapter)
-                table = likelihoods(model, tokenizer, held_out, batch_size=batch_size, progress=show_progress())
-                write_text(path, table.to_csv(index=False, float_format="%.9g"))
-                seal(path)
-                del model
-                gc.collect()
-        tables.append(_of_arm(pd.read_csv(path), spec, step))
+    with full_disk_named(spec.folder):
+        if not _is_measured(spec, held_out, steps):
+            train(spec)
+        for step, adapter in _steps(spec, steps).items():
+            path = _likelihoods(spec, step, held_out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(Path(f"{path}.lock"), path):
+                if not is_there(path):
+                    model, tokenizer = load_model(spec, adapter)
+                    table = likelihoods(model, tokenizer, held_out, batch_size=batch_size, progress=show_progress())
+                    write_text(path, table.to_csv(index=False, float_format="%.9g"))
+                    seal(path)
+                    del model
+                    gc.collect()
+            tables.append(_of_arm(pd.read_csv(path), spec, step))
     return pd.concat(tables, ignore_index=True)
 
 
