@@ -64,7 +64,8 @@ def at_least(criterion: str, measured: Rate, limit: float) -> dict:
 
 def below(criterion: str, measured: float, limit: float, n: int) -> dict:
     """A row of verdicts, in points: whether the worst of n cells is at most `limit`. It has no interval."""
-    return _row(criterion, 100 * measured, None, None, 100 * limit, n, "holds" if measured <= limit else "fails")
+    verdict = "not measured" if n == 0 else "holds" if measured <= limit else "fails"
+    return _row(criterion, 100 * measured, None, None, 100 * limit, n, verdict)
 
 
 def counted_cells(criterion: str, holds: pd.Series, least: float) -> dict:

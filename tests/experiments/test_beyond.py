@@ -115,3 +115,4 @@ def test_a_rule_is_held_against_the_best_lambda_of_each_cell_and_against_one_for
     verdicts = beyond_weight.verdict(search, parity, spreads)
     assert [row["verdict"] for row in verdicts] == ["fails", "holds", "holds", "fails"]
     assert [row["measured"] for row in verdicts] == pytest.approx([50, 0, 20, 4])
+    assert beyond_weight.verdict(search, parity, spreads[:0])[3]["verdict"] == "not measured"
