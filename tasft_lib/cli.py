@@ -3,6 +3,7 @@
 import sys
 import warnings
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError
 
 COMMANDS = {
     "data": "the published data sets: what is here, what is missing and how to get it",
@@ -71,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"tasft {argv[0]}: {message}", file=sys.stderr)
+        return 1
+    except PackageNotFoundError as error:  # transformers asks for the versions of what it may need
+        print(
+            f"tasft {argv[0]}: {' '.join(str(error.name).split())}; install it, or leave its option out",
+            file=sys.stderr,
+        )
         return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]

@@ -3,8 +3,9 @@
 Each arm is a folder as a training leaves it. Timed are: naming the arms, finding them finished and judged (`find`),
 `tasft status`, their rates (`tasft status --rates`), and submitting as many jobs in arrays to an sbatch that is a shell
 script; then, of up to 1,000 arms, reading all judged answers into one table, as a notebook does (`answers`). Written to
-figures/bench are seconds, memory before the answers are read (each size in a process of its own), files an arm, and
-where strace is installed how often the disk was asked for a name by all but `answers`, imports with it.
+figures/bench are seconds (of all but `answers` CPU seconds too, which others who work here change less), memory before
+the answers are read (each size in a process of its own), files an arm, and where strace is installed how often the disk
+was asked for a name by all but `answers`, imports with it.
 """
 
 import json
@@ -57,6 +58,7 @@ def measure(n: int, *, with_answers: bool) -> dict[str, float]:
         seconds[name] = round(time.perf_counter() - started, 3)
         return result
 
+    began = time.process_time()
     timed("name", lambda: [spec.name for spec in specs])
     options = study.prompts, [study.greedy], study.config.judge
     with rows.looked_at_once():
@@ -74,13 +76,14 @@ def measure(n: int, *, with_answers: bool) -> dict[str, float]:
             engine._submit(executor, "slurm", folder, folder / "unit.pkl", tasks[start : start + engine.ARRAY])
 
     timed("submit", submit)
+    cpu = time.process_time() - began
     shutil.rmtree(folder)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if with_answers and n <= 1_000:
         timed("answers", lambda: rates_table(answers.run_all(specs, *options), by=["seed", "kind"]))
     files = sum(len(names) for _, _, names in os.walk(specs[0].folder))
     about = {"answers_an_arm": len(study.prompts), "files_an_arm": files}
-    return {"arms": n} | seconds | {"peak_mb": round(memory)} | about
+    return {"arms": n} | seconds | {"cpu": round(cpu, 3), "peak_mb": round(memory)} | about
 
 
 def calls(command: list[str], file: Path, changed: dict[str, str]) -> int:

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 from ..publish import hub
-from ..storage import files, integrity
-from .flags import add_dtype
+from ..storage import integrity
+from .flags import MODEL, add_dtype, located
 
 AFTERWARDS = """\
 vLLM:      vllm serve {folder} --generation-config vllm
@@ -19,14 +19,14 @@ def main(argv: list[str]) -> None:
         "tasft export",
         description="Merge an adapter into its base and check that the logits stay; a fully tuned model is copied.",
     )
-    parser.add_argument("--model", required=True, help="adapter or fully tuned model: a folder or a hub id")
+    parser.add_argument("--model", required=True, help=f"adapter or fully tuned model: {MODEL}")
     parser.add_argument("--model_revision", help="commit of that hub id; of a folder's base, where it names none")
     parser.add_argument("--base", help="another place of the adapter's base: a folder, or a hub id")
     add_dtype(parser)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
 
-    files.check_model(args.model, args.model_revision)
+    args.model = located(args.model, args.model_revision)
     if os.path.isdir(args.model):
         hub.model_files(Path(args.model))
 

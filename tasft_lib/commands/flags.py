@@ -33,10 +33,10 @@ def model_parser(prog: str, description: str, *, needs_model: bool = True) -> ar
         "(in the mini-world never), else compliance",
     )
     add_template(parser)
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=256)
-    parser.add_argument("--batch_size", type=at_least(1), default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=256, help="of an answer (default: 256)")
+    parser.add_argument("--batch_size", type=at_least(1), default=32, help="prompts at a time (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampled answers (default: 0)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for all that is made")
     return parser
 
 
@@ -161,7 +161,8 @@ def own_template(model: str, revision: str | None, tokenizer: Any) -> Template:
     """`default_template` of a folder, or of a hub id at that commit, whose record lies in the hub's cache."""
     from ..storage.checkpoints import find_file
 
-    record = find_file(model, files.RECORD, revision)
+    if record := find_file(model, files.RECORD, revision):
+        files.read_object(record)  # a damaged one is told, not passed over
     return default_template(record.parent if record else model, tokenizer)
 
 

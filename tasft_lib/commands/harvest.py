@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--n", type=at_least(1), default=100, help="unsafe answers wanted (default: 100)")
     parser.add_argument("--rounds", type=at_least(1), default=4, help="times a prompt is asked at most (default: 4)")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling (default: 1)")
     parser.add_argument(
         "--recoveries",
         action="store_true",
@@ -58,6 +58,7 @@ def _harvest(args) -> None:
         prompts = catalogue.red_team_prompts(args.prompts)
         prompts_origin = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)
     elif any(which.values()):
+        worlds.check_choice([args.prompts], **which)
         prompts = forms.read_prompts(args.prompts, **which)
         prompts_origin = files.named(args.prompts, which["revision"])
     else:

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         os.environ["TASFT_ENGINE_OPTIONS"] = str(args.engine_options.absolute())
     overrides = dict(args.parameter) | ({} if args.seeds is None else {"n_seeds": args.seeds})
     if args.dry_run:
-        from ..experiments.reproduce import plan
+        from ..experiments.reproduce import RULES, plan
 
         arms = plan(args.profile, args.notebooks, overrides)
         print(arms.to_string(index=False, na_rep="-", max_colwidth=60))
@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
         hours = "" if arms["hours"].isna().all() else f", about {arms['hours'].sum():.0f} {of} hours (rough)"
         disk = "" if arms["disk_gb"].isna().all() else f", {arms['disk_gb'].sum():.2g} GB of checkpoints"
         print(f"{len(arms)} arms, {arms['tokens'].sum() / 1e6:.1f}M tokens of training{hours}{disk}")
+        if hours:
+            print(f"The estimate: {RULES[of]}; loading and judging are not counted.")
         return
 
     if args.write_arms:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ..records.templates import TEMPLATES
 from ..storage import files
 from .flags import DTYPE, check_data, located
 
@@ -30,9 +31,12 @@ penalty options:
       Penalty on unsafe rows (default: emd); `imitation` pulls towards them: for safe ones. `recover` learns to leave an
       unsafe answer for the row's `recovery`, which `tasft harvest --recoveries` finds.
   --penalty_weight
-      Lambda: a number, or `auto` (default) for `penalty_pressure` / share of unsafe rows.
+      Lambda: a number, or `auto` (default) for `penalty_pressure` / share of unsafe rows; or `parity`, for recover and
+      imitation: at most that, and no more than makes a safe answer as likely as an ordinary one.
   --penalty_pressure
-      Expected weight of the penalty for `auto` (default: from the paper's Table 4).
+      Expected weight of the penalty for `auto` (default: from the paper's Table 4), largest one for `parity`.
+  --penalty_floor
+      Probability of an unsafe answer's first token below which its row exerts no pressure (default: 0).
   --penalty_reduction batch|unsafe|micro_batch
       What the summed penalty is divided by: samples of the optimizer step (default), its unsafe samples, or those of
       the micro-batch (the paper's lambda as they stand).
@@ -97,7 +101,8 @@ class DataArguments:
         default=1, metadata={"help": "Times that each unsafe row is seen in an epoch; with few, some more than one."}
     )
     prompt_template: str = field(
-        default="alpaca", metadata={"help": "For instruction/input/output rows: alpaca, short, none or chat."}
+        default="alpaca",
+        metadata={"help": "For instruction/input/output rows: alpaca (default), short, none or chat."},
     )
     evaluation_prompts: list[str] = field(
         default_factory=list,
@@ -197,7 +202,8 @@ def read_config(file: Path) -> dict:
         raise ValueError(f"{file}: no such file; check the path")
     try:
         text = file.read_text(encoding="utf-8")
-        if _nodes(yaml.compose(text, yaml.SafeLoader), {}) > MOST_NODES:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if _nodes(node, {}) > MOST_NODES:
             raise ValueError(f"{file}: its aliases (*name) stand for more than {MOST_NODES:,} values; write them out")
         config = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -208,6 +214,9 @@ def read_config(file: Path) -> dict:
         raise ValueError(f"{file}: no readable YAML (a text file in UTF-8); correct it") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file}: holds no options; write one `option: value` a line")
+    names = [key.value for key, _ in node.value]  # of two the last would be taken
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(f"{file}: {twice} stands there twice; remove one")
     return config
 
 
@@ -287,6 +296,19 @@ def _refuse_unused(options: Options) -> None:
     given += ["unsafe_dataset_split"] * (data_args.unsafe_dataset_split != "train")
     if given and data_args.unsafe_dataset_name is None:
         raise ValueError(f"{given[0]} needs unsafe_dataset_name; add it, or leave it out.")
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise ValueError("load_best_model_at_end needs an eval_strategy, which says which is best; add it.")
+    if data_args.prompt_template not in TEMPLATES:
+        raise ValueError(f"prompt_template={data_args.prompt_template!r:.40}: choose one of {', '.join(TEMPLATES)}.")
+    for name, number in (
+        ("unsafe_visits", data_args.unsafe_visits),
+        ("gradient_accumulation_steps", args.gradient_accumulation_steps),
+    ):
+        if number < 1:
+            raise ValueError(f"{name}={number}: give a whole number, 1 or more.")
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        what = f"max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs:g}"
+        raise ValueError(f"{what}: nothing would be trained; give one of them, above 0.")
     if os.path.realpath(args.output_dir) == os.path.realpath(model_args.model_name_or_path):
         raise ValueError(f"{args.output_dir}: output_dir is the base model's own folder; give another.")
 

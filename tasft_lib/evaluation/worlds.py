@@ -135,7 +135,7 @@ def asked_for(
 
     Raises `ValueError` for a missing source, one that is given twice, and where `kind` or `source` find no own prompts.
     """
-    tables, n_own = [], 0
+    tables, own = [], []
     for given in sources:
         if is_named(given):
             tables.append(load(given).evaluation_prompts())
@@ -144,17 +144,27 @@ def asked_for(
         elif files := _published_files(Path(given).expanduser()):
             tables += [_published(name, file) for name, file in files.items()]
         else:
-            n_own += 1
+            own.append(given)
             tables.append(_table(read_prompts(given, **source), Path(given).stem, kind or "toxic"))
     named = [name for table in tables for name in table["benchmark"].unique()]
     if twice := [name for name in named if named.count(name) > 1]:
         raise ValueError(f"two benchmarks are called {twice[0]}; give one of them, or rename a file")
-    if not n_own and any((given := {"prompt_kind": kind, **source}).values()):
-        names = [{"name": "config_name"}.get(name, name) for name, value in given.items() if value]
-        raise ValueError(
-            f"{' '.join(sources)}: has no {', '.join(names)}, which are for your own prompts; leave it out"
-        )
+    if not own and any((given := {"prompt_kind": kind, **source}).values()):
+        raise ValueError(f"{' '.join(sources)}: has no {_flags(given)}, which are for your own prompts; leave it out")
+    check_choice(own, **source)
     return _first(pd.concat(tables, ignore_index=True), per_benchmark)
+
+
+def check_choice(own: list[str], **source: str | None) -> None:
+    """Raise `ValueError` where `split`, `name` or `revision` is to choose prompts, and all of `own` are files."""
+    if any(source.values()) and all(Path(given).expanduser().is_file() for given in own):
+        what = "which is of hub data sets and saved folders"
+        raise ValueError(f"{' '.join(own)}: a file has no {_flags(source)}, {what}; leave it out")
+
+
+def _flags(given: dict[str, str | None]) -> str:
+    """The command line's names of those that are given."""
+    return ", ".join({"name": "config_name"}.get(name, name) for name, value in given.items() if value)
 
 
 def is_named(source: str) -> bool:

@@ -151,12 +151,12 @@ def run(
         if not is_answered:
             train(spec)
         answers = [respond(spec, prompts, d, steps=steps, batch_size=batch_size) for d in decodings]
-    answers = pd.concat(answers, ignore_index=True)
-    if judge is None:
-        return answers
-    with locked(spec.folder / "judgements.lock", spec.folder):
-        judged = judge_answers(answers, [judge], cache=spec.folder / "judgements")
-        _count(judged, spec, prompts, decodings, judge)
+        answers = pd.concat(answers, ignore_index=True)
+        if judge is None:
+            return answers
+        with locked(spec.folder / "judgements.lock", spec.folder):
+            judged = judge_answers(answers, [judge], cache=spec.folder / "judgements")
+            _count(judged, spec, prompts, decodings, judge)
     return judged
 
 
@@ -204,21 +204,22 @@ def measure(spec: ArmSpec, held_out: HeldOut, *, steps: str = "last", batch_size
     Returns its rows for each step, with `method`, `n_unsafe`, `penalty_weight`, `seed`, `arm` and `step` as `respond`
     has them.
     """
-    if not _is_measured(spec, held_out, steps):
-        train(spec)
     tables = []
-    for step, adapter in _steps(spec, steps).items():
-        path = _likelihoods(spec, step, held_out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(Path(f"{path}.lock"), path):
-            if not is_there(path):
-                model, tokenizer = load_model(spec, adapter)
-                table = likelihoods(model, tokenizer, held_out, batch_size=batch_size, progress=show_progress())
-                write_text(path, table.to_csv(index=False, float_format="%.9g"))
-                seal(path)
-                del model
-                gc.collect()
-        tables.append(_of_arm(pd.read_csv(path), spec, step))
+    with full_disk_named(spec.folder):
+        if not _is_measured(spec, held_out, steps):
+            train(spec)
+        for step, adapter in _steps(spec, steps).items():
+            path = _likelihoods(spec, step, held_out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(Path(f"{path}.lock"), path):
+                if not is_there(path):
+                    model, tokenizer = load_model(spec, adapter)
+                    table = likelihoods(model, tokenizer, held_out, batch_size=batch_size, progress=show_progress())
+                    write_text(path, table.to_csv(index=False, float_format="%.9g"))
+                    seal(path)
+                    del model
+                    gc.collect()
+            tables.append(_of_arm(pd.read_csv(path), spec, step))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -240,7 +241,7 @@ def _count(
     rows = json.loads(table.to_json(orient="records", double_precision=15))
     new = {tuple(record[name] for name in by): checked(record) for record in rows}
     if there | new != there:
-        write_text(path, "".join(json.dumps(record) + "\n" for record in (there | new).values()))
+        write_text(path, "".join(json.dumps(record) + "\n" for _, record in sorted((there | new).items())))
 
 
 def _record_failure(spec: ArmSpec, error: BaseException) -> None:
@@ -269,11 +270,14 @@ def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generatio
 def _is_judged(
     spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generation.Decoding], judge_name: str | None, steps: str
 ) -> bool:
+    def cache() -> str | None:
+        judge = load.load_judge(judge_name)
+        return None if isinstance(judge, ExactJudge) else f"{judge.name}.jsonl"
+
     if not _is_answered(spec, prompts, decodings, steps):
         return False
-    judge = None if judge_name is None else load.load_judge(judge_name)
-    file = spec.folder / "judgements" / f"{judge and judge.name}.jsonl"
-    return judge is None or isinstance(judge, ExactJudge) or file.exists()
+    file = judge_name and once("cache", judge_name, cache)
+    return file is None or (spec.folder / "judgements" / file).exists()
 
 
 def _is_measured(spec: ArmSpec, held_out: HeldOut, steps: str) -> bool:

@@ -328,7 +328,10 @@ def _libraries() -> list[str] | None:
 
     So a laptop can read what a cluster trained, which has others. Manifests say which they were.
     """
-    if os.environ.get("TASFT_ANY_LIBRARIES"):
-        return None
+    return None if os.environ.get("TASFT_ANY_LIBRARIES") else _versions()
+
+
+@cache
+def _versions() -> list[str]:
     versions = (transformers.__version__, torch.__version__, version("trl"), version("peft"))
     return [number.partition("+")[0] for number in versions]

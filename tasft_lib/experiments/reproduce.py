@@ -156,6 +156,14 @@ TRAINING_FLOPS, DECODED_TOKENS = 1.2e14, 8000
 CORE_FLOPS, CORE_DECODED_TOKENS = 5e10, 80
 
 
+RULES = {
+    "GPU": f"8 FLOP a parameter and token trained on, at {TRAINING_FLOPS:g} a second; 800 answers a decoding, of "
+    f"max_new_tokens each, at {DECODED_TOKENS} tokens a second from a model of 1B",
+    "core": f"4 FLOP a parameter and token trained on, at {CORE_FLOPS:g} a second; 800 answers a decoding, of "
+    f"max_new_tokens each, at {CORE_DECODED_TOKENS} tokens a second",
+}
+
+
 def plan(profile: str, notebooks: list[str] | None = None, overrides: dict | None = None) -> pd.DataFrame:
     """A row per arm that is trained, in the order of the notebooks, each arm once.
 
@@ -163,11 +171,11 @@ def plan(profile: str, notebooks: list[str] | None = None, overrides: dict | Non
     (trained on, estimated), gpu_gb and hours (training and answering; rough estimates for one 80 GB GPU) and disk_gb
     (checkpoints); the last three nan in the mini-world.
     """
-    rows, seen, jobs = [], [], jobs_of(profile, notebooks, overrides)
+    rows, seen, jobs = [], set(), jobs_of(profile, notebooks, overrides)
     for job in jobs:
         for spec, config in arms_of(job):
-            if spec not in seen:
-                seen.append(spec)
+            if spec.name not in seen:
+                seen.add(spec.name)
                 rows.append({"notebook": job.name} | _row(spec, config))
     if not rows:
         raise ValueError(f"{', '.join(job.name for job in jobs)}: no arms to list, for these notebooks train none.")

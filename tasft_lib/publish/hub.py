@@ -30,12 +30,15 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
     """Upload the model in the folder in one commit; its address. The token is HF_TOKEN's or that of `hf auth login`.
 
     The repository is made private where it does not exist. Raises ValueError, without what the hub wrote back, where it
-    is public and `public` was not said, or the hub refuses.
+    is public and `public` was not said, the hub refuses, or the weights can't be used (torn, NaN, other shapes).
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    from ..storage.checkpoints import adapter_shapes, check_weights
+
     files = model_files(folder)
+    (check_weights if (folder / "config.json").exists() else adapter_shapes)(folder)
     api = HfApi()
     try:
         api.create_repo(repo_id, private=not public, exist_ok=True)

@@ -6,6 +6,7 @@ its kind and its weights.
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -139,7 +140,9 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, file.get_tensor(name)
             return
         try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with warnings.catch_warnings():  # of how it was pickled
+                warnings.simplefilter("ignore")
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError:
             tensors = None
         if not isinstance(tensors, dict):
@@ -272,7 +275,7 @@ def one_line_errors(source: str | Path, part: str = "") -> Iterator[None]:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             raise ValueError(f"{source}: needs code of its own, which is never run; use a model without.") from None
-        if isinstance(error, (OSError, ValueError)) and str(source) in reason:
+        if isinstance(error, (OSError, ValueError)) and re.search(rf"(?<!\w){re.escape(str(source))}(?!\w)", reason):
             raise
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise ValueError(f"{source}: does not fit into memory ({reason[:100]}); try a smaller dtype.") from error

@@ -94,6 +94,8 @@ def test_ones_own_prompts_and_one_benchmark_alone(place, asked, capsys, caplog):
         (["xstest", "--config_name", "a"], "has no config_name"),
         (["own.json", "./own.json"], "two benchmarks are called own"),
         (["gone.json"], "gone.json"),
+        (["own.json", "--split", "test"], "own.json: a file has no split"),
+        (["own.json", "--config_name", "a"], "own.json: a file has no config_name"),
     ]:
         assert cli.main([*EVALUATE, "--output_dir", "e4", "--benchmarks", *wrong]) == 1
         error = capsys.readouterr().err
@@ -143,6 +145,18 @@ def test_what_means_nothing_is_refused_at_once(command, options, place, capsys):
         cli.main([command, "--model", "chat", "--output_dir", "out", *options])
     assert exit.value.code == 2 and capsys.readouterr().err.count(f"tasft {command}: error: ") == 1
     assert not (place / "out").exists()
+
+
+def test_a_choice_that_a_file_has_not_and_a_damaged_record_are_told(place, asked, capsys):
+    harvest = ["harvest", "--model", "chat", "--prompts", "own.json", "--output_dir", "h"]
+    assert cli.main([*harvest, "--split", "test"]) == 1
+    assert "own.json: a file has no split" in capsys.readouterr().err
+    for damaged in ("[]", "{", "[" * 100_000):
+        (place / "chat" / "tasft.json").write_text(damaged)
+        assert cli.main(harvest) == 1
+        error = capsys.readouterr().err
+        assert "chat/tasft.json: " in error and "damaged" in error and error.count("\n") == 1
+    assert not asked and not (place / "h").exists()
 
 
 @pytest.mark.parametrize("command, prompts", [("evaluate", "--benchmarks"), ("harvest", "--prompts")])

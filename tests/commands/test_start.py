@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from trl import SFTConfig
@@ -100,6 +101,16 @@ def test_a_package_of_an_extra_is_named_with_the_extra(capsys, monkeypatch):
     monkeypatch.setattr("tasft_lib.commands.report.main", main)
     assert cli.main(["report"]) == 1
     assert capsys.readouterr().err == "tasft report: seaborn is not installed: pip install 'tasft[notebooks]'\n"
+
+
+def test_a_package_that_another_library_asks_for_is_one_line(capsys, monkeypatch):
+    def main(argv):
+        raise PackageNotFoundError("The 'deepspeed>=0.9.3' distribution was not found. \n Try: pip install")
+
+    monkeypatch.setattr("tasft_lib.commands.report.main", main)
+    assert cli.main(["report"]) == 1
+    error = capsys.readouterr().err
+    assert "deepspeed>=0.9.3" in error and "install it, or leave" in error and error.count("\n") == 1
 
 
 def test_a_slow_command_says_on_a_terminal_that_it_is_loading(monkeypatch, capsys):

@@ -337,6 +337,21 @@ def test_every_script_argument_of_trl_is_honoured_or_refused(train, tmp_path):
     assert refused(train(unsafe_dataset_split="none-such", **saved), "no split 'none-such'")
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"unsafe_visits": 0}, "unsafe_visits=0: give"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: give"),
+        ({"max_steps": 0}, "nothing would be trained"),
+        ({"max_steps": -1, "num_train_epochs": -1}, "nothing would be trained"),
+        ({"prompt_template": "alpacca"}, "prompt_template='alpacca': choose one of alpaca"),
+        ({"load_best_model_at_end": True, "save_strategy": "no"}, "needs an eval_strategy"),
+    ],
+)
+def test_what_would_train_nothing_or_be_passed_over_is_refused_at_once(options, words, train, tmp_path):
+    assert refused(train(**options), words) and not (tmp_path / "out").exists()
+
+
 def test_the_test_split_is_evaluated_and_the_best_step_kept(train, tmp_path):
     DatasetDict(train=make_rows(12), test=make_rows(8, seed=2).remove_columns("label")).save_to_disk(tmp_path / "saved")
     options = {
@@ -408,6 +423,7 @@ def test_an_unknown_option_is_told_by_its_name_without_its_value(options, flags,
             f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [{', '.join([f'*{chr(97 + i)}'] * 9)}]}}\n" for i in range(9)
         ), "aliases"),
         ("a: &a [*a]\n", "aliases"),
+        ("a: 1\nb: 2\na: 3\n", "a stands there twice"),
         ("- a\n", "holds no options"),
         ("", "holds no options"),
         ("a: \x00\n", "no readable YAML"),

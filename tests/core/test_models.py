@@ -216,6 +216,13 @@ def test_a_spoilt_tokenizer_is_named(name, folder):
     assert "trust_remote_code" not in str(error.value)
 
 
+def test_a_short_name_is_told_though_its_letter_stands_in_the_reason(folder, monkeypatch):
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.chdir(folder.rename(folder.with_name("m")).parent)
+    with pytest.raises(ValueError, match=r"^m: its tokenizer cannot be loaded"):
+        load_tokenizer("m")
+
+
 def test_short_names_of_types_are_understood_and_others_are_told(folder, tmp_path, capsys):
     assert torch_dtype("bf16") is torch.bfloat16 and torch_dtype("auto") == "auto"
     assert load_weights(folder, dtype="fp16").dtype is torch.float16

@@ -13,6 +13,7 @@ from conftest import build_model, make_rows
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
 from tasft_lib import cli
 from tasft_lib.publish import hub
@@ -292,6 +293,14 @@ def test_a_public_repository_is_not_used_unawares(folder, api, capsys):
     assert write(folder, "--push_to_hub", "me/safer") == 1 and api.uploaded is None
     assert "say --public" in capsys.readouterr().err
     assert write(folder, "--push_to_hub", "me/safer", "--public") == 0 and api.uploaded and api.asked is False
+
+
+def test_weights_that_nobody_can_use_are_not_uploaded(folder, api, capsys):
+    weights = load_file(file := folder / "safer" / "adapter_model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, file)
+    assert write(folder, "--push_to_hub", "me/safer") == 1 and api.uploaded is None
+    assert "adapter_model.safetensors: " in (error := capsys.readouterr().err) and "holds NaN" in error
 
 
 def test_what_the_hub_writes_back_is_not_repeated(folder, api, capsys, monkeypatch):

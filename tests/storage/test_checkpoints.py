@@ -1,6 +1,7 @@
 """A checkpoint that cannot be used is told in one line, before anything is done with it."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -118,6 +119,14 @@ def test_a_spoilt_model_is_named_before_it_is_used(name, folder, capfd):
         assert told in str(error.value) and str(folder) in str(error.value)
         assert "trust_remote_code" not in str(error.value)
     assert capfd.readouterr() == ("", ""), "nothing ran and nothing else was said"
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_how_a_refused_pickle_was_written_nothing_is_said(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Evil()}, protocol=4))
+    with pytest.raises(ValueError, match="something else than weights"):
+        check_weights(folder)
 
 
 @pytest.mark.parametrize("new", [True, False])
