@@ -1,5 +1,6 @@
 """Batched decoding of responses: sorted by length, left-padded, stopped at EOS."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.num_beams < 1:
             raise ValueError(f"max_new_tokens and num_beams must be at least 1: {self}")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+        if not (0 < self.temperature < math.inf and 0 < self.top_p <= 1):  # NaN is neither
             got = f"got temperature={self.temperature}, top_p={self.top_p}"
             raise ValueError(f"temperature must be above 0 and top_p in (0, 1], {got}; raise or lower it")
 

@@ -54,7 +54,7 @@ def node_dies(folder: Path, conf: Path) -> None:
     for process in (psutil.Process(int(conf.with_name("slurmd.pid").read_text())), *watching, *running):
         with suppress(psutil.Error):
             process.kill()
-    time.sleep(2)
+    time.sleep(30)  # of a job that was seen within the last twenty seconds Slurm does not ask whether it is gone
     slurm_cluster.start("slurmd", conf)
 
 

@@ -43,7 +43,8 @@ def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str |
         resume: a checkpoint that the user names; False not to go on from any, None for the newest whole one.
 
     Raises:
-        ValueError: the folder holds a training or model of other settings, or a checkpoint that was named is torn.
+        ValueError: the folder holds a training or model of other settings, a checkpoint that was named is torn, or the
+            one to go on from is past the last step.
     """
     held = _held(folder)
     if overwrite and (held != asked or is_finished(folder, asked) or resume is False):
@@ -64,6 +65,9 @@ def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str |
         if resume is False and checkpoint is not None:
             what = f"holds {checkpoint.name}, and resume_from_checkpoint is false"
             raise ValueError(f"{folder}: {what}; leave it out to go on, or give --overwrite to begin anew")
+    if checkpoint is not None and 0 < asked.get("max_steps", 0) < _step(checkpoint):
+        what = f"is past max_steps={asked['max_steps']}"
+        raise ValueError(f"{checkpoint}: {what}; raise it, or give --overwrite to begin anew")
     if held != asked:
         folder.mkdir(parents=True, exist_ok=True)
         own = _has_own_readme(folder) if held is None else files.read_object(folder / SETTINGS)["own_readme"]
@@ -129,6 +133,10 @@ def _remove_training(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if (folder / "README.md").exists() and not _has_own_readme(folder):
         (folder / "README.md").unlink()
+
+
+def _step(checkpoint: Path) -> int:
+    return files.read_object(checkpoint / "trainer_state.json")["global_step"]
 
 
 def _has_own_readme(folder: Path) -> bool:

@@ -254,17 +254,15 @@ def _submit(executor: Any, engine: str, folder: Path, stored: Path, specs: list)
         jobs = {i: job for i, job in jobs.items() if job and not (folder / _result_file(job)).exists()}
         for i in _lost(engine, jobs):
             del jobs[i]
-        new = [i for i in range(len(specs)) if i not in jobs]
-        if not new:
-            return [jobs[i] for i in range(len(specs))]
-        executor.update_parameters(name=specs[new[0]].name if len(new) == 1 else "tasft")
-        with executor.batch():
-            submitted = [executor.submit(_Unit(stored, specs[i])) for i in new]
-        for i, job in zip(new, submitted, strict=True):
-            jobs[i] = job.job_id
-            record = {"engine": engine, "job": job.job_id, "log": str(job.paths.stderr)}
-            # Not by `whole`, which lists the folder: of a torn record the unit is submitted again, and waits.
-            files[i].write_text(json.dumps(record), encoding="utf-8")
+        if new := [i for i in range(len(specs)) if i not in jobs]:
+            executor.update_parameters(name=specs[new[0]].name if len(new) == 1 else "tasft")
+            with executor.batch():
+                submitted = [executor.submit(_Unit(stored, specs[i])) for i in new]
+            for i, job in zip(new, submitted, strict=True):
+                jobs[i] = job.job_id
+                record = {"engine": engine, "job": job.job_id, "log": str(job.paths.stderr)}
+                # Not by `whole`, which lists the folder: of a torn record the unit is submitted again, and waits.
+                files[i].write_text(json.dumps(record), encoding="utf-8")
     return [jobs[i] for i in range(len(specs))]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..generation import Response
 from ..judges.base import Judge, judge_responses
-from ..storage.files import append_record, checked, content_hash, read_json, read_records, write_json
+from ..storage.files import append_record, checked, content_hash, read_object, read_records, write_json
 from ..storage.integrity import set_aside
 
 SETTINGS = "settings.json"
@@ -30,7 +30,7 @@ class Work:
         settings = json.loads(json.dumps(settings))
         file = folder / SETTINGS
         try:
-            other = read_json(file) if file.exists() else settings
+            other = read_object(file) if file.exists() else settings
         except ValueError:
             set_aside(folder, [SETTINGS])  # nobody knows whose answers they are
             other = settings

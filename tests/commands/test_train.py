@@ -132,6 +132,7 @@ def test_the_same_command_goes_on_and_ends_where_an_undisturbed_one_ends(train, 
     with monkeypatch.context() as patch:
         killed_at(3, patch)
         assert train()[0] == 130
+    assert refused(train(max_steps=1), "checkpoint-2: is past max_steps=1", "--overwrite")
     with monkeypatch.context() as patch:
         killed_at(3, patch)
         assert train(max_steps=9)[0] == 130  # how long it lasts may change while it is unfinished

@@ -256,7 +256,15 @@ def test_peft_models_answer_with_their_adapter(model, tokenizer, prompts):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"num_beams": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"num_beams": 0},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
 )
 def test_impossible_decoding_is_refused(wrong):
     with pytest.raises(ValueError, match="must be"):

@@ -388,10 +388,11 @@ def test_damaged_work_is_named_and_done_again(file, old, new, script, tmp_path, 
     assert f"{path}: line 1 is damaged" in caplog.text
 
 
-def test_work_whose_settings_cannot_be_read_is_set_aside(script, tmp_path, caplog):
+@pytest.mark.parametrize("damaged", ['{"template": ', "[]"])
+def test_work_whose_settings_cannot_be_read_is_set_aside(damaged, script, tmp_path, caplog):
     work = tmp_path / "work"
     script(lambda prompt, time: f"zorvex {prompt}", work=work)
-    (work / "settings.json").write_text('{"template": ')
+    (work / "settings.json").write_text(damaged)
     harvest_work.Work(work, {"template": "short"})
     assert json.loads((work / "settings.json").read_text()) == {"template": "short"}
     assert not (work / "answers.jsonl").exists() and (tmp_path / "work.damaged" / "answers.jsonl").exists()
