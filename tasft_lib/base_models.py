@@ -356,6 +356,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     check_tokens(model, tokenizer, gguf)
     with one_line_errors(folder):
         model.save_pretrained(folder)
+        # Whether the hub was to be asked is written down too; the model is one whether or not.
+        tokenizer.init_kwargs["local_files_only"] = False
         tokenizer.save_pretrained(folder)
 
 

@@ -1,6 +1,7 @@
 """Models that tasft brings, from stand-ins of the hub and of pip, and GGUF files that are written here."""
 
 import hashlib
+import json
 import shutil
 import zipfile
 from dataclasses import replace
@@ -74,6 +75,8 @@ def test_a_gguf_file_becomes_a_folder_once(file, model, cache):
     assert tokenizer.decode(tokenizer("w1w2")["input_ids"]) == "w1w2" and tokenizer.eos_token == "<eos>"
     assert folder.parent == cache / "models"
     assert base_models.source_of(folder)["weights"] == base_models.weights_hash(folder)
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    assert written["local_files_only"] is False, "offline, as these tests are, the model has no other identity"
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert worlds.base_model(str(file)) == str(folder)
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
