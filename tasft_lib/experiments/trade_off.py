@@ -80,7 +80,7 @@ def searched(trials: list[Trial], development: pd.DataFrame, likelihoods: pd.Dat
         costs = None if likely is None else preference_table(likely, BY)
         table = pressure.with_regret(summary(judged, BY), costs)
         if costs is not None:
-            table = table.drop(columns="benign_cost").merge(costs.drop(columns="seeds"), on=BY)
+            table = table.drop(columns="benign_cost", errors="ignore").merge(costs.drop(columns="seeds"), on=BY)
         tables.append(table.assign(adapter=adapter))
     table = pd.concat(tables, ignore_index=True)
     order = [name for name in ("too_dear", "regret", "benign_cost", "penalty_weight") if name in table]

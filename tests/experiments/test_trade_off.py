@@ -80,6 +80,9 @@ def test_a_trial_costs_against_plain_sft_with_its_own_adapters_and_none_too_dear
     assert search["benign_cost"].tolist() == pytest.approx([0, 0.05, 0.3, 0.2, 0, 0.08, 0.5])
     chosen = search[search["is_chosen"]]
     assert dict(zip(chosen["method"], chosen["adapter"], strict=True)) == {"emd": "b", "nlcl": "b"}
+    known = [table.assign(kind="benign", correct=True) for table in judged]
+    exact = trade_off.searched(trials, pd.concat([*judged, *known]), pd.concat(likely))
+    assert exact["benign_cost"].tolist() == search["benign_cost"].tolist() and "too_dear" not in exact
     assert chosen.set_index("method")["too_dear"].to_dict() == {"emd": False, "nlcl": True}, "where all are, the least"
 
 
