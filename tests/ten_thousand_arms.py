@@ -47,7 +47,7 @@ def prepare(n: int) -> None:
 def measure(n: int, *, with_answers: bool) -> dict[str, float]:
     """Seconds of each thing that a driver does with `n` finished arms, and the process's peak memory in MB."""
     from tasft_lib.evaluation.rates import rates_table
-    from tasft_lib.experiments import answers, engine, rows, status
+    from tasft_lib.experiments import answers, engine, once, status
     from tasft_lib.storage.files import runs_folder
 
     (study, specs), seconds = finished(n), {}
@@ -61,7 +61,7 @@ def measure(n: int, *, with_answers: bool) -> dict[str, float]:
     began = time.process_time()
     timed("name", lambda: [spec.name for spec in specs])
     options = study.prompts, [study.greedy], study.config.judge
-    with rows.looked_at_once():
+    with once.looked_at_once():
         assert all(timed("find", lambda: [answers._is_judged(spec, *options, "last") for spec in specs]))
     timed("status", lambda: status.as_text(status.status(runs_folder())))
     rates = timed("rates", lambda: status.rates(runs_folder()))

@@ -46,7 +46,8 @@ from ..storage.integrity import damage, is_there, locked, seal, set_aside
 from ..storage.resume import by_step
 from . import engine
 from .arms import has_ended, load_model, load_tokenizer, train
-from .rows import looked_at_once, make_rows, once
+from .once import looked_at_once, once
+from .rows import make_rows
 from .specs import ArmSpec, Rows
 
 

@@ -45,6 +45,7 @@ from ..storage.files import (
 from ..storage.integrity import damage, locked, seal, set_aside, sha256
 from ..storage.resume import by_step, torn
 from . import engine, methods, rows
+from .once import once
 from .running import Running
 from .specs import ArmSpec, Rows, describe
 
@@ -73,7 +74,7 @@ TRAINED_BY = (
 
 def ingredients(spec: ArmSpec) -> dict[str, Any]:
     """Hashes of all that the arm is made of and its name can't tell; makes the rows that are not there yet."""
-    files, once = rows.with_files(spec), rows.once
+    files = rows.with_files(spec)
     return {
         "model": once("model", spec.model, lambda: model_identity(base_model(spec.model))),
         "benign": once("benign", spec.benign, lambda: _content(worlds.load(spec.benign).file)),

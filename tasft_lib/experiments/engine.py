@@ -34,6 +34,7 @@ import yaml
 from ..models import quiet
 from ..storage.files import end_with_parent, keep_freed_memory, read_object, runs_folder, whole
 from ..storage.integrity import locked
+from . import once
 
 ENGINES = ("processes", "local", "debug", "slurm")
 AGAIN = "run the same command again: it goes on from its last checkpoint"
@@ -165,6 +166,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def _start_worker() -> None:
     end_with_parent()
     quiet()
+    once.begin()
     gc.freeze()  # letting a model go then searches what was made since, not the million objects of the libraries
 
 

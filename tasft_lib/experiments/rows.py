@@ -7,8 +7,7 @@ Arms are made of rows and rows by arms, so this module and `arms` call each othe
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,29 +27,8 @@ from ..records.templates import questions
 from ..storage.files import content_hash, named, runs_folder, show_progress, write_rows
 from ..storage.integrity import is_there, locked, seal
 from . import arms, engine, methods
+from .once import once
 from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, RecoverySpec, Rows, SafeSpec
-
-_seen: dict[tuple[str, str | None], Any] | None = None
-
-
-@contextmanager
-def looked_at_once() -> Iterator[None]:
-    """What arms are made of is looked at once in here, not once for each of thousands of arms."""
-    global _seen
-    before, _seen = _seen, _seen or {}
-    try:
-        yield
-    finally:
-        _seen = before
-
-
-def once(what: str, source: str | None, look: Callable[[], Any]) -> Any:
-    """What `look` says of the source; of the same one once in `looked_at_once`."""
-    if _seen is None:
-        return look()
-    if (what, source) not in _seen:
-        _seen[what, source] = look()
-    return _seen[what, source]
 
 
 def make_rows(spec: Rows) -> Path:
@@ -107,7 +85,7 @@ def held_out_rows(spec: ArmSpec, n: int, *others: ArmSpec) -> Dataset:
     Of one arm: the same for all arms of its seed.
     """
     trained = {pair for arm in (spec, *others) for pair in _pairs(training_rows(arm)[0])}
-    rows = data.clean(_benign_rows(spec, seed=spec.seed + 10_000), held_out_prompts(spec))
+    rows = _benign_rows(spec, held_out_prompts(spec), seed=spec.seed + 10_000)
     rows = rows.select(np.random.default_rng([spec.seed, 3]).permutation(len(rows)))
     return rows.select([i for i, pair in enumerate(_pairs(rows)) if pair not in trained][:n])
 
@@ -257,19 +235,31 @@ def _pairs(rows: Dataset) -> list[str]:
     return [json.dumps(pair) for pair in zip(rows["prompt"][:], rows["completion"][:], strict=True)]
 
 
-def _benign_rows(spec: ArmSpec, *, seed: int) -> Dataset:
-    """All benign rows there are to draw from (made ones: `n_benign`, by `seed`)."""
-    rows = worlds.load(spec.benign).benign_rows(spec.n_benign, seed=seed, revision=spec.benign_revision)
-    return forms.to_training_rows(rows, label=True, template=spec.template, source=spec.benign, drop_empty=True)
+def _benign_rows(spec: ArmSpec, prompts: list[str], *, seed: int) -> Dataset:
+    """All benign rows there are (made ones: `n_benign`, by `seed`), repeats and evaluation prompts left out."""
+
+    def read() -> Dataset:
+        rows = worlds.load(spec.benign).benign_rows(spec.n_benign, seed=seed, revision=spec.benign_revision)
+        rows = forms.to_training_rows(rows, label=True, template=spec.template, source=spec.benign, drop_empty=True)
+        return data.clean(rows, prompts)
+
+    return once("benign rows", _described(spec, seed), read)
+
+
+def _described(spec: ArmSpec, seed: int) -> tuple:
+    """What tells the benign rows there are; of a data set they are the same ones for every seed."""
+    made = (spec.n_benign, seed) if worlds.load(spec.benign).is_invented else None
+    return spec.benign, spec.benign_revision, made, spec.template, spec.held_out
 
 
 def _to_draw_from(spec: ArmSpec, prompts: list[str]) -> tuple[Dataset, int]:
     """(the benign rows to draw from, how many were left out because `max_length` would cut them)."""
-    rows = data.clean(_benign_rows(spec, seed=spec.seed), prompts)
+    rows = _benign_rows(spec, prompts, seed=spec.seed)
     if not spec.drop_truncated:
         return rows, 0
     max_length = spec.training.get("max_length", methods.CONFIGS[spec.method].max_length)
-    whole = tokens.drop_truncated(rows, arms.load_tokenizer(spec), max_length)
+    fitting = (*_described(spec, spec.seed), spec.model, spec.model_revision, max_length)
+    whole = once("fitting", fitting, lambda: tokens.drop_truncated(rows, arms.load_tokenizer(spec), max_length))
     return whole, len(rows) - len(whole)
 
 

@@ -14,6 +14,7 @@ from ..judges.load import load_judge
 from ..losses import EMBEDDING_PENALTIES
 from .answers import measure_all, run_all
 from .arms import summary
+from .once import looked_at_once
 from .pressure import Weights
 from .results import Result, Results
 from .rows import held_out_answers, held_out_rows
@@ -116,6 +117,7 @@ class Study:
             seed=self.config.seed,
         )
 
+    @looked_at_once()
     def held_out(self, seed: int | None = None) -> HeldOut | None:
         """Unsafe and benign rows for the arms on a seed's base model (default: the first), that none of them is trained
         on, whatever its seed and size; trains plain SFT.

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from tasft_lib import generation
 from tasft_lib.evaluation import worlds
 from tasft_lib.evaluation.preference import HeldOut
-from tasft_lib.experiments import answers, arms, specs
+from tasft_lib.experiments import answers, arms, once, specs
 from tasft_lib.experiments import rows as rows_module
 from tasft_lib.experiments.answers import measure, respond, run, run_all
 from tasft_lib.judges.base import Judgement
@@ -104,6 +104,25 @@ def test_benign_rows_that_max_length_would_cut_are_left_out_before_the_draw_and_
     assert arms.read_manifest(spec)["truncated_rows_left_out"] == left_out > 0
     with pytest.raises(ValueError, match=f"n_benign=26, but there are {26 - left_out} benign rows"):
         rows_module.training_rows(replace(spec, n_benign=26))
+
+
+def test_a_grid_reads_its_benign_rows_once_and_draws_the_same(spec, monkeypatch):
+    arms_of_a_grid = [replace(spec, drop_truncated=True, seed=seed, n_unsafe=n) for seed in (0, 1) for n in (2, 3)]
+    alone = [rows_module.training_rows(arm) for arm in arms_of_a_grid]
+    reads, read = [], rows_module.forms.to_training_rows
+    monkeypatch.setattr(
+        rows_module.forms, "to_training_rows", lambda *a, **k: reads.append(k["source"]) or read(*a, **k)
+    )
+    with once.looked_at_once():
+        together = [rows_module.training_rows(arm) for arm in arms_of_a_grid]
+        shorter = spec.training | {"max_length": 10}
+        with pytest.raises(ValueError, match="n_benign=18, but there are"):
+            rows_module.training_rows(replace(arms_of_a_grid[0], training=shorter))
+    assert reads.count(spec.benign) == 1
+    assert [[part.to_list() for part in pair] for pair in together] == [[p.to_list() for p in pair] for pair in alone]
+    with once.looked_at_once():
+        rows_module.training_rows(spec)
+    assert reads.count(spec.benign) == 2
 
 
 def test_what_determines_an_arm_names_it(spec):
