@@ -45,7 +45,7 @@ from ..storage.files import (
 from ..storage.integrity import damage, is_there, locked, seal, set_aside
 from ..storage.resume import by_step
 from . import engine
-from .arms import has_ended, load_model, load_tokenizer, train
+from .arms import check_options, has_ended, load_model, load_tokenizer, train
 from .once import looked_at_once, once
 from .rows import make_rows
 from .specs import ArmSpec, Rows
@@ -110,6 +110,7 @@ def _each(
         make_rows(source)
     are_done = [is_done(spec) for spec in specs]
     missing = [i for i, is_there in enumerate(are_done) if not is_there]
+    check_options([specs[i] for i in missing])
     workers = min(engine.default_workers() if workers is None else workers, max(len(missing), 1))
     # What is there is read here.
     read = ((i, engine.attempt(work, spec)) for i, spec in enumerate(specs) if are_done[i])

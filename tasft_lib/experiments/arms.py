@@ -31,6 +31,7 @@ from .. import models
 from ..base_models import source_of
 from ..evaluation import worlds
 from ..evaluation.worlds import base_model
+from ..losses import PENALTIES
 from ..records import data, sources
 from ..storage.files import (
     content_hash,
@@ -147,6 +148,17 @@ def train(spec: ArmSpec) -> Path:
         write_json(folder / "manifest.json", manifest | environment())
         seal(folder / "manifest.json")
     return folder
+
+
+def check_options(specs: list[ArmSpec]) -> None:
+    """Raise `ValueError`, naming the arm, where a trainer would refuse its options: before the first is trained."""
+    different = {json.dumps([spec.method, spec.training], sort_keys=True): spec for spec in specs}
+    for spec in different.values():
+        named = {"penalty": spec.method} if spec.method in PENALTIES else {}
+        try:
+            methods.CONFIGS[spec.method](**_defaults() | spec.training | named | {"output_dir": str(spec.folder)})
+        except ValueError as error:
+            raise ValueError(f"arm {spec.display_name or spec.method}: {error}") from error
 
 
 def is_trained(spec: ArmSpec) -> bool:

@@ -37,11 +37,14 @@ def trials(study: Study, seed: int | None = None) -> list[Trial]:
     """
     config = study.config
     tried = [{"name": "sft", "method": "sft", "strengths": [0.0]}, *config.tried]
-    return [one for adapter in config.adapters for method in tried for one in _of_method(study, method, adapter, seed)]
+    pairs = [(method, adapter) for adapter in config.adapters for method in tried]
+    pairs = [(m, adapter) for m, adapter in pairs if adapter.get("name") in m.get("adapters", [adapter.get("name")])]
+    return [one for method, adapter in pairs for one in _of_method(study, method, adapter, seed)]
 
 
 def _of_method(study: Study, tried: dict[str, Any], adapter: dict[str, Any], seed: int | None) -> Iterator[Trial]:
-    """A line of `tried` has `name` (in tables), `method`, `strengths`; the rest are options of `TASFTConfig`.
+    """A line of `tried` has `name` (in tables), `method`, `strengths`, and `adapters` where it is not tried with all;
+    the rest are options of `TASFTConfig`.
 
     With a rule for λ as its `weight`, auto or parity, its strengths are what the rule takes, pressures.
     """
@@ -49,7 +52,7 @@ def _of_method(study: Study, tried: dict[str, Any], adapter: dict[str, Any], see
         if missing := needed - set(line):
             raise ValueError(f"{line!r}: a line of tried or adapters without {', '.join(sorted(missing))}.")
     method, rule = tried["method"], tried.get("weight")
-    options = {k: v for k, v in tried.items() if k not in ("name", "method", "strengths", "weight")}
+    options = {k: v for k, v in tried.items() if k not in ("name", "method", "strengths", "weight", "adapters")}
     lora = {key: value for key, value in adapter.items() if key != "name"}
     for strength in tried["strengths"]:
         if method in ("sft", "stl"):

@@ -125,6 +125,15 @@ def test_a_grid_reads_its_benign_rows_once_and_draws_the_same(spec, monkeypatch)
     assert reads.count(spec.benign) == 2
 
 
+def test_options_that_a_trainer_refuses_are_refused_before_the_first_of_many_arms_is_trained(spec):
+    together = {"unsafe_per_batch": 2, "train_sampling_strategy": "group_by_length"}
+    refused = replace(spec, display_name="stratified", training=spec.training | together)
+    prompts = pd.DataFrame({"prompt": ["w1"], "kind": "toxic", "benchmark": "b"})
+    with pytest.raises(ValueError, match="arm stratified: unsafe_per_batch says which rows make up a step"):
+        run_all([spec, refused], prompts, [generation.GREEDY], workers=1)
+    assert not spec.folder.exists()
+
+
 def test_what_determines_an_arm_names_it(spec):
     assert replace(spec).name == spec.name
     others = [
