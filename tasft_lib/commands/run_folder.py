@@ -8,6 +8,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from trl import ModelConfig
+
+from ..config import TASFTConfig
 from ..storage import files, integrity
 from ..storage.resume import by_step, torn
 
@@ -46,7 +49,7 @@ def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str |
         ValueError: the folder holds a training or model of other settings, a checkpoint that was named is torn, or the
             one to go on from is past the last step.
     """
-    held = _held(folder)
+    held = _held(folder, asked)
     if overwrite and (held != asked or is_finished(folder, asked) or resume is False):
         _remove_training(folder)
         held = None
@@ -56,7 +59,7 @@ def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str |
     _refuse_other(folder, held, asked, any_length=bool(resume))
     if resume:
         checkpoint = Path(resume)
-        _refuse_other(checkpoint.parent, _held(checkpoint.parent), asked, any_length=True)
+        _refuse_other(checkpoint.parent, _held(checkpoint.parent, asked), asked, any_length=True)
         if names := torn(checkpoint):
             remedy = "leave out resume_from_checkpoint to take the newest whole one"
             raise ValueError(f"{checkpoint}: torn ({', '.join(names)}); {remedy}")
@@ -77,7 +80,7 @@ def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str |
 
 def is_finished(folder: Path, asked: dict[str, Any]) -> bool:
     """Whether the folder holds the model of a training with these settings."""
-    return _held(folder) == asked and (folder / files.RECORD).exists()
+    return _held(folder, asked) == asked and (folder / files.RECORD).exists()
 
 
 def keep_readme(trainer: Any) -> None:
@@ -103,12 +106,17 @@ def keep_readme(trainer: Any) -> None:
             trainer.model.create_or_update_model_card = lambda *_, **__: None
 
 
-def _held(folder: Path) -> dict[str, Any] | None:
-    """The settings of the training in the folder."""
+def _held(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of the training in the folder. Options that only `asked` has came with a later version: the training
+    did what their defaults do."""
     if not (folder / SETTINGS).exists():
         return None
     held = files.read_object(folder / SETTINGS)
-    return {name: value for name, value in held.items() if name != "own_readme"}
+    held = {name: value for name, value in held.items() if name != "own_readme"}
+    if new := set(asked) - set(held):
+        defaults = settings(TASFTConfig(output_dir=""), ModelConfig(), "", "")
+        held |= {name: defaults[name] for name in new & set(defaults)}
+    return held
 
 
 def _refuse_other(folder: Path, held: dict[str, Any] | None, asked: dict[str, Any], *, any_length: bool) -> None:

@@ -10,10 +10,11 @@ from accelerate.logging import MultiProcessAdapter
 from conftest import build_model, make_rows
 from datasets import DatasetDict
 from safetensors.torch import load_file
-from trl import ScriptArguments
+from trl import ModelConfig, ScriptArguments
 
 from tasft_lib import cli
 from tasft_lib.commands import run_folder
+from tasft_lib.config import TASFTConfig
 from tasft_lib.trainer import TASFTTrainer
 
 TEMPLATE = (
@@ -336,6 +337,21 @@ def test_every_script_argument_of_trl_is_honoured_or_refused(train, tmp_path):
     saved = {"unsafe_dataset_name": tmp_path / "saved", "dataset_name": tmp_path / "bare.jsonl"}
     write(tmp_path / "bare.jsonl", make_rows(12, unsafe_every=None).remove_columns("label"))
     assert refused(train(unsafe_dataset_split="none-such", **saved), "no split 'none-such'")
+
+
+def test_a_folder_of_a_version_without_an_option_goes_on_with_its_default(tmp_path):
+    def begin(**options):
+        args = TASFTConfig(output_dir=str(tmp_path), **options)
+        asked = run_folder.settings(args, ModelConfig(), "rows", "base")
+        return run_folder.begin(tmp_path, asked, overwrite=False, resume=None)
+
+    begin()
+    recorded = json.loads((tmp_path / run_folder.SETTINGS).read_text())
+    del recorded["penalty_floor"], recorded["unsafe_per_batch"]
+    (tmp_path / run_folder.SETTINGS).write_text(json.dumps(recorded))
+    begin()
+    with pytest.raises(ValueError, match="holds a training with other penalty_floor; give another output_dir"):
+        begin(penalty_floor=0.05)
 
 
 @pytest.mark.parametrize(
