@@ -33,13 +33,20 @@ class Trial:
 def trials(study: Study, seed: int | None = None) -> list[Trial]:
     """Every method of the notebook at every strength with every adapter, by default on the first seed; plain SFT first.
 
-    Raises `ValueError` for a line of `tried` or `adapters` without its names.
+    Raises `ValueError` for a line of `tried` or `adapters` without its names, or with adapters that there are not.
     """
     config = study.config
     tried = [{"name": "sft", "method": "sft", "strengths": [0.0]}, *config.tried]
-    pairs = [(method, adapter) for adapter in config.adapters for method in tried]
-    pairs = [(m, adapter) for m, adapter in pairs if adapter.get("name") in m.get("adapters", [adapter.get("name")])]
-    return [one for method, adapter in pairs for one in _of_method(study, method, adapter, seed)]
+    named = [adapter.get("name") for adapter in config.adapters]
+    if unknown := {name for line in tried for name in line.get("adapters", [])} - set(named):
+        raise ValueError(f"tried: adapters {', '.join(sorted(unknown))} are none of {', '.join(map(str, named))}.")
+    return [
+        one
+        for adapter in config.adapters
+        for line in tried
+        if adapter.get("name") in line.get("adapters", named)
+        for one in _of_method(study, line, adapter, seed)
+    ]
 
 
 def _of_method(study: Study, tried: dict[str, Any], adapter: dict[str, Any], seed: int | None) -> Iterator[Trial]:

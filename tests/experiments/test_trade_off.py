@@ -41,6 +41,16 @@ def test_a_rule_takes_the_strengths_as_pressures():
     assert {arm.training["penalty_pressure"] for arm in arms} == {0.5, 1.0}
 
 
+def test_a_line_with_adapters_is_tried_with_these_alone():
+    line = {"name": "emd", "method": "emd", "strengths": [1, 4], "adapters": ["all linear, rank 16"]}
+    trials = trade_off.trials(Study(settings.load("trade_off", "smoke", {"tried": [line]})))
+    assert [trial.adapter for trial in trials if trial.method == "emd"] == 2 * ["all linear, rank 16"]
+    assert [trial.adapter for trial in trials if trial.method == "sft"] == ["q and v, rank 8", "all linear, rank 16"]
+    wrong = Study(settings.load("trade_off", "smoke", {"tried": [line | {"adapters": ["rank 16"]}]}))
+    with pytest.raises(ValueError, match="tried: adapters rank 16 are none of q and v, rank 8, all linear, rank 16"):
+        trade_off.trials(wrong)
+
+
 def test_a_line_without_its_names_is_refused():
     study = Study(settings.load("trade_off", "smoke", {"tried": [{"method": "emd"}]}))
     with pytest.raises(ValueError, match="without name, strengths"):
