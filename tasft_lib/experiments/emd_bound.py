@@ -11,6 +11,7 @@ from scipy.sparse import eye, kron, vstack
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import losses
 from ..labels import end_of_turn
 from ..records.tokens import chat_ids
 
@@ -18,6 +19,13 @@ from ..records.tokens import chat_ids
 DISTANCES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 2.0)
 # Places in an answer, from and up to: the first token decides whether a refusal begins.
 PARTS = {"first token": (0, 1), "tokens 2-5": (1, 5), "later": (5, 10**6)}
+# By logits [n, V], targets [n] and unit rows [V, H]: [n].
+TOKEN_PENALTIES = {
+    "gradient_ascent": lambda logits, targets, unit: losses.token_log_probs(logits, targets),
+    "unlikelihood": lambda logits, targets, unit: losses.unlikelihood(losses.token_log_probs(logits, targets)),
+    "emd": losses.emd,
+    "emd_exact": losses.emd_exact,
+}
 
 
 @torch.no_grad()
@@ -123,6 +131,25 @@ def by_part(
         means.append(row | summary(probs[inside], targets[inside], unit))
         mass.append(mass_by_distance(probs[inside], targets[inside], unit).assign(method=method, part=part))
     return pd.DataFrame(means), pd.concat(mass, ignore_index=True)
+
+
+def push_by_part(probs: Tensor, targets: Tensor, place: Tensor, unit: Tensor, *, method: str) -> pd.DataFrame:
+    """How hard penalties push on the unsafe token's logit, at a model's own distributions: for each of `PARTS` the mean
+    |∂ penalty of the token / ∂ its logit|, of penalties in `TOKEN_PENALTIES`, with p of the token.
+
+    Arguments as from `unsafe_token_distributions`; `method` is whose distributions they are. That of gradient ascent,
+    1 − p, is NLCL's, NPO's and SimNPO's up to a factor of the row. Columns method, penalty, part, p, push.
+    """
+    rows = []
+    for penalty, of_tokens in TOKEN_PENALTIES.items():
+        logits = probs.clamp_min(torch.finfo(probs.dtype).tiny).log().requires_grad_()
+        (gradient,) = torch.autograd.grad(of_tokens(logits, targets, unit).sum(), logits)
+        push = gradient.gather(1, targets[:, None]).squeeze(1).abs()
+        for part, (start, end) in PARTS.items():
+            inside = (place >= start) & (place < end)
+            p = probs[inside].gather(1, targets[inside, None]).mean().item()
+            rows.append([method, penalty, part, p, push[inside].mean().item()])
+    return pd.DataFrame(rows, columns=["method", "penalty", "part", "p", "push"])
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict) -> tuple[list[int], list[int]]:

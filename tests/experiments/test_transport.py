@@ -105,3 +105,30 @@ def test_tokens_are_counted_and_have_their_nearest_and_farthest(tokenizer):
     assert table.to_dict("records") == [
         {"geometry": "lm_head", "rank": 1, "token": "ant", "nearest": "'12' 'cow'", "farthest": "'dig' 'bee'"}
     ]
+
+
+def test_the_measured_push_is_the_closed_form_of_each_penalty():
+    torch.manual_seed(0)
+    probs = torch.randn(40, 7).mul(2).softmax(-1)
+    targets, place = torch.randint(7, (40,)), torch.arange(40) % 8
+    unit = losses.unit_rows(torch.randn(7, 3))
+    p = probs.gather(1, targets[:, None]).squeeze(1)
+    distance = 1 - unit[targets] @ unit.T
+    exact = p * (probs * distance).sum(1)  # ∂(−Σ P d)/∂z_y = p · Σ P d
+    expected = {"gradient_ascent": 1 - p, "unlikelihood": p, "emd_exact": exact}
+    table = emd_bound.push_by_part(probs, targets, place, unit, method="sft")
+    table = table.set_index(["penalty", "part"])["push"]
+    for penalty, push in expected.items():
+        for part, (start, end) in emd_bound.PARTS.items():
+            inside = (place >= start) & (place < end)
+            assert table[penalty, part] == pytest.approx(push[inside].mean().item(), rel=1e-4)
+
+
+def test_the_bound_pushes_on_a_token_as_its_algebra_says_where_the_rest_lies_on_one_other():
+    p = torch.tensor([0.05, 1 / 3, 0.9])
+    probs = torch.stack([p, 1 - p], 1)
+    unit = torch.eye(2)  # cosine 0: 4 · p(1 − p)²
+    for k in range(3):
+        at = emd_bound.push_by_part(probs[[k]], torch.tensor([0]), torch.tensor([0]), unit, method="sft")
+        push = at.set_index(["penalty", "part"])["push"]["emd", "first token"]
+        assert push == pytest.approx((4 * p[k] * (1 - p[k]) ** 2).item(), rel=1e-4)

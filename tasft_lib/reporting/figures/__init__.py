@@ -20,7 +20,7 @@ from .arms import (
 from .bench import plot_bench, plot_scaling
 from .filters import plot_detection, plot_layers, plot_scores
 from .likelihoods import plot_costs, plot_depth, plot_preference, plot_preference_trade_off
-from .penalties import plot_bounds, plot_distance, plot_mass, plot_mean_cosines, plot_push
+from .penalties import plot_bounds, plot_distance, plot_mass, plot_mean_cosines, plot_push, plot_push_by_part
 from .style import NAMES, save_figure
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "plot_preference",
     "plot_preference_trade_off",
     "plot_push",
+    "plot_push_by_part",
     "plot_scaling",
     "plot_scores",
     "plot_search",

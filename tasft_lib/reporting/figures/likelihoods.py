@@ -93,7 +93,6 @@ def plot_preference_trade_off(table: pd.DataFrame, *, caption: str) -> Figure:
             style = look(method)
             x = tried["benign_cost"].clip(upper=FAR)
             axis.plot(x, factor * tried[measure], color=style["color"], linestyle=style["linestyle"], linewidth=1)
-            axis.plot([], [], markersize=5, **style)
             for part, is_full in ((tried, tried["benign_cost"] <= FAR), (auto, auto["penalty_weight"] != "auto")):
                 for rows_of, face in ((part[is_full], style["color"]), (part[~is_full], "none")):
                     mark = {"marker": style["marker"], "edgecolors": style["color"], "facecolors": face, "s": 26}
@@ -122,6 +121,8 @@ def plot_costs(table: pd.DataFrame, *, dear: float, caption: str) -> Figure:
     measures = {"harm": "toxic prompts answered (%)", "preference": "safe answer likelier (%)"}
     size = (4.2 * len(adapters) + 1, 7.0)
     figure, axes = panels(len(adapters), *size, len(measures), sharex=True, sharey="row")
+    for method in dict.fromkeys(table.loc[table["method"] != "sft", "method"]):
+        axes[0].plot([], [], markersize=5, **look(method))  # the legend's; not every method has every adapter
     for place, axis in enumerate(axes):
         measure, adapter = list(measures)[place // len(adapters)], adapters[place % len(adapters)]
         own = table[table["adapter"] == adapter].assign(x=lambda rows: rows["benign_cost"].clip(upper=FAR))
@@ -130,7 +131,6 @@ def plot_costs(table: pd.DataFrame, *, dear: float, caption: str) -> Figure:
         for method, rows in own[own["method"] != "sft"].groupby("method", sort=False):
             rows, style = rows.sort_values("penalty_weight"), look(method)
             axis.plot(rows["x"], 100 * rows[measure], markersize=0, **style | {"linewidth": 1, "label": None})
-            axis.plot([], [], markersize=5, **style)
             for part, face in ((rows["degenerate"] <= 0.05, style["color"]), (rows["degenerate"] > 0.05, "none")):
                 marks = {"marker": style["marker"], "edgecolors": style["color"], "facecolors": face, "s": 22}
                 axis.scatter(rows.loc[part, "x"], 100 * rows.loc[part, measure], zorder=3, **marks)

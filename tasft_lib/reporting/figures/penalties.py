@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import STYLES, finish, look, panels
+from .style import NAMES, STYLES, finish, look, panels
 
 
 def plot_distance(places: pd.DataFrame, *, unsafe: str, caption: str) -> Figure:
@@ -101,6 +101,23 @@ def plot_mass(table: pd.DataFrame, *, caption: str) -> Figure:
         axis.set(title=part, xlabel="distance 1 − cos to the unsafe token", ylim=(0, 100))
         axis.tick_params(axis="x", labelsize=8)
     axes[0].set_ylabel("probability mass (%)")
+    return finish(figure, axes[0], caption)
+
+
+def plot_push_by_part(table: pd.DataFrame, *, caption: str) -> Figure:
+    """Mean push of each penalty on the unsafe token by its place in the answer, a panel per model.
+
+    `table` from `emd_bound.push_by_part`.
+    """
+    models = list(dict.fromkeys(table["method"]))
+    figure, axes = panels(len(models), 2.9 * len(models) + 1, 3.4, sharey=True)
+    for axis, model in zip(axes, models, strict=True):
+        for penalty, rows in table[table["method"] == model].groupby("penalty", sort=False):
+            axis.plot(rows["part"], rows["push"], markersize=5, **look(penalty))
+        axis.plot(rows["part"], rows["p"], color="0.4", linestyle=":", linewidth=1.5, label="p of the unsafe token")
+        axis.set(title=f"at {NAMES[model]}'s distributions", ylim=(-0.03, 1.03))
+        axis.tick_params(axis="x", labelsize=8)
+    axes[0].set_ylabel("|gradient| by the unsafe token's logit")
     return finish(figure, axes[0], caption)
 
 
