@@ -105,7 +105,8 @@ def plot_mass(table: pd.DataFrame, *, caption: str) -> Figure:
 
 
 def plot_push_by_part(table: pd.DataFrame, *, caption: str) -> Figure:
-    """Mean push of each penalty on the unsafe token by its place in the answer, a panel per model.
+    """Mean push of each penalty on the unsafe token by its place in the answer, a panel per model. Unlikelihood's is
+    the token's probability itself.
 
     `table` from `emd_bound.push_by_part`.
     """
@@ -114,7 +115,6 @@ def plot_push_by_part(table: pd.DataFrame, *, caption: str) -> Figure:
     for axis, model in zip(axes, models, strict=True):
         for penalty, rows in table[table["method"] == model].groupby("penalty", sort=False):
             axis.plot(rows["part"], rows["push"], markersize=5, **look(penalty))
-        axis.plot(rows["part"], rows["p"], color="0.4", linestyle=":", linewidth=1.5, label="p of the unsafe token")
         axis.set(title=f"at {NAMES[model]}'s distributions", ylim=(-0.03, 1.03))
         axis.tick_params(axis="x", labelsize=8)
     axes[0].set_ylabel("|gradient| by the unsafe token's logit")
