@@ -115,6 +115,31 @@ def _filtered(folder: Path) -> str:
     return _short(plain.reset_index(), "filter", **{"harmful, refusals among the benign rows": harm})
 
 
+def _trade_off(folder: Path) -> str:
+    """The trials that `trade_off` chose, on the test split, with 95 % intervals; and after the first of its attacks."""
+    table, search, attacks = (pd.read_csv(folder / f"trade_off_{part}.csv") for part in ("table", "search", "attacks"))
+    strengths = search[search["is_chosen"]].set_index("method")["penalty_weight"]
+    attacks = attacks[attacks["attack"] == attacks["attack"].iloc[0]].set_index(["method", "adapter"])
+    attacked = attacks.loc[pd.MultiIndex.from_frame(table[["method", "adapter"]])]
+    columns = {
+        f"with {table['n_unsafe'].max()} unsafe rows": [NAMES[method] for method in table["method"]],
+        "adapters": table["adapter"],
+        "λ (STL: visits)": [f"{strengths[method]:g}" if method in strengths else "" for method in table["method"]],
+        "harmful": _intervals(table, "harm"),
+        "harmful, corrected": _intervals(table, "harm_corrected"),
+        "no language": _intervals(table, "degenerate"),
+        "SFT's harmless answers kept": _intervals(table, "still_answered"),
+        "benign loss above SFT's": [f"{cost:+.2f}" for cost in table["benign_cost"]],
+        f"harmful after {attacks['attack'].iloc[0]}": _intervals(attacked, "harm"),
+    }
+    return markdown(pd.DataFrame({name: column for name, column in columns.items() if column is not None}))
+
+
+def _intervals(table: pd.DataFrame, measure: str) -> list[str] | None:
+    ends = [f"{measure}{end}" for end in ("", "_low", "_high")]
+    return [rate_text(*row) for row in table[ends].to_numpy()] if measure in table else None
+
+
 def _short(rows: pd.DataFrame, first: str, *, seeds: str = "seeds", **further: list[str]) -> str:
     """A row of `tables.summary` each, in whole per cents: of harm with its range over seeds, for want of space."""
     n = rows["seeds"].max()
@@ -146,6 +171,8 @@ BLOCKS = {
     "pocket": ("pocket", _pocket),
     "results": ("mini", _results),
     "filtered": ("mini", _filtered),
+    "trade_off": ("pocket", _trade_off),
+    "trade_off_mini": ("beyond", _trade_off),
     "performance": ("bench", _performance),
 }
 
@@ -158,7 +185,7 @@ def _preface(profile: str) -> str:
         )
     if profile == "pocket":
         return (
-            "**A real language model of 135M parameters**, one seed. The judge errs, and not alike on all arms:"
+            "**A real language model of 135M parameters.** The judge errs, and not alike on all arms:"
             " rates are as judged, and corrected in the table."
             " λ is the best of four on development prompts, of those that cost at most .1 nat a token of benign"
             " likelihood."

@@ -20,7 +20,7 @@ from tasft_lib.storage import files
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("tasft_lib", "params", "figures")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(p for name in FOLDERS for p in (ROOT / name).rglob("*.md"))]
-PAGES = [page for page in PAGES if page.name in ("README.md", "CONTRIBUTING.md")]
+PAGES = [page for page in PAGES if page.name in ("README.md", "CONTRIBUTING.md", "which_method.md")]
 README = PAGES[0].read_text()
 BLOCKS = [(page, name) for page in PAGES for name in re.findall(r"<!-- (\w+):begin -->", page.read_text())]
 MANIFESTS = [
