@@ -152,9 +152,10 @@ def train(spec: ArmSpec) -> Path:
 
 def check_options(specs: list[ArmSpec]) -> None:
     """Raise `ValueError`, naming the arm, where a trainer would refuse its options: before the first is trained."""
-    different = {json.dumps([spec.method, spec.training], sort_keys=True): spec for spec in specs}
+    different = {(spec.method, spec.penalty_weight, json.dumps(spec.training, sort_keys=True)): spec for spec in specs}
     for spec in different.values():
-        named = {"penalty": spec.method} if spec.method in PENALTIES else {}
+        is_ours = spec.method in PENALTIES
+        named = {"penalty": spec.method, "penalty_weight": spec.penalty_weight} if is_ours else {}
         try:
             methods.CONFIGS[spec.method](**_defaults() | spec.training | named | {"output_dir": str(spec.folder)})
         except ValueError as error:

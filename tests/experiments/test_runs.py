@@ -132,6 +132,7 @@ def test_options_that_a_trainer_refuses_are_refused_before_the_first_of_many_arm
     with pytest.raises(ValueError, match="arm stratified: unsafe_per_batch says which rows make up a step"):
         run_all([spec, refused], prompts, [generation.GREEDY], workers=1)
     assert not spec.folder.exists()
+    arms.check_options([spec, *(replace(spec, method=name) for name in ("npo", "imitation", "kto", "sft"))])
 
 
 def test_what_determines_an_arm_names_it(spec):
