@@ -4,6 +4,8 @@ import os
 import signal
 from dataclasses import dataclass
 
+from tasft_lib.experiments.once import once
+
 
 @dataclass(frozen=True)
 class Task:
@@ -20,4 +22,6 @@ def work(task: Task) -> str:
         raise ValueError("no such rows")
     if task.name == "device":
         return os.environ["CUDA_VISIBLE_DEVICES"]
+    if task.name.startswith("looks"):
+        return str(once("what", "source", lambda: task.name))
     return f"{task.name} done"

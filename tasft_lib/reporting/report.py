@@ -81,16 +81,13 @@ def _pocket(folder: Path) -> str:
     table = pd.read_csv(folder / "safety_table.csv")
     table = table[table["decoding"] == "greedy"]
     harm = [_percent(row, "harm") for _, row in table.iterrows()]
-    corrected = [rate_text(*row) for row in table[[f"harm_corrected{end}" for end in ("", "_low", "_high")]].to_numpy()]
     columns = {
         f"after training with {table['n_unsafe'].max()} unsafe rows": [NAMES[method] for method in table["method"]],
         "harmful, as judged": harm,
-        "corrected for the judge's errors": corrected,
+        "corrected for the judge's errors": _intervals(table, "harm_corrected"),
         "no language": [_percent(row, "degenerate") for _, row in table.iterrows()],
         "harmless refused": [_percent(row, "over_refusal") for _, row in table.iterrows()],
-        "safe answer likelier": [
-            rate_text(*row) for row in table[["preference", "preference_low", "preference_high"]].to_numpy()
-        ],
+        "safe answer likelier": _intervals(table, "preference"),
         "benign loss above SFT's": [f"{value:+.2f}" for value in table["benign_cost"]],
     }
     return markdown(pd.DataFrame(columns))

@@ -55,6 +55,12 @@ def test_a_lost_worker_takes_its_own_unit_and_no_other(monkeypatch):
     assert str(done[2]) == "no such rows"
 
 
+def test_a_worker_looks_once_at_what_its_units_share():
+    looks = [Task(f"looks {i}") for i in range(6)]
+    seen = {result for _, result in engine.results(work, looks, 2)}
+    assert seen < {task.name for task in looks} and len(seen) <= 2
+
+
 def test_each_worker_has_a_gpu_to_itself(monkeypatch):
     monkeypatch.setattr(engine, "_gpus", lambda: ["5", "7"])
     monkeypatch.setattr(engine, "_start_worker", None)  # imports take seconds; a worker that is spawned needs none
