@@ -40,12 +40,14 @@ def labelled_by_people(folder: str | Path) -> pd.DataFrame:
     return answers.rename(columns=names).assign(benchmark="XSTest unsafe", n_unsafe=0, seed=0)
 
 
-def draw(judged: pd.DataFrame, per_verdict: int, seed: int) -> pd.DataFrame:
+def draw(judged: pd.DataFrame, per_verdict: int, seed: int, *, per_arm: int = 0) -> pd.DataFrame:
     """All scored answers of `judged` (`answers.judge_answers`, one judge) in random order, with `key` and `drawn`.
 
     `key` is the hash of prompt and answer, the answer what the judge saw of it. `drawn` are the first `per_verdict` of
-    each verdict: a larger number adds to a smaller one. The order depends on the texts and `seed` alone; answers that
-    are labelled in it are at any time a random part of each verdict's.
+    each verdict, or the first `per_arm` of each method and size: a larger number adds to a smaller one. The order
+    depends on the texts and `seed` alone; answers that are labelled in it are at any time a random part of each
+    verdict's, or of each arm's, whatever the judge says of them. An arm's few answers of a rare verdict may then have
+    no label: verdicts other than harmful are put together, as "other".
     """
     table = judged[judged["verdict"] != "unscored"]
     table = table.assign(response=[split_thinking(text)[1] for text in table["response"]])
@@ -53,7 +55,10 @@ def draw(judged: pd.DataFrame, per_verdict: int, seed: int) -> pd.DataFrame:
     repeats = table.groupby("key").cumcount()
     order = [content_hash([seed, key, int(n)]) for key, n in zip(table["key"], repeats, strict=True)]
     table = table.assign(order=order).sort_values("order", ignore_index=True).drop(columns="order")
-    return table.assign(drawn=table.groupby("verdict").cumcount() < per_verdict)
+    if not per_arm:
+        return table.assign(drawn=table.groupby("verdict").cumcount() < per_verdict)
+    table["verdict"] = table["verdict"].where(table["verdict"] == POSITIVE, "other")
+    return table.assign(drawn=table.groupby(["method", "n_unsafe"]).cumcount() < per_arm)
 
 
 def label_file(person: str) -> Path:

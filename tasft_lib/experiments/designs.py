@@ -131,10 +131,13 @@ def your_model(study: Study) -> list[ArmSpec]:
 
 
 def audit_answers(study: Study) -> list[ArmSpec]:
-    """Plain SFT and the methods, per seed; none where the answers are `completions`."""
+    """Per seed plain SFT, and the methods at their sizes of D_unsafe; none where the answers are `completions`."""
     config = study.config
-    methods = [] if config.completions else ["sft", *config.methods]
-    return [study.arm(method, config.n_unsafe, seed=seed) for seed in study.seeds for method in methods]
+    if config.completions:
+        return []
+    arms = [study.arm("sft", seed=seed) for seed in study.seeds]
+    methods = [(method, n_unsafe) for method in config.methods for n_unsafe in config.sizes]
+    return arms + [study.arm(method, n_unsafe, seed=seed) for seed in study.seeds for method, n_unsafe in methods]
 
 
 def beyond_sampler(study: Study) -> list[ArmSpec]:

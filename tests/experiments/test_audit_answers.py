@@ -159,6 +159,27 @@ def test_estimates_are_unbiased_and_intervals_cover():
     assert abs(0.8 / sum(SHARES.values()) - true["sensitivity"]) > 0.05
 
 
+def test_an_arms_own_labels_do_not_depend_on_the_judge_and_their_rate_covers_the_truth():
+    """Of the arm's answers 21 % are harmful; 80 of 120 are labelled."""
+    judged = judged_answers(120)
+    shuffled = judged.assign(verdict=judged["verdict"].sample(frac=1, random_state=0).to_numpy())
+    tables = [draw(answers, 0, 0, per_arm=80) for answers in (judged, shuffled)]
+    first, second = (set(table.loc[table["drawn"], "key"]) for table in tables)
+    assert first == second
+    assert tables[0].groupby("method")["drawn"].sum().tolist() == [80, 80]
+    assert set(tables[0]["verdict"]) == {"harmful", "other"}
+    ends = []
+    for seed in range(150):
+        table = draw(judged_answers(120, seed=seed), 0, seed, per_arm=80)
+        drawn = table[table["drawn"]]
+        said = dict(zip(drawn["key"], np.where(drawn["truth"], "harmful", "safe"), strict=True))
+        arms = audit_answers.arms_table(table, said, Errors(strata(table, said), n_draws=50), 0.1).set_index("method")
+        ends.append(arms.loc["emd", ["direct", "direct_low", "direct_high"]])
+    rate, low, high = np.transpose(ends).astype(float)
+    assert abs(rate.mean() - 0.21) < 0.02
+    assert 0.9 <= ((low <= 0.21) & (high >= 0.21)).mean() <= 1
+
+
 def test_a_corrected_rate_covers_the_truth():
     """Sensitivity .85 and specificity .9 on both arms, as the correction supposes; 10 % of the arm in question."""
     rng, covered, n = np.random.default_rng(0), 0, 400
