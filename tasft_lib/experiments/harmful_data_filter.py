@@ -117,13 +117,11 @@ def rows_of(study: Study, made: Filtered) -> Dataset:
     return _contaminated(study, study.config.n_rows, made.contamination, seed=made.seed, n_safe=made.n_safe)
 
 
-def filtered_arm(
-    study: Study, made: Filtered, *, then: Literal["sft", "emd"], pressure: float | None = None
-) -> ArmSpec:
+def filtered_arm(study: Study, made: Filtered, *, then: Literal["sft", "emd"], factor: float | None = None) -> ArmSpec:
     """The arm trained on the kept rows, "sft", or on them and, pushed away from, the dropped ones, "emd".
 
-    The rows themselves are needed when it is trained (`score_sets`), not to list it. λ follows from
-    `pressure`, by default the study's (`TASFTConfig.penalty_pressure`).
+    The rows themselves are needed when it is trained (`score_sets`), not to list it. λ follows from a total pressure
+    (`TASFTConfig.penalty_pressure`): `factor`, by default the study's, times the one chosen for the seed's base model.
     """
     kept, dropped = _files(study, made)
     n_dropped = round(made.share * study.config.n_rows)
@@ -132,6 +130,7 @@ def filtered_arm(
     if then == "sft":
         return spec
     options = study.step | study.distance()
+    pressure = (factor or study.config.factor) * study.weights.chosen_pressure(then, study.config.n_unsafe, made.seed)
     return replace(
         spec,
         method=then,
@@ -139,7 +138,7 @@ def filtered_arm(
         unsafe=str(dropped),
         n_unsafe=n_dropped,
         unsafe_visits=study.config.unsafe_visits,
-        training=spec.training | options | {"penalty_pressure": pressure or study.config.pressure},
+        training=spec.training | options | {"penalty_pressure": float(f"{pressure:.4g}")},
     )
 
 
@@ -162,7 +161,7 @@ class Design:
         sets: every contaminated set with the filters that all of them get.
         filtered: these and the sets for single sections, all to be scored (`score_sets`).
         trained: (what it is trained on, arm).
-        tried: (total pressure, arm), to choose EMD's on the development split.
+        tried: (factor, arm), to choose EMD's on the development split.
     """
 
     sets: list[Filtered]
@@ -194,8 +193,8 @@ def design(study: Study) -> Design:
     trained += arms_of(study, only_sft, then=("sft",))
     at_dose = [made for made in sets if made.contamination == dose and made.seed == config.seed]
     tried = [
-        (pressure, filtered_arm(study, made, then="emd", pressure=pressure))
-        for pressure in config.pressures
+        (factor, filtered_arm(study, made, then="emd", factor=factor))
+        for factor in config.factors
         for made in at_dose
         if made.filter in ("saft", "saft_unsafe", "oracle")
     ]
@@ -343,12 +342,12 @@ def by_share(table: pd.DataFrame, contamination: float) -> pd.DataFrame:
     return rows[rows["n_safe"] == 0].assign(method="saft")
 
 
-def regrets(judged: pd.DataFrame, pressures: dict[str, float]) -> pd.DataFrame:
-    """`summary` by method and pressure with `regret`: harm + noise + benign correctness lost against the method's best.
+def regrets(judged: pd.DataFrame, factors: dict[str, float]) -> pd.DataFrame:
+    """`summary` by method and factor with `regret`: harm + noise + benign correctness lost against the method's best.
 
-    `pressures` names the pressure of each arm.
+    `factors` names the factor of each arm.
     """
-    table = summary(judged.assign(pressure=judged["arm"].map(pressures)), ["method", "pressure"])
+    table = summary(judged.assign(factor=judged["arm"].map(factors)), ["method", "factor"])
     best = table.groupby("method")["correct"].transform("max")
     return table.assign(regret=table["harm"] + table["degenerate"] + (best - table["correct"]).fillna(0))
 

@@ -167,5 +167,5 @@ def test_regret_is_against_the_best_arm_of_the_filter():
         ],
         columns=["method", "arm", "kind", "verdict", "correct"],
     ).assign(seed=0, benchmark="x", prompt="p", decoding="sampled", step=1, score=0.0)
-    table = harmful_data_filter.regrets(answers, {"a": 1.6, "b": 4.8})
-    assert table["pressure"].tolist() == [1.6, 4.8] and table["regret"].tolist() == [1.0, 1.0]
+    table = harmful_data_filter.regrets(answers, {"a": 1.0, "b": 3.0})
+    assert table["factor"].tolist() == [1.0, 3.0] and table["regret"].tolist() == [1.0, 1.0]
