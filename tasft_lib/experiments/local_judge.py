@@ -202,14 +202,14 @@ def arms_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement_table(labels: pd.DataFrame) -> pd.DataFrame:
-    """How the labeller agrees with itself on what was labelled twice: all five words, and complied or not."""
-    twice = labels[labels["again"] != ""]
-    first, second = twice["label"], twice["again"]
-    pairs = {"five words": (first, second), "complied": (first.map(CLASS) == "answer", second.map(CLASS) == "answer")}
+    """How what was labelled twice agrees, by who labelled `again_by`: all five words, and complied or not."""
     lines = []
-    for name, (a, b) in pairs.items():
-        same = _share("agreement", (a == b).to_numpy())
-        lines.append({"labels": name, "n": len(twice)} | same | {"kappa": cohen_kappa_score(a, b)})
+    for again_by, twice in labels[labels["again"] != ""].groupby("again_by", sort=False):
+        words = twice[["label", "again"]]
+        for name, both in {"five words": words, "complied": words.apply(lambda s: s.map(CLASS) == "answer")}.items():
+            same = _share("agreement", (both["label"] == both["again"]).to_numpy())
+            kappa = cohen_kappa_score(both["label"], both["again"])
+            lines.append({"labels": name, "again_by": again_by, "n": len(twice)} | same | {"kappa": kappa})
     return pd.DataFrame(lines)
 
 
