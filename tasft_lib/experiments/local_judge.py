@@ -271,7 +271,7 @@ def _told(measured: pd.DataFrame) -> str:
         f"{words}: sensitivity {row.sensitivity:.2f}, specificity {row.specificity:.2f}, AUROC {row.auroc:.2f}"
         for words, row in (("answers of arms kept aside", ours.loc["arms"]), ("XSTest's models", ours.loc["XSTest"]))
     ]
-    return "; ".join(parts) + "; labels by an AI assistant, and XSTest's; English alone"
+    return "; ".join(parts) + "; labels by AI assistants, and XSTest's; English alone"
 
 
 if __name__ == "__main__":
