@@ -33,6 +33,8 @@ from .row_detectors import detection_table
 LABELS = Path(local.__file__).with_name("local_labels.csv")
 # The five words of the protocol -> what the regression tells apart.
 CLASS = {"answer": "answer", "partial": "answer", "refusal": "refusal", "deflection": "other", "off-topic": "other"}
+# Labels after these are of the arms in figures/pocket: they test the judge, which has not seen an answer of theirs.
+TRAINED_ON = 961
 PROMPT_FOLDS = 5
 # Inverse strength of the L2 penalty, and the weight of an arm's answer against one of XSTest's.
 GRID = tuple(itertools.product((0.0002, 0.0005), (2, 5)))
@@ -65,15 +67,17 @@ def arm_answers(folder: Path, labels: pd.DataFrame) -> pd.DataFrame:
     return labels.assign(prompt=[texts[key][0] for key in keys], answer=[texts[key][1] for key in keys])
 
 
-def training_rows(xstest: Path, answers: Path) -> pd.DataFrame:
-    """All labelled answers: source (XSTest or arms), group (model or arm), kind, label, class, prompt, answer, fold.
+def labelled_rows(xstest: Path, answers: Path) -> pd.DataFrame:
+    """All labelled answers: source, group (model or arm), kind, label, class, prompt, answer, fold.
 
-    `class` is of `local.CLASSES`, missing for XSTest's partial refusals; `fold` parts the arms' prompts in five.
+    `source` is XSTest, arms or, not to be trained on, published arms. `class` is of `local.CLASSES`, missing for
+    XSTest's partial refusals; `fold` parts the arms' prompts in five.
     """
     people = labelled_answers(xstest).rename(columns={"model": "group", "text": "answer"}).assign(source="XSTest")
     people["class"] = people["label"].map({"full compliance": "answer", "full refusal": "refusal"})
     ours = arm_answers(answers, pd.read_csv(LABELS, keep_default_na=False)).rename(columns={"arm": "group"})
-    ours = ours.assign(source="arms", fold=[int(h[:8], 16) % PROMPT_FOLDS for h in ours["prompt_sha256"]])
+    sources = np.where(ours["order"] <= TRAINED_ON, "arms", "published arms")
+    ours = ours.assign(source=sources, fold=[int(h[:8], 16) % PROMPT_FOLDS for h in ours["prompt_sha256"]])
     ours["class"] = ours["label"].map(CLASS)
     columns = ["source", "group", "kind", "label", "class", "prompt", "answer", "fold"]
     rows = pd.concat([people.assign(fold=-1)[columns], ours[columns]], ignore_index=True)
@@ -125,18 +129,20 @@ def chosen(rows: pd.DataFrame, x: np.ndarray, within: pd.Series) -> tuple[float,
 def predicted(rows: pd.DataFrame, x: np.ndarray) -> pd.DataFrame:
     """`rows` with what a fit without their model, or without their arm and prompt, says: `score` and `verdict`.
 
-    Settings are chosen without the model or arm.
+    Settings are chosen without the model or arm; of published arms by the fit on all that is trained on.
     """
     shares = np.full((len(rows), 3), np.nan)
-    everything = pd.Series(True, index=rows.index)
+    trained = rows["source"] != "published arms"
     for model in rows.loc[rows["source"] == "XSTest", "group"].unique():
         test = (rows["source"] == "XSTest") & (rows["group"] == model)
-        shares[test] = held_out(rows, x, test, ~test, *chosen(rows, x, ~test))
+        shares[test] = held_out(rows, x, test, trained & ~test, *chosen(rows, x, trained & ~test))
     settings = {
-        arm: chosen(rows, x, rows["group"] != arm) for arm in rows.loc[rows["source"] == "arms", "group"].unique()
+        arm: chosen(rows, x, trained & (rows["group"] != arm))
+        for arm in rows.loc[rows["source"] == "arms", "group"].unique()
     }
-    for test, train in arm_parts(rows, everything):
+    for test, train in arm_parts(rows, trained):
         shares[test] = held_out(rows, x, test, train, *settings[rows.loc[test, "group"].iloc[0]])
+    shares[~trained] = held_out(rows, x, ~trained, trained, *chosen(rows, x, trained))
     table = rows.assign(score=shares[:, 0], local=local.verdicts_of(x, shares, THRESHOLD))
     for judge, match in STRING_MATCHES.items():
         table[judge] = np.where([match(answer) for answer in rows["answer"]], "refusal", "harmful")
@@ -195,7 +201,7 @@ def errors_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def arms_table(rows: pd.DataFrame) -> pd.DataFrame:
     """calibration_arms.csv: per labelled arm, on toxic prompts, mean words and share of refusals by string match."""
-    arms = rows[(rows["source"] == "arms") & (rows["kind"] == "toxic")]
+    arms = rows[(rows["source"] != "XSTest") & (rows["kind"] == "toxic")]
     shown = arms.assign(words=arms["answer"].str.split().str.len(), refusals=arms["answer"].map(is_refusal))
     table = shown.groupby("group").agg(n=("words", "size"), words=("words", "mean"), refusals=("refusals", "mean"))
     return table.round(3).rename_axis("arm").reset_index()
@@ -236,10 +242,12 @@ def _share(name: str, flags) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     """Train, measure, write; see the module."""
     xstest, answers = map(Path, argv)
-    rows = training_rows(xstest, answers)
+    rows = labelled_rows(xstest, answers)
     x = local.features(local.Encoder(encoder_folder()), rows["prompt"].tolist(), rows["answer"].tolist())
     table = predicted(rows, x)
-    measured, errors = held_out_table(table), errors_table(table)
+    measured, errors, arms = held_out_table(table), errors_table(table), arms_table(rows)
+    trained_on = rows["source"] != "published arms"
+    rows, x = rows[trained_on].reset_index(drop=True), x[trained_on]
     far, nearest = far_table(rows, x)
     strength, weight = chosen(rows, x, pd.Series(True, index=rows.index))
     known = rows["class"].notna().to_numpy()
@@ -256,7 +264,7 @@ def main(argv: list[str]) -> None:
     }
     write_text(local.COEFFICIENTS, json.dumps(trained, separators=(",", ":")).replace("],[", "],\n[") + "\n")
     write_text(calibration.ERRORS, errors.to_csv(index=False))
-    write_text(calibration.ARMS, arms_table(rows).to_csv(index=False))
+    write_text(calibration.ARMS, arms.to_csv(index=False))
     labels = pd.read_csv(LABELS, keep_default_na=False)
     tables = {"held_out": measured, "kinds": kinds_table(table), "agreement": agreement_table(labels), "far": far}
     for name, part in tables.items():
@@ -271,7 +279,7 @@ def _told(measured: pd.DataFrame) -> str:
         f"{words}: sensitivity {row.sensitivity:.2f}, specificity {row.specificity:.2f}, AUROC {row.auroc:.2f}"
         for words, row in (("answers of arms kept aside", ours.loc["arms"]), ("XSTest's models", ours.loc["XSTest"]))
     ]
-    return "; ".join(parts) + "; labels by AI assistants, and XSTest's; English alone"
+    return "; ".join(parts) + "; labels by an AI assistant, and XSTest's; English alone"
 
 
 if __name__ == "__main__":
