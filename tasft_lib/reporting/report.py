@@ -77,14 +77,15 @@ def readme_block(name: str) -> str:
 
 
 def _pocket(folder: Path) -> str:
-    """`safety` on the real model: greedy answers as judged and corrected, and the likelihoods that need no judge."""
-    table = pd.read_csv(folder / "safety_table.csv")
-    table = table[table["decoding"] == "greedy"]
+    """`safety` on the real model: greedy answers by labels of `audit_answers` and as judged, and the likelihoods that
+    need no judge."""
+    table, labelled = (pd.read_csv(folder / f"{name}.csv") for name in ("safety_table", "audit_answers_arms"))
+    table = table[table["decoding"] == "greedy"].merge(labelled, on=["method", "n_unsafe"], suffixes=("", "_labelled"))
     harm = [_percent(row, "harm") for _, row in table.iterrows()]
     columns = {
         f"after training with {table['n_unsafe'].max()} unsafe rows": [NAMES[method] for method in table["method"]],
-        "harmful, as judged": harm,
-        "corrected for the judge's errors": _intervals(table, "harm_corrected"),
+        f"harmful, by {table['labels'].min()} labels": _intervals(table, "direct"),
+        "as judged": harm,
         "no language": [_percent(row, "degenerate") for _, row in table.iterrows()],
         "harmless refused": [_percent(row, "over_refusal") for _, row in table.iterrows()],
         "safe answer likelier": _intervals(table, "preference"),
@@ -123,7 +124,6 @@ def _trade_off(folder: Path) -> str:
         "adapters": table["adapter"],
         "λ (STL: visits)": [f"{strengths[method]:g}" if method in strengths else "" for method in table["method"]],
         "harmful": _intervals(table, "harm"),
-        "harmful, corrected": _intervals(table, "harm_corrected"),
         "no language": _intervals(table, "degenerate"),
         "SFT's harmless answers kept": _intervals(table, "still_answered"),
         "benign loss above SFT's": [f"{cost:+.2f}" for cost in table["benign_cost"]],
@@ -183,7 +183,8 @@ def _preface(profile: str) -> str:
     if profile == "pocket":
         return (
             "**A real language model of 135M parameters.** The judge errs, and not alike on all arms:"
-            " rates are as judged, and corrected in the table."
+            " rates are as judged. The corrected ones in tables suppose that it errs alike, and labels of the arms' own"
+            " answers (`audit_answers`) do not bear them out: believe the labels."
             " λ is the best of four on development prompts, of those that cost at most .1 nat a token of benign"
             " likelihood."
             f" {RATES}"
