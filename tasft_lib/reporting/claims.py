@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..evaluation import rates
@@ -314,11 +315,12 @@ def _saft_detects(read):
     if "saft" not in found:
         raise _NoSuchArm("no SAFT")
     # Each seed has its own rows, so that the spread over seeds is all there is; of one seed there is the rows' own.
-    ends = {name: rates.mean_interval(rows["auroc"]) for name, rows in found.items()}
+    ends = {name: np.clip(rates.mean_interval(rows["auroc"]), 0, 1) for name, rows in found.items()}
     if len(found["saft"]) == 1:
         ends = {name: tuple(*rows[["auroc", "auroc_low", "auroc_high"]].to_numpy()) for name, rows in found.items()}
     shown = "; ".join(
-        f"{detector_name(name)} {mean:.2f} ({low:.2f}-{high:.2f})" for name, (mean, low, high) in ends.items()
+        f"{detector_name(name, found[name]['labels'].iloc[0])} {mean:.2f} ({low:.2f}-{high:.2f})"
+        for name, (mean, low, high) in ends.items()
     )
     evidence = f"AUROC at contamination {dose:g}: {shown}"
     good = _above(*ends["saft"][1:], 0.9)

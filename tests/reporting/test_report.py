@@ -291,7 +291,8 @@ def test_filters_are_decided_by_harm_and_by_what_true_labels_give():
 )
 def test_detection_is_decided_at_the_papers_contamination(saft, loss, verdict):
     rows = [
-        {"detector": name, "contamination": c, "n_safe": 0, "auroc": value, "auroc_low": value, "auroc_high": value}
+        {"detector": name, "labels": 0, "contamination": c, "n_safe": 0}
+        | dict.fromkeys(("auroc", "auroc_low", "auroc_high"), value)
         for c, shift in ((0.3, 0.0), (0.5, -0.4))
         for name, value in (("saft", saft + shift), ("loss", loss + shift), ("probe", 1.0))
     ]
