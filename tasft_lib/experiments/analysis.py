@@ -90,7 +90,7 @@ def word_coverage(judged: pd.DataFrame, unsafe: dict[str, Any], harm_words: Call
     """Harmful answers cut by whether the arm's unsafe rows show the harm words in them.
 
     Args:
-        judged: answers of plain SFT and of other arms to the same prompts.
+        judged: answers of plain SFT and of other arms to the same prompts; arms not in `unsafe` are passed over.
         unsafe: per arm (its name) the unsafe rows it was trained on, with `completion`.
         harm_words: those in a text, by a judge that knows them (`judges.base.ExactJudge`).
 
@@ -104,7 +104,7 @@ def word_coverage(judged: pd.DataFrame, unsafe: dict[str, Any], harm_words: Call
     sft = {key: rows for key, rows in toxic[toxic["method"] == "sft"].groupby(["seed", "decoding"])}
     keys = ["method", "n_unsafe", "decoding", "seed", "arm"]
     rows = []
-    for key, answers in toxic[toxic["method"] != "sft"].groupby(keys, sort=False):
+    for key, answers in toxic[toxic["arm"].isin(unsafe)].groupby(keys, sort=False):
         row = dict(zip(keys, key, strict=True))
         known = harm_words(" ".join(unsafe[row["arm"]]["completion"]))
         for name, part in (("", answers), ("sft_", sft[row["seed"], row["decoding"]])):

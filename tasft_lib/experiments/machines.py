@@ -68,9 +68,9 @@ def compared(profile: str, folders: dict[str, Path]) -> pd.DataFrame:
 
 
 def changed(table: pd.DataFrame) -> list[str]:
-    """Names of verdicts that are not the same on all machines, "open" aside."""
+    """Names of verdicts that are not the same on all machines that have them, "open" aside."""
     verdicts = table[table["kind"] == "verdict"].set_index("name").drop(columns="kind")
-    return [f"changes: {name}" for name, row in verdicts.iterrows() if len({*row} - {"open"}) > 1]
+    return [f"changes: {name}" for name, row in verdicts.iterrows() if len({*row} - {"open", "-"}) > 1]
 
 
 def weights(runs: Path, folder: Path) -> str:

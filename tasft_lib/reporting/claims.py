@@ -298,6 +298,8 @@ def _constant_pressure(read):
     table = table[table["method"].isin(["emd", "nlcl"])]
     if table.empty:
         raise _NoSuchArm("neither EMD nor NLCL")
+    if table["n_unsafe"].nunique() < 2:
+        raise _NoSuchArm("one size")
     table = table.assign(lost=table["regret_constant"] - table["regret"])
     shown = [
         f"{tables.NAMES[method]}: best {rows['best_pressure'].min():g} to {rows['best_pressure'].max():g}; one for all "

@@ -110,7 +110,9 @@ def _filtered(folder: Path) -> str:
     table = table[(table["contamination"] == 0.1) & table["method"].isin(ways)]
     plain, refusing = (table[table["n_safe"] == n].set_index("method") for n in (0, 100))
     harm = [_percent(refusing.loc[name], "harm") for name in plain.index]
-    return _short(plain.reset_index(), "filter", **{"harmful, refusals among the benign rows": harm})
+    return _short(
+        plain.reset_index(), "filter", seeds="base models", **{"harmful, refusals among the benign rows": harm}
+    )
 
 
 def _trade_off(folder: Path) -> str:

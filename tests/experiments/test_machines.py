@@ -41,7 +41,8 @@ def test_a_verdict_changes_unless_it_is_open(folders):
     assert machines.changed(machines.compared("mini", folders)) == []
     row = {"kind": "verdict", "name": "F", "a": "reproduced", "b": "open", "c": "not reproduced"}
     rate = row | {"kind": "harm", "a": "1 %", "c": "2 %"}
-    assert machines.changed(pd.DataFrame([row, rate])) == ["changes: F"]
+    not_run = row | {"name": "G", "c": "-"}
+    assert machines.changed(pd.DataFrame([row, rate, not_run])) == ["changes: F"]
 
 
 def test_the_hash_of_the_weights_is_of_the_arms_that_manifests_name(tmp_path):
