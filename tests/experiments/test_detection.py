@@ -1,11 +1,13 @@
-"""Detection measures against scikit-learn, and detectors on activations whose structure is planted."""
+"""Detection measures against scikit-learn, detectors on activations whose structure is planted, and their figure."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from tasft_lib.experiments import row_detectors
+from tasft_lib.reporting import figures
 
 
 def planted(seed: int, n: int = 400, shift: float = 4.0) -> tuple[np.ndarray, np.ndarray]:
@@ -98,3 +100,12 @@ def test_perfect_made_up_scores_and_impossible_ones():
     assert row_detectors.measures(harmful, row_detectors.scores_of_quality(harmful, 1.0, seed=3))["auroc"] == 1
     with pytest.raises(ValueError, match=r"auroc=0\.4"):
         row_detectors.scores_of_quality(harmful, 0.4, seed=0)
+
+
+def test_lines_over_contamination_go_from_left_to_right_whatever_the_order_of_the_table():
+    shares = [0.1, 0.3, 0.05, 0.2]
+    ends = {f"{name}{end}": 0.5 for name in ("auroc", "precision") for end in ("", "_low", "_high")}
+    table = pd.DataFrame([{"detector": name, "labels": 0, "contamination": c} | ends for name in "ab" for c in shares])
+    for axis in figures.plot_detection(table, caption="").axes[:2]:
+        places = [bars.lines[0].get_xdata() for bars in axis.containers]
+        assert len(places) == 2 and all((np.diff(x) > 0).all() for x in places)

@@ -56,8 +56,9 @@ def plot_layers(table: pd.DataFrame, *, caption: str) -> Figure:
 def plot_detection(table: pd.DataFrame, *, caption: str) -> Figure:
     """AUROC and precision by contamination, a line per detector, broken where it has labels; bootstrap whiskers.
 
-    `table` has the columns of `row_detectors.detection_table` and contamination.
+    `table` has the columns of `row_detectors.detection_table` and contamination, in any order.
     """
+    table = table.sort_values("contamination", kind="stable")
     figure, axes = panels(2, 9, 3.6)
     names = list(dict.fromkeys(table["detector"]))
     colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
