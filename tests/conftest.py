@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -35,6 +36,15 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("../shared (real data sets, TinyStories-656K) is not beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def published() -> None:
+    """Skips where `figures/` is not as it was committed: `make reproduce` has put a run of the reader's own there."""
+    root = Path(__file__).resolve().parents[1]
+    changed = subprocess.run(["git", "status", "--porcelain", "figures"], cwd=root, capture_output=True, text=True)
+    if changed.stdout:
+        pytest.skip("figures/ holds a run that is not committed; `git stash -u -- figures` puts it aside")
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_answers_know_their_set(study):
     assert found["contamination"].tolist() == [0.1, 0.1, 0.2, 0.2] and set(found["filter"]) == {"saft"}
 
 
-def test_what_the_figures_show_is_taken_from_the_committed_table():
+def test_what_the_figures_show_is_taken_from_the_committed_table(published):
     folder = project_root() / "figures" / "mini"
     config, table = settings.load("harmful_data_filter"), pd.read_csv(folder / "harmful_data_filter_table.csv")
     for name, part in (

@@ -234,7 +234,7 @@ def test_readme_blocks_are_filled_and_the_rest_is_left(tmp_path, monkeypatch):
     assert readme.read_text() == first
 
 
-def test_the_committed_report_is_made_from_the_committed_tables(tmp_path, monkeypatch):
+def test_the_committed_report_is_made_from_the_committed_tables(tmp_path, monkeypatch, published):
     root = Path(__file__).resolve().parents[2]
     for folder in ("figures/mini", "notebooks"):
         shutil.copytree(root / folder, tmp_path / folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+pytestmark = pytest.mark.usefixtures("published")
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = {
     Path(line)

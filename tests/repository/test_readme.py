@@ -39,7 +39,7 @@ def test_the_first_page_is_one_page():
 
 
 @pytest.mark.parametrize("page, name", BLOCKS, ids=lambda value: value if isinstance(value, str) else "")
-def test_a_table_is_made_from_the_committed_csvs(page, name):
+def test_a_table_is_made_from_the_committed_csvs(page, name, published):
     shown = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", page.read_text(), re.DOTALL)[1]
     assert report.readme_block(name) == shown.strip()
 
@@ -49,7 +49,7 @@ def test_every_table_has_its_page():
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_published_numbers_trace_to_a_manifest_of_a_clean_commit(path):
+def test_published_numbers_trace_to_a_manifest_of_a_clean_commit(path, published):
     manifest = json.loads(path.read_text())
     assert re.fullmatch(r"[0-9a-f]{40}", manifest["commit"])
     assert manifest["versions"]["trl"] and manifest["hardware"]["cores"]
@@ -58,7 +58,7 @@ def test_published_numbers_trace_to_a_manifest_of_a_clean_commit(path):
         assert seeds == 3, "the published figures come from three seeds"
 
 
-def test_the_published_arms_were_trained_with_the_weights_that_the_search_chose_on_their_base_model():
+def test_the_published_arms_were_trained_with_the_weights_that_the_search_chose_on_their_base_model(published):
     manifest = json.loads((ROOT / "figures" / "mini" / "data_efficiency_manifest.json").read_text())
     chosen = pd.read_csv(ROOT / "figures" / "search" / "penalty_weight_chosen.csv")
     weights = {(row.model, row.method, row.n_unsafe): row.penalty_weight for row in chosen.itertuples()}
