@@ -21,6 +21,8 @@ from . import engine, kernels, results, settings
 logging.getLogger("papermill").setLevel(logging.ERROR)
 
 FIRST = "build_unsafe_set"  # what it makes, all others start from, so it runs alone
+# The longest one goes next: it scores rows in one process, while the notebook beside it has work for the other core.
+LONGEST = "harmful_data_filter"
 TIMED = ("performance", "performance_filter")  # nothing may run beside them
 
 
@@ -89,7 +91,7 @@ def _reproduce(profile: str, jobs: list[Job], *, prepare_only: bool) -> list[Pat
     kernels.fork_kernels()
     started, failures = time.time(), []
     first = [job for job in jobs if job.name == FIRST]
-    others = [job for job in jobs if job.name not in (FIRST, *TIMED)]
+    others = sorted((job for job in jobs if job.name not in (FIRST, *TIMED)), key=lambda job: job.name != LONGEST)
     for batch in (first, others, *([job] for job in jobs if job.name in TIMED)):
         # A second notebook loads its libraries while the first one trains.
         at_once = 1 if torch.accelerator.is_available() else min(2, os.cpu_count() or 1)
