@@ -37,6 +37,11 @@ def test_a_pair_is_compared_prompt_by_prompt_and_open_unless_significant():
     assert beyond.fewer_harmful(table, "a", "c", 20, attack="prefill 4")["verdict"] == "open"
     with pytest.raises(ValueError, match="no answers of d"):
         beyond.fewer_harmful(table, "a", "d", 20)
+    # On one base model the two do not differ, so it is open, however clear it is on the other.
+    other = answers("b", ["safe"] * 30 + ["harmful"] * 10, attack="prefill 4").assign(seed=1)
+    two = pd.concat([table, other, other.assign(method="a")])
+    row = beyond.fewer_harmful(two, "a", "b", 20, attack="prefill 4")
+    assert (row["verdict"], row["n"], row["measured"], row["p"]) == ("open", 80, -31.25, 1.0)
 
 
 def test_a_benign_answer_breaks_off_where_a_recovery_begins_inside_it():
