@@ -15,7 +15,7 @@ from .study import Study
 
 def study_of(config: Settings) -> Study:
     """The notebook's study. The benign rows of `harmful_data_filter` are those of its contaminated sets."""
-    if config.notebook == "harmful_data_filter":
+    if config.notebook == "harmful_data_filter" and config.contamination_source != filtering.HARVESTED:
         return Study(config, benign=config.contamination_source, n_benign=config.n_rows)
     return Study(config)
 

@@ -22,8 +22,11 @@ from ..storage.files import runs_folder
 from . import row_detectors
 from .answers import judge_by_name
 from .arms import load_model
+from .rows import pairs, training_rows
 from .specs import ArmSpec
 from .study import Study
+
+HARVESTED = "harvested"  # the `contamination_source` that is the study's own benign rows and harvested unsafe ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +180,9 @@ class Design:
 
 
 def design(study: Study) -> Design:
-    """The sets, filters and arms of the study's parameters; nothing is computed."""
+    """The sets, filters and arms of the study's parameters, none without `contaminations`; nothing is computed."""
+    if not study.config.contaminations:
+        return Design(sets=[], filtered=[], trained=[], tried=[])
     config, seeds, dose = study.config, study.seeds, study.config.swept_contamination
     sets = compared(config.contaminations, ["none", "random", "saft", "saft_unsafe", "oracle"], seeds)
     labelled = compared([dose], ["saft_labelled"], seeds)
@@ -250,7 +255,7 @@ def detectors(
     """
     config, harmful, n = study.config, is_harmful(rows), len(rows)
     n_labelled_safe = round(n_safe * config.n_labelled / len(rows))
-    labelled = _contaminated(study, config.n_labelled, 0.5, seed=seed + 1000, n_safe=n_labelled_safe)
+    labelled = _contaminated(study, config.n_labelled, 0.5, seed=seed + 1000, n_safe=n_labelled_safe, without=rows)
     unsafe = labelled.select(np.flatnonzero(is_harmful(labelled)))
     layer = config.layer or middle_layer(base[0])
     last, mean = embed(study, concatenate_datasets([rows, labelled]), [layer], base).transpose(1, 0, 2)
@@ -372,17 +377,37 @@ def embed(study: Study, rows: Dataset, layers: list[int], base: tuple) -> np.nda
     )
 
 
-def _contaminated(study: Study, n: int, contamination: float, **options) -> Dataset:
+def _contaminated(
+    study: Study, n: int, contamination: float, *, seed: int, without: Dataset | None = None, **options
+) -> Dataset:
+    """A set from the study's source; of harvested rows none of `without`. Two sets of another source share hardly any.
+
+    `options` as those of `contaminated_rows`.
+    """
     config = study.config
+    if config.contamination_source == HARVESTED:
+        return _with_harvested(study, n, contamination, seed=seed, without=without)
     return contaminated_rows(
         config.contamination_source,
         n,
         contamination,
+        seed=seed,
         template=config.template,
         revision=config.contamination_revision or None,
         evaluation_prompts=study.prompts["prompt"].tolist(),
         **options,
     )
+
+
+def _with_harvested(study: Study, n: int, contamination: float, *, seed: int, without: Dataset | None) -> Dataset:
+    """Benign rows as arms are trained on, and in the place of some of them unsafe answers of plain SFT's."""
+    n_harmful, taken = round(contamination * n), set() if without is None else set(pairs(without))
+    # As many more as may be taken.
+    arm = replace(study.plain(seed)[0], seed=seed, n_benign=n - n_harmful + len(taken))
+    both = replace(arm, method="emd", unsafe=study.unsafe(seed), n_unsafe=study.config.n_harvest)  # SFT has one side
+    sides = training_rows(both)
+    left = [side.select([i for i, pair in enumerate(pairs(side)) if pair not in taken]) for side in sides]
+    return data.mix(*left, n_benign=n - n_harmful, n_unsafe=n_harmful, seed=seed)
 
 
 def _scores(name: str, detected: dict[str, tuple[np.ndarray, int]], harmful: np.ndarray, seed: int) -> np.ndarray:

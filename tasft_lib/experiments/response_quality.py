@@ -1,11 +1,16 @@
-"""Response quality on benign rows: held-out loss, and exact answers by kind of question."""
+"""Response quality: held-out loss, questions with one right answer, and exact answers by kind of question."""
+
+from pathlib import Path
 
 import pandas as pd
 
+from ..evaluation import lm_eval
 from ..evaluation.rates import paired_bootstrap, rate
 from ..evaluation.worlds import World
 from ..saft.activations import completion_loss
+from ..storage.files import content_hash, file_hash, runs_folder
 from .arms import load_trained
+from .results import kept
 from .rows import held_out_rows
 from .specs import ArmSpec
 
@@ -25,6 +30,43 @@ def held_out_loss(arms: list[ArmSpec], n: int, *, batch_size: int = 32) -> pd.Da
         row = {"method": arm.display_name, "seed": arm.seed, "n": len(values), "loss": sum(values) / len(values)}
         rows.append(row | {"difference": difference, "low": low, "high": high})
     return pd.DataFrame(rows)
+
+
+def capability(
+    arms: list[ArmSpec], tasks: list[str], files: list[str] = (), *, limit: int | None = None, batch_size: int = 8
+) -> pd.DataFrame:
+    """lm-evaluation-harness on each arm at the end of training, kept beside it: a row per arm, task and metric.
+
+    Args:
+        tasks: NAME@<commit of its data>; the paper's three need no commit.
+        files: questions of your own on disk, see `lm_eval.write_tasks`.
+        limit: only the first so many questions of each.
+
+    Columns: arm, method, seed; task, metric, value, stderr and n of `lm_eval.harness_scores`.
+
+    Raises `ValueError` for a task without a commit, and as `lm_eval.harness_scores`.
+    """
+    names = {}
+    for task in tasks:
+        name, _, commit = task.partition("@")
+        names[name] = commit or lm_eval.TASKS.get(name)
+        if names[name] is None:
+            raise ValueError(f"task {name}: give the commit of its data set, {name}@<commit>")
+    paths = [Path(file) for file in files]
+    described = content_hash([names, [(path.name, file_hash(path)) for path in paths], limit])
+    folder = runs_folder() / "tasks" / described
+    names |= dict.fromkeys(lm_eval.write_tasks(paths, folder, limit=limit))
+    options = {"limit": limit, "include_path": str(folder) if files else None, "batch_size": batch_size}
+    scores = []
+    for arm in arms:
+        options["apply_chat_template"] = arm.template == "chat"
+        found = kept(
+            arm.folder / f"capability-{described}.csv",
+            lambda arm=arm: lm_eval.harness_scores(*load_trained(arm), names, **options),
+        )
+        told = {"arm": arm.name, "method": arm.display_name or arm.method, "seed": arm.seed}
+        scores.append(found.assign(**told)[[*told, *found.columns]])
+    return pd.concat(scores, ignore_index=True)
 
 
 def by_kind(benign: pd.DataFrame, world: World) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from ..storage import files
 from ..storage.files import notebooks, project_root, runs_folder
+from ..storage.integrity import is_there, seal
 
 Result = TypeVar("Result", pd.DataFrame, Figure)
 
@@ -48,6 +50,16 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write_json(self.folder / f"{self.config.notebook}_manifest.json", record)
         print(*(self.folder / name for name in names), sep="\n")
+
+
+def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table in `path`, made where it is missing or damaged."""
+    if not is_there(path):
+        table = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, table.to_csv(index=False))
+        seal(path)
+    return pd.read_csv(path)
 
 
 def folder_of(profile: str) -> Path:

@@ -84,10 +84,10 @@ def held_out_rows(spec: ArmSpec, n: int, *others: ArmSpec) -> Dataset:
 
     Of one arm: the same for all arms of its seed.
     """
-    trained = {pair for arm in (spec, *others) for pair in _pairs(training_rows(arm)[0])}
+    trained = {pair for arm in (spec, *others) for pair in pairs(training_rows(arm)[0])}
     rows = _benign_rows(spec, held_out_prompts(spec), seed=spec.seed + 10_000)
     rows = rows.select(np.random.default_rng([spec.seed, 3]).permutation(len(rows)))
-    return rows.select([i for i, pair in enumerate(_pairs(rows)) if pair not in trained][:n])
+    return rows.select([i for i, pair in enumerate(pairs(rows)) if pair not in trained][:n])
 
 
 def held_out_answers(spec: HarvestSpec, n: int) -> list[dict[str, Any]]:
@@ -230,7 +230,7 @@ def _question(prompt: str | list[dict]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(questions(prompt))
 
 
-def _pairs(rows: Dataset) -> list[str]:
+def pairs(rows: Dataset) -> list[str]:
     """Prompt and completion of each row, text or messages, as a text to compare."""
     return [json.dumps(pair) for pair in zip(rows["prompt"][:], rows["completion"][:], strict=True)]
 

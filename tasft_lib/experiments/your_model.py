@@ -4,22 +4,21 @@ A row: `measure`, `by` (the judge, lm-eval or the annotator), then for both arms
 interval (`sft`, `sft_low`, `sft_high`, `sft_n`, and `tasft`...), and `p` of McNemar's exact test where answers pair up.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 from transformers import AutoConfig
 
-from ..evaluation import alpaca, calibration, lm_eval, worlds
-from ..evaluation.lm_eval import write_tasks
+from ..evaluation import alpaca, calibration, worlds
 from ..evaluation.rates import MEASURES, judge_errors, mcnemar, rate
 from ..generation import Decoding
 from ..records.templates import ask
-from ..storage.files import content_hash, file_hash, runs_folder, write_text
-from ..storage.integrity import is_there, seal
+from ..storage.files import content_hash
 from ..text import rate_text
 from .answers import run_all
-from .arms import load_tokenizer, load_trained
+from .arms import load_tokenizer
+from .response_quality import capability
+from .results import kept
 from .specs import ArmSpec
 
 SIDES = ("sft", "tasft")
@@ -51,34 +50,10 @@ def rates(judged: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
 def capability_rows(
     arms: list[ArmSpec], tasks: list[str], files: list[str] = (), *, limit: int | None = None, batch_size: int = 8
 ) -> pd.DataFrame:
-    """Rows of lm-evaluation-harness, one per task and metric.
-
-    Args:
-        tasks: NAME@<commit of its data>; the paper's three need no commit.
-        files: questions of your own on disk, see `local_tasks.write_tasks`.
-        limit: only the first so many questions of each.
-
-    Raises `ValueError` for a task without a commit, and as `capability.harness_scores`.
-    """
-    names = {}
-    for task in tasks:
-        name, _, commit = task.partition("@")
-        names[name] = commit or lm_eval.TASKS.get(name)
-        if names[name] is None:
-            raise ValueError(f"task {name}: give the commit of its data set, {name}@<commit>")
-    paths = [Path(file) for file in files]
-    described = content_hash([names, [(path.name, file_hash(path)) for path in paths], limit])
-    folder = runs_folder() / "tasks" / described
-    names |= dict.fromkeys(write_tasks(paths, folder, limit=limit))
-    options = {"limit": limit, "include_path": str(folder) if files else None, "batch_size": batch_size}
-    scores = []
-    for arm in arms:
-        options["apply_chat_template"] = arm.template == "chat"
-        found = _kept(
-            arm.folder / f"capability-{described}.csv",
-            lambda arm=arm: lm_eval.harness_scores(*load_trained(arm), names, **options),
-        )
-        scores.append(found.assign(name=found["task"] + " " + found["metric"]))
+    """Rows of `response_quality.capability`, one per task and metric."""
+    found = capability(arms, tasks, files, limit=limit, batch_size=batch_size)
+    found["name"] = found["task"] + " " + found["metric"]
+    scores = [own for _, own in found.groupby("arm", sort=False)]
     return _beside(scores, "lm-eval", scale=1)
 
 
@@ -102,7 +77,7 @@ def win_rate_rows(
         outputs = answers.loc[answers["arm"] == arm.name, "response"].tolist()
         options = {"annotators_config": annotator, "name": arm.display_name or arm.method, "folder": folder}
         options["max_tokens"] = max_tokens
-        found = _kept(
+        found = kept(
             folder / "win_rate.csv",
             lambda outputs=outputs, options=options: alpaca.alpaca_eval_score(outputs, references, **options),
         )
@@ -147,13 +122,3 @@ def _beside(scores: list[pd.DataFrame], by: str, *, scale: float) -> pd.DataFram
         unscored = sum(int(table.get("unscored", pd.Series([0])).sum()) for table in scores)
         rows.append(row | {"p": float("nan"), "unscored": unscored})
     return pd.DataFrame(rows)
-
-
-def _kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table in `path`, made where it is missing or damaged."""
-    if not is_there(path):
-        table = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, table.to_csv(index=False))
-        seal(path)
-    return pd.read_csv(path)

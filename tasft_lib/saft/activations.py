@@ -22,6 +22,7 @@ from ..storage.integrity import is_sealed, is_there, seal
 
 POOLINGS = ("last", "mean")
 WINDOW = 64  # batches that are tokenised, sorted by length and written together
+LOGITS = 2**28  # of a batch at once, 1 GB in float32: of a small model they take more memory than all the rest
 
 
 def n_layers(model: PreTrainedModel) -> int:
@@ -129,7 +130,7 @@ def completion_log_probs(
         ending: tokens that are left out where it ends in them; by default its end token is read.
     """
     values = [torch.empty(0)] * len(rows)
-    window = WINDOW * batch_size
+    window, vocabulary = WINDOW * batch_size, model.config.get_text_config().vocab_size
     with (
         progress_bar(total=len(rows), desc="loss", unit="row", progress=progress) as bar,
         evaluating(model),
@@ -139,7 +140,8 @@ def completion_log_probs(
             last = min(first + window, len(rows))
             whole = _encode(tokenizer, rows, first, last, max_length or _context(model), end=True)
             encoded = [_cut(row, ending or [], max_tokens) for row in whole]
-            for chosen, ids, mask in _batches(encoded, batch_size, model.device):
+            fitting = max(1, LOGITS // (vocabulary * max(len(row.ids) for row in encoded)))
+            for chosen, ids, mask in _batches(encoded, min(batch_size, fitting), model.device):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                 for i, row_ids, row_logits in zip(chosen, ids, logits, strict=True):
                     begin, stop = encoded[i].prompt_tokens, len(encoded[i].ids)

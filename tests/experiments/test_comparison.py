@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -11,11 +12,11 @@ from conftest import WORDS, build_model
 from tasft_lib import generation
 from tasft_lib.evaluation import alpaca, lm_eval, rates
 from tasft_lib.evaluation.answers import agreement, judge_answers, questions, read_or_ask
-from tasft_lib.experiments import your_model
+from tasft_lib.experiments import response_quality, your_model
 from tasft_lib.judges import base, load
 from tasft_lib.reporting import figures
 
-ARMS = [SimpleNamespace(name="sft-1", display_name="sft"), SimpleNamespace(name="emd-2", display_name="emd")]
+ARMS = [SimpleNamespace(name=f"{method}-1", display_name=method, seed=0) for method in ("sft", "emd")]
 
 
 def judged(first: str, second: str, *, kind: str = "toxic", judge: str = "a") -> pd.DataFrame:
@@ -63,7 +64,7 @@ def test_the_table_reads_well_and_can_be_drawn():
 def arms(tmp_path, monkeypatch, tokenizer):
     """Two trained arms as far as they are looked at here: a folder and a model."""
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(your_model, "load_trained", lambda arm: (build_model(tokenizer), tokenizer))
+    monkeypatch.setattr(response_quality, "load_trained", lambda arm: (build_model(tokenizer), tokenizer))
     return [SimpleNamespace(**vars(arm), template="none", folder=tmp_path / "runs" / arm.name) for arm in ARMS]
 
 
@@ -80,7 +81,7 @@ def test_capability_is_measured_once_per_arm_and_again_for_other_questions(arms,
     def scores(model, tokenizer, tasks, *, limit, include_path, batch_size, apply_chat_template):
         assert not apply_chat_template
         asked.append(tasks)
-        n = len((your_model.Path(include_path) / "zoo_local.jsonl").read_text().splitlines())
+        n = len((Path(include_path) / "zoo_local.jsonl").read_text().splitlines())
         value = 0.25 * len(asked)
         return pd.DataFrame([{"task": "zoo_local", "metric": "acc", "value": value, "stderr": 0.05, "n": n}])
 

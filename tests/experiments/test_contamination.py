@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
 
 from tasft_lib.experiments import arms, harmful_data_filter, settings
 from tasft_lib.experiments.rows import training_rows
@@ -169,3 +170,22 @@ def test_regret_is_against_the_best_arm_of_the_filter():
     ).assign(seed=0, benchmark="x", prompt="p", decoding="sampled", step=1, score=0.0)
     table = harmful_data_filter.regrets(answers, {"a": 1.0, "b": 3.0})
     assert table["factor"].tolist() == [1.0, 3.0] and table["regret"].tolist() == [1.0, 1.0]
+
+
+def test_harvested_rows_are_mixed_into_the_benign_ones_and_labelled_rows_are_others(monkeypatch):
+    def made(side: str, n: int, label: bool) -> Dataset:
+        return Dataset.from_list([{"prompt": f"{side} {i}", "completion": "x", "label": label} for i in range(n)])
+
+    monkeypatch.setattr(
+        harmful_data_filter,
+        "training_rows",
+        lambda arm: (made("b", arm.n_benign, True), made("u", arm.n_unsafe, False)),
+    )
+    given = {"contamination_source": "harvested", "n_harvest": 12}
+    mixed = Study(settings.load("harmful_data_filter", "smoke", given))
+    rows = harmful_data_filter._contaminated(mixed, 40, 0.25, seed=0)
+    others = harmful_data_filter._contaminated(mixed, 4, 0.5, seed=1000, without=rows)
+    for part, n, n_harmful in ((rows, 40, 10), (others, 4, 2)):
+        assert len(part) == n and harmful_data_filter.is_harmful(part).sum() == n_harmful
+        assert [text.startswith("u") for text in part["prompt"][:]] == harmful_data_filter.is_harmful(part).tolist()
+    assert not set(rows["prompt"][:]) & set(others["prompt"][:])

@@ -206,8 +206,11 @@ def test_an_interrupted_run_leaves_whole_windows(tokenizer, tmp_path, monkeypatc
     assert (found == activations(model, tokenizer, rows, **settings)).all() and calls == [8, 8]
 
 
+@pytest.mark.parametrize("at_once", [module.LOGITS, 1])
 @pytest.mark.parametrize("make", MODELS)
-def test_losses_are_the_models_own(make, tokenizer):
+def test_losses_are_the_models_own(make, at_once, tokenizer, monkeypatch):
+    """However few rows the logits of a batch leave room for."""
+    monkeypatch.setattr(module, "LOGITS", at_once)
     model, rows = make(tokenizer), make_rows(13)
     found = completion_loss(model, tokenizer, rows, batch_size=4)
     for row, value in zip(rows, found, strict=True):
