@@ -45,9 +45,9 @@ class _Kernel:
         # Where matplotlib is imported before the kernel starts, it can't be told by the kernel where figures go.
         os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["ipykernel.kernelapp", f"{__package__}.designs", "tasft_lib.bench.measure", "tasft_lib.reporting.figures"]
-        )
+        # tqdm first: where a kernel is loaded already, it draws widgets, and whoever runs a batch sees none.
+        libraries = ["tqdm.auto", "ipykernel.kernelapp", f"{__package__}.designs"]
+        context.set_forkserver_preload([*libraries, "tasft_lib.bench.measure", "tasft_lib.reporting.figures"])
         ours, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, arguments, environment, folder), name=KERNEL)
         self.process.start()
@@ -81,4 +81,5 @@ def _serve(ready, arguments: list[str], environment: dict[str, str], folder: str
     os.environ.update(environment)
     os.chdir(folder)
     ready.send("in a group of its own, so that a signal to it reaches nobody else")
-    launch_new_instance(argv=arguments)
+    # Else each prints ten lines to the driver's terminal, on how to connect to it.
+    launch_new_instance(argv=[*arguments, "--quiet"])
