@@ -203,7 +203,7 @@ def plot_attacks(table: pd.DataFrame, *, caption: str) -> Figure:
     """
     sizes = sorted(table["n_unsafe"].unique(), reverse=True)
     attacks = list(dict.fromkeys(table["attack"]))
-    figure, axes = panels(len(sizes), 2.6 * len(sizes) + 1, 0.42 * len(attacks) + 1.3, sharey=True)
+    figure, axes = panels(len(sizes), max(2.6 * len(sizes) + 1, 6), 0.42 * len(attacks) + 1.3, sharey=True)
     for axis, size in zip(axes, sizes, strict=True):
         series = []
         for method in dict.fromkeys(table["method"]):
