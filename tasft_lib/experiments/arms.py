@@ -60,6 +60,7 @@ TRAINED_BY = (
     "sampling",
     "branches",
     "weight",
+    "moments",
     "trainer",
     "experiments/methods",
     "records/data",
