@@ -19,14 +19,29 @@ TWO = "_two"  # at the end of a method's name: with two states
 MARGINS = (("harm", 1, 1), ("degenerate", 1, 1), ("over_refusal", 1, 2), ("correct", -1, 3))
 
 
+def strength(arm: ArmSpec, weights: Weights) -> float:
+    """Of one arm; nan for plain SFT."""
+    return arm.training["penalty_adam"] if arm.display_name.endswith(TWO) else weights.factor_of(arm)
+
+
 def with_strength(answers: pd.DataFrame, arms: list[ArmSpec], weights: Weights) -> pd.DataFrame:
-    """The arms' answers with their strength for λ; nan for plain SFT."""
-    strengths = {}
-    for arm in arms:
-        is_ratio = arm.display_name.endswith(TWO)
-        strengths[arm.display_name, arm.name] = arm.training["penalty_adam"] if is_ratio else weights.factor_of(arm)
+    """The arms' answers with their strength for λ."""
+    strengths = {(arm.display_name, arm.name): strength(arm, weights) for arm in arms}
     own = zip(answers["method"], answers["arm"], strict=True)
     return answers.assign(penalty_weight=[strengths[pair] for pair in own])
+
+
+def tested(arms: list[ArmSpec], search: pd.DataFrame, weights: Weights, *, everywhere: bool) -> list[ArmSpec]:
+    """Of the arms those that are tested: plain SFT and what `beyond.searched` has chosen; on the first base, or
+    `everywhere`, each strength."""
+    chosen = set(search.loc[search["is_chosen"], ["method", "penalty_weight"]].itertuples(index=False, name=None))
+    return [
+        arm
+        for arm in arms
+        if arm.method == "sft"
+        or (arm.display_name, strength(arm, weights)) in chosen
+        or ((everywhere or arm.seed == arms[0].seed) and not arm.display_name.endswith("_weight"))
+    ]
 
 
 def at_equal_harm(points: pd.DataFrame) -> pd.DataFrame:

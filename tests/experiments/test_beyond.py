@@ -128,6 +128,10 @@ def test_two_states_have_a_ratio_for_their_strength_and_one_has_its_lambda():
     two = [arm for arm in arms if arm.display_name == "nlcl_two"]
     assert {arm.penalty_weight for arm in two} == {81.6, 326.4} and len(two) == 9  # each base has its own
     assert not any("penalty_adam" in arm.training for arm in arms if arm.display_name in ("sft", "nlcl", "emd"))
+    search = pd.DataFrame({"method": ["nlcl", "nlcl_two", "sft"], "penalty_weight": [4.0, 0.25, None]})
+    search = search.assign(is_chosen=True)
+    sizes = [len(beyond_optimizer.tested(arms, search, study.weights, everywhere=far)) for far in (True, False)]
+    assert sizes == [3 * 13, 13 + 2 * 3]
 
 
 def points(method, strength, **rates):
