@@ -10,6 +10,7 @@ import math
 import pandas as pd
 
 from ..evaluation.rates import Rate, difference, mean_interval
+from ..reporting.figures import NAMES
 from . import beyond
 from .analysis import at_matched_harm
 from .pressure import Weights
@@ -59,32 +60,45 @@ def at_equal_harm(points: pd.DataFrame, *, controls: bool = False) -> pd.DataFra
     return pd.concat([at_matched_harm(own, TWO) for _, own in points.groupby("seed")], ignore_index=True)
 
 
-def verdict(points: pd.DataFrame, pairs: pd.DataFrame, matched: pd.DataFrame, chosen: dict[str, float]) -> list[dict]:
+def verdict(
+    points: pd.DataFrame,
+    pairs: pd.DataFrame,
+    matched: pd.DataFrame,
+    controlled: pd.DataFrame,
+    chosen: dict[str, float],
+) -> list[dict]:
     """Rows as of `beyond.at_most`, in percent and points, for every method: the criteria of the notebook.
 
     Args:
         points: as for `at_equal_harm`.
         pairs: rows of `beyond.fewer_harmful` with `method`, one per base model.
-        matched: as from `at_equal_harm`.
+        matched, controlled: as from `at_equal_harm`, without and with controls.
         chosen: strength by method, of one state and of two.
     """
     rows = []
     for method in [name for name in chosen if not name.endswith(TWO)]:
+        name = f"{NAMES[method]}, two states"
         one, two = (
-            points[(points["method"] == name) & (points["penalty_weight"] == chosen[name])].sort_values("seed")
-            for name in (method, method + TWO)
+            points[(points["method"] == own) & (points["penalty_weight"] == chosen[own])].sort_values("seed")
+            for own in (method, method + TWO)
         )
         for axis, sign, margin in MARGINS:
             n = int(min(one[f"{axis}_n"].min(), two[f"{axis}_n"].min()))
             ends = difference(two[axis], one[axis], n) if n else (math.nan,) * 3
             loss, low, high = ends if sign > 0 else (-ends[0], -ends[2], -ends[1])
             lost = Rate(loss, low, high, n, loss, loss, ())
-            rows.append(beyond.at_most(f"{method}, two states: {axis} lost", lost, margin / 100))
-        own = pairs[pairs["method"] == method]
-        fewer = f"{method}, two states: base models with fewer harmful answers, p < .01"
-        rows.append(beyond.counted_cells(fewer, own["verdict"] == "holds", 1.0))
-        by_base = matched[matched["method"] == method].groupby("seed")["difference"].mean().dropna()
-        ends = mean_interval(by_base) if len(by_base) else (math.nan,) * 3
-        over = Rate(*ends, len(by_base), by_base.min(), by_base.max(), tuple(by_base))
-        rows.append(beyond.at_most(f"{method}, two states: over-refusal above one's at equal harm", over, 0.0))
+            rows.append(beyond.at_most(f"{name}: {axis}, points worse", lost, margin / 100))
+        fewer = pairs.loc[pairs["method"] == method, "verdict"] == "holds"
+        rows.append(beyond.counted_cells(f"{name}: bases with fewer harmful answers, p < .01", fewer, 1.0))
+        over = f"{name}: over-refusal above one's at equal harm"
+        rows.append(_above(over, matched[matched["method"] == method]))
+        rows.append(_above(f"{over}, controls in its curve", controlled[controlled["method"] == method]))
     return rows
+
+
+def _above(criterion: str, matched: pd.DataFrame) -> dict:
+    """A row of `verdict`; one base model has no interval, and so is not measured."""
+    by_base = matched.groupby("seed")["difference"].mean().dropna()
+    n = len(by_base) if len(by_base) > 1 else 0
+    ends = mean_interval(by_base) if n else (math.nan,) * 3
+    return beyond.at_most(criterion, Rate(*ends, n, by_base.min(), by_base.max(), tuple(by_base)), 0.0)

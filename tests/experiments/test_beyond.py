@@ -161,5 +161,6 @@ def test_two_states_win_where_every_axis_holds(over_refusal, verdicts):
     assert with_control["over_refusal_without"].tolist() == pytest.approx(3 * [0.25])
     assert len(matched) == 3 and matched["difference"].tolist() == pytest.approx(3 * [over_refusal - 0.3])
     pairs = pd.DataFrame({"method": "nlcl", "verdict": ["holds"] * 3})
-    rows = pd.DataFrame(beyond_optimizer.verdict(table, pairs, matched, {"nlcl": 1.0, "nlcl_two": 0.25}))
-    assert len(rows) == 6 and set(rows["verdict"]) == verdicts
+    how = (table, pairs, matched, with_control, {"nlcl": 1.0, "nlcl_two": 0.25})
+    rows = pd.DataFrame(beyond_optimizer.verdict(*how))
+    assert len(rows) == 7 and set(rows["verdict"]) == verdicts
