@@ -89,11 +89,6 @@ class TASFTConfig(SFTConfig):
         "Probability of an unsafe answer's first penalised token below which its row exerts no pressure, so that a "
         "large lambda stops where it has worked (RePO's hinge per row). 0: never.",
     )
-    penalty_adam: float = _option(
-        0.0,
-        "An AdamW state of its own for the penalty's gradient, whose steps have so many times the learning rate (see "
-        "`moments`); 0: one state for the sum. In one process, with an `adamw_torch` optimizer.",
-    )
     branch_depth: int = _option(16, "Tokens of an unsafe answer after which `recover` still branches off, at most.")
     branch_margin: float = _option(1.0, "Distance to which `recover` pushes the next unsafe token away; 0: no push.")
     loss_head: str = _option(
@@ -117,7 +112,7 @@ class TASFTConfig(SFTConfig):
             self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, expected)
         if self.penalty_weight == "parity" and self.penalty not in PULLS:
             raise ValueError(f'penalty_weight="parity" is for {" and ".join(PULLS)}; give {self.penalty!r} a number.')
-        for name in ("penalty_pressure", "penalty_floor", "penalty_adam", "branch_margin"):
+        for name in ("penalty_pressure", "penalty_floor", "branch_margin"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, _nonnegative(name, value, "a number ≥ 0"))
         if self.penalty_floor >= 1:
@@ -142,8 +137,6 @@ class TASFTConfig(SFTConfig):
                 f"packing_strategy={self.packing_strategy!r} cuts rows in pieces, and the penalty is a mean over a "
                 "whole unsafe row; use 'bfd'."
             )
-        if self.penalty_adam and (self.world_size > 1 or self.fp16 or not self.optim.startswith("adamw_torch")):
-            raise ValueError("penalty_adam needs one process, an `adamw_torch` optimizer and no fp16; leave it out.")
         check_sampling(self)
         if self.eval_packing and not (self.packing or self.padding_free):
             raise ValueError("eval_packing=True without packing=True would let packed rows attend to each other.")

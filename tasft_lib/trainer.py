@@ -26,7 +26,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from . import branches, labels
 from .config import MADE_EMBEDDINGS, TASFTConfig
 from .forward import TASFTForward, TASFTOutput
-from .moments import TwoStates, keep_gradient
 from .sampling import stratified
 from .weight import Parity, starting_weight
 
@@ -140,12 +139,6 @@ class TASFTTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         return stratified(self) if self.args.unsafe_per_batch else super()._get_train_sampler(train_dataset)
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None):
-        cls, options = SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
-        two = {"ratio": args.penalty_adam, "max_norm": args.max_grad_norm}
-        return (TwoStates, options | two) if args.penalty_adam else (cls, options)
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Adds the denominators of one optimizer step, over all its micro-batches and ranks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -209,10 +202,7 @@ class TASFTTrainer(SFTTrainer):
         else:
             divisor = samples if self.args.penalty_reduction == "batch" else unsafe_samples
             penalty = penalty / divisor.clamp(min=1) * ranks
-        penalty = self.penalty_weight * penalty
-        if self.args.penalty_adam and training and local[2] > 0:
-            penalty = keep_gradient(penalty, self.model.parameters())
-        loss = nll + penalty
+        loss = nll + self.penalty_weight * penalty
 
         with torch.no_grad():
             unsafe_log_prob = outputs.unsafe_log_prob.sum()

@@ -60,7 +60,6 @@ TRAINED_BY = (
     "sampling",
     "branches",
     "weight",
-    "moments",
     "trainer",
     "experiments/methods",
     "records/data",

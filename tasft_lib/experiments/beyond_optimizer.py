@@ -1,8 +1,7 @@
-"""Two Adam states against one: every arm by its strength, and verdicts over base models.
+"""Two Adam states against one: verdicts over base models, from the tables of a run whose code is gone (see notebook).
 
-The strength of an arm with one state is its λ, as a multiple of the one chosen for its base model. With two states it
-is the ratio of the penalty's steps, for λ drops out there; an arm named `_weight` shows that, and has λ for strength.
-Of the control, one state at another learning rate, named `_rate`, it is that rate's multiple.
+`penalty_weight` is an arm's strength. With one state it is λ, as a multiple of the one chosen for its base model; with
+two the ratio of the penalty's steps; of the control, one state at another learning rate, that rate's multiple.
 """
 
 import math
@@ -13,40 +12,10 @@ from ..evaluation.rates import Rate, difference, mean_interval
 from ..reporting.figures import NAMES
 from . import beyond
 from .analysis import at_matched_harm
-from .pressure import Weights
-from .specs import ArmSpec
 
 TWO, CONTROL = "_two", "_rate"  # at the end of a method's name: with two states; with one at another learning rate
 # Axis, of which sign its difference is a loss, and the loss in points that is none.
 MARGINS = (("harm", 1, 1), ("degenerate", 1, 1), ("over_refusal", 1, 2), ("correct", -1, 3))
-
-
-def strength(arm: ArmSpec, weights: Weights) -> float:
-    """Of one arm; nan for plain SFT."""
-    if arm.display_name.endswith(CONTROL):
-        return arm.training["learning_rate"] / weights.settings.learning_rate
-    return arm.training["penalty_adam"] if arm.display_name.endswith(TWO) else weights.factor_of(arm)
-
-
-def with_strength(answers: pd.DataFrame, arms: list[ArmSpec], weights: Weights) -> pd.DataFrame:
-    """The arms' answers with their strength for λ."""
-    strengths = {(arm.display_name, arm.name): strength(arm, weights) for arm in arms}
-    own = zip(answers["method"], answers["arm"], strict=True)
-    return answers.assign(penalty_weight=[strengths[pair] for pair in own])
-
-
-def tested(arms: list[ArmSpec], search: pd.DataFrame, weights: Weights, *, everywhere: bool) -> list[ArmSpec]:
-    """Of the arms those that are tested: plain SFT, controls, and what `beyond.searched` has chosen; on the first base,
-    or `everywhere`, each strength."""
-    chosen = set(search.loc[search["is_chosen"], ["method", "penalty_weight"]].itertuples(index=False, name=None))
-    return [
-        arm
-        for arm in arms
-        if arm.method == "sft"
-        or arm.display_name.endswith(CONTROL)
-        or (arm.display_name, strength(arm, weights)) in chosen
-        or ((everywhere or arm.seed == arms[0].seed) and not arm.display_name.endswith("_weight"))
-    ]
 
 
 def at_equal_harm(points: pd.DataFrame, *, controls: bool = False) -> pd.DataFrame:

@@ -219,25 +219,3 @@ def beyond_weight(study: Study) -> list[ArmSpec]:
             option = option | {"display_name": name, "seed": seed}
             arms += [stratified_arm(study, "emd", min(config.sizes), p, **option) for p in config.emd_pressures]
     return arms
-
-
-def beyond_optimizer(study: Study) -> list[ArmSpec]:
-    """Per seed: plain SFT; the methods with one Adam state at multiples of their λ, with two at ratios of their steps.
-
-    On the first seed also two states at these multiples, named `_weight`: what λ is there. As a control, named `_rate`,
-    one state at multiples of the learning rate: stronger where clipping leaves λ nothing to add.
-    """
-    config, arms = study.config, []
-    for seed in study.seeds:
-        arms.append(study.arm("sft", seed=seed))
-        for method in config.methods:
-            weights = [study.weights.scaled(method, config.n_unsafe, factor, seed) for factor in config.factors]
-            weight = study.weights.scaled(method, config.n_unsafe, 1.0, seed)
-            arms += [study.arm(method, config.n_unsafe, seed=seed, weight=w) for w in weights]
-            two = [(f"{method}_two", {"weight": weight, "penalty_adam": ratio}) for ratio in config.ratios]
-            if seed == config.seed:
-                two += [(f"{method}_two_weight", {"weight": w, "penalty_adam": 1.0}) for w in weights]
-            rates = [config.learning_rate * multiple for multiple in config.speeds]
-            two += [(f"{method}_rate", {"weight": weight, "learning_rate": rate}) for rate in rates]
-            arms += [study.arm(method, config.n_unsafe, seed=seed, display_name=name, **how) for name, how in two]
-    return arms

@@ -9,4 +9,4 @@ METHOD = ("losses", "fused_head", "forward", "config", "trainer")
 
 def test_they_are_short():
     lines = {name: len((Path(tasft_lib.__file__).parent / f"{name}.py").read_text().splitlines()) for name in METHOD}
-    assert sum(lines.values()) < 1220, lines
+    assert sum(lines.values()) < 1200, lines

@@ -118,23 +118,6 @@ def test_a_rule_is_held_against_the_best_lambda_of_each_cell_and_against_one_for
     assert beyond_weight.verdict(search, parity, spreads[:0])[3]["verdict"] == "not measured"
 
 
-def test_two_states_have_a_ratio_for_their_strength_and_one_has_its_lambda():
-    study = Study(settings.load("beyond_optimizer", "beyond", {"n_seeds": 3}))
-    arms = designs.beyond_optimizer(study)
-    told = pd.DataFrame([(arm.display_name, arm.name) for arm in arms], columns=["method", "arm"])
-    strengths = beyond_optimizer.with_strength(told, arms, study.weights)
-    by_method = strengths.groupby("method")["penalty_weight"].unique().map(sorted).drop("sft").to_dict()
-    assert [by_method.pop(f"{method}_rate") for method in ("nlcl", "emd")] == 2 * [[1.4, 2.0, 4.0]]
-    assert len(by_method) == 6 and all(tried == [0.25, 1.0, 4.0] for tried in by_method.values())
-    two = [arm for arm in arms if arm.display_name == "nlcl_two"]
-    assert {arm.penalty_weight for arm in two} == {81.6, 326.4} and len(two) == 9  # each base has its own
-    assert not any("penalty_adam" in arm.training for arm in arms if arm.display_name in ("sft", "nlcl", "emd"))
-    search = pd.DataFrame({"method": ["nlcl", "nlcl_two", "sft"], "penalty_weight": [4.0, 0.25, None]})
-    search = search.assign(is_chosen=True)
-    sizes = [len(beyond_optimizer.tested(arms, search, study.weights, everywhere=far)) for far in (True, False)]
-    assert sizes == [3 * 19, 19 + 2 * 9]
-
-
 def points(method, strength, **rates):
     rows = [
         {"method": method, "penalty_weight": strength, "seed": seed, "decoding": "sampled"}

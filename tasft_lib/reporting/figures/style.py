@@ -54,8 +54,6 @@ STYLES = {  # name, colour, marker, line
     "emd_deep": ("EMD, all tokens at λT", "#D55E00", "+", ":"),
     "nlcl_two": ("NLCL, two Adam states", "#56B4E9", "^", "--"),
     "emd_two": ("EMD, two Adam states", "#D55E00", "s", "--"),
-    "nlcl_rate": ("NLCL, learning rate", "#999999", "v", ":"),
-    "emd_rate": ("EMD, learning rate", "#999999", "o", ":"),
     "none": ("no filter", "#000000", "s", "-"),
     "random": ("random filter", "#999999", "p", "--"),
     "saft": ("SAFT filter", "#0072B2", "v", "--"),
