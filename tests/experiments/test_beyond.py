@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from tasft_lib.evaluation.rates import rate
-from tasft_lib.experiments import beyond, beyond_weight, designs, settings
+from tasft_lib.experiments import beyond, beyond_optimizer, beyond_weight, designs, settings
 from tasft_lib.experiments.study import Study
 
 
@@ -121,3 +121,34 @@ def test_a_rule_is_held_against_the_best_lambda_of_each_cell_and_against_one_for
     assert [row["verdict"] for row in verdicts] == ["fails", "holds", "holds", "fails"]
     assert [row["measured"] for row in verdicts] == pytest.approx([50, 0, 20, 4])
     assert beyond_weight.verdict(search, parity, spreads[:0])[3]["verdict"] == "not measured"
+
+
+def points(method, strength, **rates):
+    rows = [
+        {"method": method, "penalty_weight": strength, "seed": seed, "decoding": "sampled"}
+        | {name: value for axis, rate in rates.items() for name, value in ((axis, rate), (f"{axis}_n", 4000))}
+        for seed in range(3)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("over_refusal, verdicts", [(0.1, {"holds"}), (0.4, {"holds", "fails"})])
+def test_two_states_win_where_every_axis_holds(over_refusal, verdicts):
+    rest = {"degenerate": 0.0, "correct": 0.9}
+    table = pd.concat(
+        [
+            points("sft", float("nan"), harm=0.9, over_refusal=0.0, **rest),
+            points("nlcl", 1.0, harm=0.5, over_refusal=0.2, **rest),
+            points("nlcl", 4.0, harm=0.1, over_refusal=0.4, **rest),
+            points("nlcl_two", 0.25, harm=0.3, over_refusal=over_refusal, **rest),
+        ]
+    )
+    matched = beyond_optimizer.at_equal_harm(table)
+    control = points("nlcl_rate", 2.0, harm=0.3, over_refusal=0.25, **rest)
+    with_control = beyond_optimizer.at_equal_harm(pd.concat([table, control]), controls=True)
+    assert with_control["over_refusal_without"].tolist() == pytest.approx(3 * [0.25])
+    assert len(matched) == 3 and matched["difference"].tolist() == pytest.approx(3 * [over_refusal - 0.3])
+    pairs = pd.DataFrame({"method": "nlcl", "verdict": ["holds"] * 3})
+    how = (table, pairs, matched, with_control, {"nlcl": 1.0, "nlcl_two": 0.25})
+    rows = pd.DataFrame(beyond_optimizer.verdict(*how))
+    assert len(rows) == 7 and set(rows["verdict"]) == verdicts

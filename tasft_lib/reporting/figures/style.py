@@ -52,6 +52,8 @@ STYLES = {  # name, colour, marker, line
     "stl_weighted_stratified": ("STL, weighted, stratified", "#CC79A7", "d", ":"),
     "emd_shallow": ("EMD, first token at λ/T", "#D55E00", "4", "--"),
     "emd_deep": ("EMD, all tokens at λT", "#D55E00", "+", ":"),
+    "nlcl_two": ("NLCL, two Adam states", "#56B4E9", "^", "--"),
+    "emd_two": ("EMD, two Adam states", "#D55E00", "s", "--"),
     "none": ("no filter", "#000000", "s", "-"),
     "random": ("random filter", "#999999", "p", "--"),
     "saft": ("SAFT filter", "#0072B2", "v", "--"),
