@@ -6,6 +6,7 @@ The notebook's cell `arms` and the dry run (`reproduce.plan`) call the same func
 from dataclasses import replace
 from typing import Any
 
+from . import beyond_targets as targets
 from . import harmful_data_filter as filtering
 from . import trade_off as search
 from .settings import Settings
@@ -219,3 +220,10 @@ def beyond_weight(study: Study) -> list[ArmSpec]:
             option = option | {"display_name": name, "seed": seed}
             arms += [stratified_arm(study, "emd", min(config.sizes), p, **option) for p in config.emd_pressures]
     return arms
+
+
+def beyond_targets(study: Study) -> list[ArmSpec]:
+    """The search on the first base model, and the references on all; which targets are tested follows from it."""
+    betas = dict.fromkeys(targets.EMBEDDINGS, study.config.betas)
+    arms = targets.arms_of(study, study.config.seed, betas)
+    return arms + [arm for seed in study.seeds for arm in targets.references(study, seed)]

@@ -74,7 +74,7 @@ DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default f
 UNTRAINED = ("method", "degenerate_answers", "performance", "performance_filter")
 HELD_OUT = ("n_held_out_unsafe", "n_held_out_benign")
 JUDGED = ("over_alignment", "contrastive_augmentation", "response_quality", "jailbreak", "emd_bound")
-JUDGED += ("beyond_sampler", "beyond_recover", "beyond_weight")
+JUDGED += ("beyond_sampler", "beyond_recover", "beyond_weight", "beyond_targets")
 UNUSED = {
     **dict.fromkeys(UNTRAINED, tuple(SHARED)),
     **dict.fromkeys(JUDGED, HELD_OUT),
