@@ -18,27 +18,18 @@ REFERENCE = "target_reference"  # p* = p_ref, whatever the embedding: what the p
 NO_TILT = 1e-6  # β of that
 
 
-def arms_of(study: Study, seed: int, betas: dict[str, list[float]]) -> list[ArmSpec]:
-    """Plain SFT; every method of `betas` at each of its β and every λ; the pull without a tilt. On one base model."""
-    config = study.config
-    arms = [study.arm("sft", seed=seed)]
-    for name, own in (betas | {REFERENCE: [NO_TILT]}).items():
+def arms_of(study: Study, seed: int, betas: dict[str, list[float]], weights: list[float]) -> list[ArmSpec]:
+    """Plain SFT, and every method of `betas` at each of its β and every λ, on the base model of the seed."""
+    arms, config = [study.arm("sft", seed=seed)], study.config
+    for name, own in betas.items():
         options = {"penalty_embedding": EMBEDDINGS.get(name, "one_hot"), "unsafe_per_batch": config.per_batch}
         options |= {"display_name": name, "seed": seed}
         arms += [
             study.arm("target", config.n_unsafe, weight=weight, penalty_beta=beta, **options)
             for beta in own
-            for weight in config.weights
+            for weight in weights
         ]
     return arms
-
-
-def references(study: Study, seed: int) -> list[ArmSpec]:
-    """NLCL and EMD under uniform draws, at the base model's λ in the profile's table; stratified EMD at one λ."""
-    config = study.config
-    stratified = {"weight": config.emd_weight, "unsafe_per_batch": config.per_batch, "display_name": "emd_stratified"}
-    options = {"nlcl": {}, "emd": {}, "emd_stratified": stratified}
-    return [study.arm(name.split("_")[0], config.n_unsafe, seed=seed, **own) for name, own in options.items()]
 
 
 def with_beta(answers: pd.DataFrame, arms: list[ArmSpec]) -> pd.DataFrame:
@@ -54,16 +45,9 @@ def searched(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen(search: pd.DataFrame) -> pd.DataFrame:
-    """A row per embedding: the `beta` of least mean regret over λ (λ is what nobody is to choose), that regret, and
-    the λ of least regret there. On a tie the smaller one.
-    """
-    rows = []
-    for method, tried in search[search["method"].isin(EMBEDDINGS)].groupby("method", sort=False):
-        means = tried.groupby("beta")["regret"].mean().round(9)
-        own = tried[tried["beta"] == means.idxmin()].astype({"penalty_weight": float})
-        best = own.sort_values(["regret", "penalty_weight"]).iloc[0]
-        rows.append((method, means.idxmin(), means.min(), best["penalty_weight"], best["regret"]))
-    return pd.DataFrame(rows, columns=["method", "beta", "mean_regret", "penalty_weight", "regret"])
+    """Of the arms of `searched` at one λ a row per embedding: the `beta` of least regret; on a tie the smaller one."""
+    tried = search[search["method"].isin(EMBEDDINGS)].sort_values(["regret", "beta"])
+    return tried.drop_duplicates("method").sort_index()[["method", "beta", "penalty_weight", "regret"]]
 
 
 def spread(search: pd.DataFrame) -> pd.DataFrame:
@@ -85,25 +69,23 @@ def coverage(answers: pd.DataFrame, unsafe: dict[str, Any], harm_words: Callable
     return pd.concat(tables, ignore_index=True)
 
 
-def verdict(spreads: pd.DataFrame, words: pd.DataFrame, best: pd.DataFrame) -> list[dict]:
+def verdict(spreads: pd.DataFrame, words: pd.DataFrame, weights: list[float]) -> list[dict]:
     """Rows as of `beyond.at_most`, in points: the criteria of the notebook.
 
     Args:
         spreads: as from `spread`, on the test split.
-        words: as from `coverage`; what remains of plain SFT's harmful answers with words that D_unsafe does not show.
-        best: as from `chosen`, whose λ each embedding has.
+        words: as from `coverage`: what remains of plain SFT's harmful answers with words that D_unsafe does not show.
+        weights: every λ, at each of which one-hot is compared with lm_head.
     """
     rows = []
-    for method in EMBEDDINGS:
-        own = spreads[spreads["method"] == method]
+    for method, own in spreads.groupby("method", sort=False):
         rows.append(beyond.below(f"{method}: regret over λ, worst base", own["spread"].max(), 0.03, len(own)))
-    left, n = {}, int(words["sft_uncovered"].min())
-    for method, weight in best.set_index("method")["penalty_weight"].items():
-        own = words[(words["method"] == method) & (words["penalty_weight"] == weight)]
-        left[method] = own.sort_values("seed")["left_uncovered"].tolist()
-    for other in ("target_one_hot", "target_random"):
-        mean, low, high = difference(left[other], left["target_lm_head"], n)
+    left, n = words.set_index(["method", "penalty_weight", "seed"])["left_uncovered"], int(words["sft_uncovered"].min())
+    for weight in weights:
+        pair = [left[name, weight].sort_index().tolist() for name in ("target_one_hot", "target_lm_head")]
+        mean, low, high = difference(*pair, n)
         verdict = "holds" if low >= 0.05 else "fails" if high < 0.05 else "open"
         numbers = {"measured": 100 * mean, "low": 100 * low, "high": 100 * high, "limit": 5.0, "n": n}
-        rows.append({"criterion": f"uncovered words: lm_head below {other}"} | numbers | {"verdict": verdict})
+        criterion = f"uncovered words, λ = {weight:g}: one-hot above lm_head"
+        rows.append({"criterion": criterion} | numbers | {"verdict": verdict})
     return rows
