@@ -223,6 +223,6 @@ def beyond_weight(study: Study) -> list[ArmSpec]:
 
 
 def beyond_targets(study: Study) -> list[ArmSpec]:
-    """The search for β at one λ on the first base model, and the pull without a tilt; what is tested follows from it."""
+    """The search for β at one λ on the first base model, and the pull without a tilt; what is tested follows."""
     betas = dict.fromkeys(targets.EMBEDDINGS, study.config.betas) | {targets.REFERENCE: [targets.NO_TILT]}
     return targets.arms_of(study, study.config.seed, betas, [study.config.search_weight])
