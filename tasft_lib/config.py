@@ -23,7 +23,7 @@ DEFAULT_COMPONENTS = 3
 PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39, "recover": 1.0}
 PULLS = ("imitation", "recover")  # penalties that pull towards the rows labelled False, which are safe answers there
 # β of the papers' main experiments: NPO (arXiv:2404.05868) and SimNPO (arXiv:2410.07163).
-DEFAULT_BETA = {"npo": 0.1, "simnpo": 2.5, "target": 3.0}
+DEFAULT_BETA = {"npo": 0.1, "simnpo": 2.5}
 
 
 def _option(default: Any, description: str, **metadata: Any) -> Any:
@@ -40,8 +40,7 @@ class TASFTConfig(SFTConfig):
         "`nlcl` (eq. 7); or a rival on the same rows: `gradient_ascent`, `unlikelihood`, `npo` (its reference is the "
         "base model, so it needs an adapter) or `simnpo`. `imitation` pulls towards the rows labelled False, which "
         "must be *safe* answers then (weighted Safety-Tuned LLaMAs). `recover` learns to leave an unsafe answer once "
-        "it has begun, for the safe one in the row's column `recovery` (see `branches`). `target` pulls to the base "
-        "model's own distribution, tilted away from the unsafe token and its kin (dense head, needs an adapter).",
+        "it has begun, for the safe one in the row's column `recovery` (see `branches`).",
         choices=tuple(PENALTIES),
     )
     # str, because HfArgumentParser takes one type per option; after __post_init__ a number, or one of `RULES`.
@@ -80,7 +79,7 @@ class TASFTConfig(SFTConfig):
     penalty_components: int | None = _option(
         None, "Principal components that `isotropic` takes away beside the mean (default: 3)."
     )
-    penalty_beta: float | None = _option(None, "Beta of `npo` (default: 0.1), `simnpo` (2.5), `target` (3).")
+    penalty_beta: float | None = _option(None, "Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).")
     penalize_eos: bool = _option(
         False, "Whether the tokens that end a turn are penalised in unsafe rows too. Ending an answer is not unsafe."
     )
@@ -126,8 +125,6 @@ class TASFTConfig(SFTConfig):
             raise ValueError("penalty_beta=0 is not a number > 0.")
         if self.penalty_components is None and self.penalty_embedding == "isotropic":
             self.penalty_components = DEFAULT_COMPONENTS
-        if self.penalty == "target":
-            self.loss_head = "dense"  # it has no fused form
         self.penalize_eos |= self.penalty == "recover"  # an answer is learned to its end
         for name in ("penalty_first_tokens", "penalty_components", "branch_depth"):
             if (value := getattr(self, name)) is not None and value < 1:

@@ -81,7 +81,6 @@ class TASFTForward:
         n_samples: int | None = None,
         pushed: Tensor | None = None,
         reference_log_prob: Tensor | None = None,
-        reference_logits: Tensor | None = None,
         with_dense: bool = False,
         **kwargs,
     ):
@@ -91,7 +90,6 @@ class TASFTForward:
             unsafe_sample: `[B, T]`: index, below `n_samples`, of the unsafe sample of a position; −1 elsewhere.
             pushed: `[B, T]`: the token that a branch is pushed away from (see `branches`); negative elsewhere.
             reference_log_prob: `[n_samples]`, the `unsafe_log_prob` of NPO's reference model.
-            reference_logits: `[B, T, V]`, of the reference model of `target`.
             with_dense: whether `TASFTOutput.dense_sums` is wanted.
         """
         if not fused_lm_head or unsafe_sample is None:
@@ -114,9 +112,6 @@ class TASFTForward:
         options = {"bias": bias, "logit_scale": scale, "softcap": softcap}
         if self.args.penalty in EMBEDDING_PENALTIES:
             options |= {"unsafe": unsafe, "penalty": self.args.penalty, "embedding": self._embedding(model, weight)}
-        if self.args.penalty == "target":
-            reference_logits = reference_logits[:, :-1].to(weight.device)[scored][unsafe]
-            options |= {"reference": reference_logits, "beta": self.args.penalty_beta}
 
         head, reference = self._head, _dense_head_in_pieces
         if pushed is not None:

@@ -8,7 +8,7 @@ The EMDs take full logits here; `fused_head` computes the same without them, and
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,27 +69,6 @@ def emd_exact(logits: Tensor, targets: Tensor, embedding: Tensor) -> Tensor:
     """
     expected, target = _expected_and_target(logits, targets, embedding)
     return -(1 - (expected * target).sum(-1))
-
-
-def target_distribution(reference: Tensor, targets: Tensor, embedding: Tensor, beta: float) -> Tensor:
-    """log p*, with p* ∝ p_ref · exp(−β cos(ê_w, ê_y)): what minimises β E_p[cos(ê_w, ê_y)] + KL(p‖p_ref) over p.
-
-    Args:
-        reference: logits of p_ref, `[..., V]`; targets and `embedding` as of `emd`.
-
-    Returns `[..., V]`. With one-hot rows it is UNDIAL's target, whose β is there the drop of the logit of y
-    (arXiv:2402.10052).
-    """
-    reference = _at_least_float32(reference)
-    embedding = embedding.to(reference.dtype)
-    return F.log_softmax(reference - beta * (embedding[targets] @ embedding.T), dim=-1)
-
-
-def target(logits: Tensor, targets: Tensor, embedding: Tensor, *, reference: Tensor, beta: float) -> Tensor:
-    """KL(p*‖p_t) per token, `[...]` in [0, ∞), to `target_distribution`; its gradient by the logits is p_t − p*."""
-    goal = target_distribution(reference, targets, embedding, beta).detach()
-    log_probs = F.log_softmax(_at_least_float32(logits), dim=-1)
-    return (goal.exp() * (goal - log_probs)).sum(-1)
 
 
 def nlcl(mean_log_prob: Tensor) -> Tensor:
@@ -196,7 +175,7 @@ class UnsafeTokens:
 
 
 # Penalties of the whole next-token distribution, one value per token; a head computes them.
-EMBEDDING_PENALTIES = {"emd": emd, "emd_exact": emd_exact, "recover": emd, "target": target}
+EMBEDDING_PENALTIES = {"emd": emd, "emd_exact": emd_exact, "recover": emd}
 PENALTIES: dict[str, Callable[[UnsafeTokens], Tensor]] = {
     "emd": lambda unsafe: unsafe.mean(unsafe.distance),
     "emd_exact": lambda unsafe: unsafe.mean(unsafe.distance),
@@ -206,7 +185,6 @@ PENALTIES: dict[str, Callable[[UnsafeTokens], Tensor]] = {
     "npo": lambda unsafe: npo(unsafe.log_ratio, unsafe.beta),
     "simnpo": lambda unsafe: simnpo(unsafe.mean_log_prob, unsafe.beta),
     "imitation": lambda unsafe: imitation(unsafe.mean_log_prob),
-    "target": lambda unsafe: unsafe.mean(unsafe.distance),
     "recover": lambda u: imitation(u.mean_log_prob) + u.length * u.mean(push(u.distance, u.margin)),
 }
 
@@ -236,12 +214,8 @@ def dense_head(
     embedding: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    **options: Any,
 ) -> HeadOutput:
-    """The reference: full logits `[N, V]`, the functions above, and autograd. Arguments as `fused_head.fused_head`.
-
-    `target` has `options` of its own, `reference` being of the unsafe tokens alone.
-    """
+    """The reference: full logits `[N, V]`, the functions above, and autograd. Arguments as `fused_head.fused_head`."""
     logits = logit_scale * F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -254,7 +228,7 @@ def dense_head(
     if unsafe is not None:
         unit = unit_rows(weight if embedding is None else embedding)
         # masked_scatter keeps the result connected to the model when no token is unsafe.
-        values = EMBEDDING_PENALTIES[penalty](logits[unsafe], targets[unsafe], unit, **options)
+        values = EMBEDDING_PENALTIES[penalty](logits[unsafe], targets[unsafe], unit)
         value = value.masked_scatter(unsafe, values)
         log_prob = torch.where(unsafe, log_prob.detach(), log_prob)
     return HeadOutput(log_prob, entropy, is_top1, value)

@@ -83,10 +83,8 @@ class TASFTTrainer(SFTTrainer):
         self._rows = None
         self.row_names: list[str] | None = None  # of the training rows, for messages; else they have numbers
         super().__init__(**given | {"args": args})
-        if args.penalty in ("npo", "target") and not isinstance(self.model, PeftModel):
-            raise ValueError(
-                f'penalty="{args.penalty}" takes the base model as its reference, so it needs an adapter (use_peft).'
-            )
+        if args.penalty == "npo" and not isinstance(self.model, PeftModel):
+            raise ValueError('penalty="npo" takes the base model as its reference, so it needs an adapter (use_peft).')
         if is_deepspeed_zero3_enabled() and (args.loss_head == "dense" or args.penalty_embedding in MADE_EMBEDDINGS):
             raise ValueError(
                 f'loss_head="dense" and penalty_embedding={", ".join(MADE_EMBEDDINGS)} do not work under '
@@ -183,12 +181,7 @@ class TASFTTrainer(SFTTrainer):
             with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
                 reference = model(**inputs, **ours, fused_lm_head=True, use_cache=False)
             ours["reference_log_prob"] = reference.unsafe_log_prob
-        if self.args.penalty == "target":
-            asked = {name: value for name, value in inputs.items() if name != "labels"}
-            with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
-                ours["reference_logits"] = model(**asked, use_cache=False).logits
-        is_dense = is_deepspeed_zero3_enabled() or self.args.penalty == "target"
-        ours["with_dense"] = self._to_compare and not is_dense
+        ours["with_dense"] = self._to_compare and not is_deepspeed_zero3_enabled()
         passes = []  # in evaluation TRL makes a second one, for logits
 
         def forward(**kwargs):

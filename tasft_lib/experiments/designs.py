@@ -6,7 +6,6 @@ The notebook's cell `arms` and the dry run (`reproduce.plan`) call the same func
 from dataclasses import replace
 from typing import Any
 
-from . import beyond_targets as targets
 from . import harmful_data_filter as filtering
 from . import trade_off as search
 from .settings import Settings
@@ -220,9 +219,3 @@ def beyond_weight(study: Study) -> list[ArmSpec]:
             option = option | {"display_name": name, "seed": seed}
             arms += [stratified_arm(study, "emd", min(config.sizes), p, **option) for p in config.emd_pressures]
     return arms
-
-
-def beyond_targets(study: Study) -> list[ArmSpec]:
-    """The search for β at one λ on the first base model, and the pull without a tilt; what is tested follows."""
-    betas = dict.fromkeys(targets.EMBEDDINGS, study.config.betas) | {targets.REFERENCE: [targets.NO_TILT]}
-    return targets.arms_of(study, study.config.seed, betas, [study.config.search_weight])

@@ -71,10 +71,11 @@ CAN_BE_ZERO = ("seed", "unsafe_per_batch", "warmup_steps", "n_held_out_unsafe")
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "temperature")
 DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(Settings)}
 # What a notebook has no use for. It passes these over in common.yaml, and has none of them itself.
-UNTRAINED = ("method", "degenerate_answers", "performance", "performance_filter")
+UNTRAINED = ("method", "degenerate_answers", "performance", "performance_filter", "beyond_targets")
+STORED = ("beyond_targets",)  # its code is gone: it reads what an earlier commit's run left, and leaves nothing
 HELD_OUT = ("n_held_out_unsafe", "n_held_out_benign")
 JUDGED = ("over_alignment", "contrastive_augmentation", "response_quality", "jailbreak", "emd_bound")
-JUDGED += ("beyond_sampler", "beyond_recover", "beyond_weight", "beyond_targets")
+JUDGED += ("beyond_sampler", "beyond_recover", "beyond_weight")
 UNUSED = {
     **dict.fromkeys(UNTRAINED, tuple(SHARED)),
     **dict.fromkeys(JUDGED, HELD_OUT),

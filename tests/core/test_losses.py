@@ -173,7 +173,6 @@ DEFINITIONS = {
     "simnpo": lambda log_p, distance, reference: -2 / 0.3 * F.logsigmoid(-0.3 * log_p.mean()),
     "emd": lambda log_p, distance, reference: distance.mean(),
     "emd_exact": lambda log_p, distance, reference: distance.mean(),
-    "target": lambda log_p, distance, reference: distance.mean(),
 }
 
 

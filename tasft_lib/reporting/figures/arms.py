@@ -13,7 +13,6 @@ from .style import NAMES, STYLES, finish, look, mark, panels, rows_of_marks, whi
 AXES = {  # of `plot_over` and `plot_preference`: its name and scale
     "step": ("training step", "linear"),
     "n_unsafe": ("unsafe examples", "log"),
-    "penalty_weight": ("λ", "log"),
     "factor": ("λ, times the chosen one", "log"),
     "contamination": ("contamination", "linear"),
     "quality": ("AUROC of the filter", "linear"),
