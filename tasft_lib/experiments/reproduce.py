@@ -111,13 +111,14 @@ def _reproduce(profile: str, jobs: list[Job], *, prepare_only: bool) -> list[Pat
 
 
 def execute(job: Job, *, prepare_only: bool = False) -> None:
-    """Run one notebook, with what an earlier run of it left out of the way.
+    """Run one notebook, with what an earlier run of it left out of the way, unless that is what it reads.
 
     `ValueError`, one line, names the cell that failed.
     """
     if not prepare_only:
         results.publish()
-        results.remove(job.output.parent.name, job.name)
+        if job.name not in settings.STORED:
+            results.remove(job.output.parent.name, job.name)
     job.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
