@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import harmful_data_filter as filtering
+from . import look_alikes
 from . import trade_off as search
 from .settings import Settings
 from .specs import ArmSpec, RecoverySpec
@@ -219,3 +220,8 @@ def beyond_weight(study: Study) -> list[ArmSpec]:
             option = option | {"display_name": name, "seed": seed}
             arms += [stratified_arm(study, "emd", min(config.sizes), p, **option) for p in config.emd_pressures]
     return arms
+
+
+def beyond_durability(study: Study) -> list[ArmSpec]:
+    """Plain SFT and the methods on ordinary rows and on look-alikes, per seed; relearning goes on from these."""
+    return [arm for seed in study.seeds for arm in look_alikes.arms(study, seed)]
