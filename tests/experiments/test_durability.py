@@ -31,7 +31,8 @@ def test_the_most_alike_come_first_and_of_equals_the_earlier():
 
 def test_an_arm_on_look_alikes_differs_in_its_benign_rows_alone(study):
     arms = {arm.display_name: arm for arm in designs.beyond_durability(study) if arm.seed == 1}
-    assert {"sft", "sft_look_alikes", "stl", "stl_look_alikes", "emd"} < set(arms) and "stl_alarming" not in arms
+    assert {"sft", "stl", "stl_look_alikes", "emd"} < set(arms)
+    assert not {"sft_look_alikes", "stl_alarming"} & set(arms)
     for kind in look_alikes.SETS:
         assert replace(arms[f"emd_{kind}"], benign=arms["emd"].benign) == arms["emd"]
     files = {arm.benign for arm in designs.beyond_durability(study)}
@@ -46,7 +47,7 @@ def test_half_of_the_rows_are_look_alikes_and_no_more_rows_than_before(study, mo
     assert (sets.loc[(slice(None), ["ordinary", "look_alikes"]), "alarming"] == 0).all()
     first = sets.loc[0]
     assert first.loc["look_alikes", "likeness"] > first.loc["ordinary", "likeness"]
-    assert first.loc["alarming_look_alikes", "alarming"] > first.loc["alarming", "alarming"] > 0
+    assert (first.loc[["alarming", "alarming_look_alikes"], "alarming"] > 0).all()
     arms = {arm.display_name: arm for arm in designs.beyond_durability(study) if arm.seed == 0}
     ordinary = {row["instruction"] for row in study.world.benign_rows(study.config.n_benign, seed=0)}
     own = sources.read_rows(arms["emd_look_alikes"].benign)["instruction"][:]
