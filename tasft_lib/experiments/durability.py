@@ -65,18 +65,18 @@ def write(study: Study) -> None:
 
 
 def attacks(study: Study, arms: list[ArmSpec]) -> list[Attack]:
-    """Every attack on every arm, at each of the attacker's learning rates; `write` makes the rows. Merges the arms.
+    """Every attack on every arm; `write` makes the rows. Merges the arms.
 
-    Few harmful rows, nested by size, are seen `relearned_epochs` times in batches of ten, benign ones once. Adapters
-    are as wide as the arm's.
+    Few harmful rows, nested by size, are seen `relearned_epochs` times in batches of ten at each of the attacker's
+    learning rates; benign ones once, at the profile's. Adapters are as wide as the arm's.
     """
     config = study.config
-    given = [("harmful", n) for n in config.relearned]
-    given += [(rows, config.n_relearned_benign) for rows in ROWS[1:]]
+    given = [("harmful", n, rate) for n, rate in product(config.relearned, config.relearning_rates)]
+    given += [(rows, config.n_relearned_benign, config.learning_rate) for rows in ROWS[1:]]
     made = []
     for arm in arms:
         spec = replace(_untrained(study, str(merged(arm)), arm.display_name, arm.seed), lora=arm.lora)
-        for (rows, n), rate in product(given, config.relearning_rates):
+        for rows, n, rate in given:
             epochs, batch = (config.relearned_epochs, 10) if rows == "harmful" else (1, 24)
             training = {"learning_rate": rate, "num_train_epochs": epochs, "per_device_train_batch_size": batch}
             training |= {"warmup_steps": 0, "save_steps": 10_000}  # the last checkpoint alone
