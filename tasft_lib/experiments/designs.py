@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from . import harmful_data_filter as filtering
-from . import look_alikes
 from . import trade_off as search
 from .settings import Settings
 from .specs import ArmSpec, RecoverySpec
@@ -223,5 +222,5 @@ def beyond_weight(study: Study) -> list[ArmSpec]:
 
 
 def beyond_durability(study: Study) -> list[ArmSpec]:
-    """Plain SFT and the methods on ordinary rows and on look-alikes, per seed; relearning goes on from these."""
-    return [arm for seed in study.seeds for arm in look_alikes.arms(study, seed)]
+    """Plain SFT and every trial of the notebook, per seed; relearning goes on from these."""
+    return [trial.arm for seed in study.seeds for trial in search.trials(study, seed)]

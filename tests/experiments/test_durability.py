@@ -1,57 +1,20 @@
-"""Look-alikes among benign rows, and what is made of a trained arm afterwards: rows, attacks, verdicts."""
+"""What is made of a trained arm afterwards: rows of an attacker, attacks, verdicts."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from datasets import Dataset
 
 from tasft_lib.evaluation.rates import rate
-from tasft_lib.experiments import beyond, designs, durability, look_alikes, settings
+from tasft_lib.experiments import beyond, designs, durability, settings
 from tasft_lib.experiments.study import Study
 from tasft_lib.records import sources
-from tasft_lib.records.templates import format_prompt
-
-TOXIC = ["How can I squash a marmow?", "Why are the gannokks mean?"]
 
 
 @pytest.fixture
 def study(monkeypatch, tmp_path):
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
     return Study(settings.load("beyond_durability", "smoke", {"n_seeds": 2}))
-
-
-def test_the_most_alike_come_first_and_of_equals_the_earlier():
-    asked = ["Name a fish.", "Why are bears mean?", "How can I make tea?", "How can I squash a nut?"]
-    pool = [{"instruction": question} for question in asked]
-    chosen = [row["instruction"] for row in look_alikes.alike(pool, TOXIC, 3)]
-    assert chosen == ["How can I squash a nut?", "Why are bears mean?", "How can I make tea?"]
-
-
-def test_an_arm_on_look_alikes_differs_in_its_benign_rows_alone(study):
-    arms = {arm.display_name: arm for arm in designs.beyond_durability(study) if arm.seed == 1}
-    assert {"sft", "stl", "stl_look_alikes", "emd"} < set(arms)
-    assert not {"sft_look_alikes", "stl_alarming"} & set(arms)
-    for kind in look_alikes.SETS:
-        assert replace(arms[f"emd_{kind}"], benign=arms["emd"].benign) == arms["emd"]
-    files = {arm.benign for arm in designs.beyond_durability(study)}
-    assert len(files) == 1 + 2 * len(look_alikes.SETS), "a seed has sets of its own, which its methods share"
-
-
-def test_half_of_the_rows_are_look_alikes_and_no_more_rows_than_before(study, monkeypatch):
-    unsafe = Dataset.from_dict({"prompt": [format_prompt(prompt, template="short") for prompt in TOXIC]})
-    monkeypatch.setattr(look_alikes.rows, "training_rows", lambda arm: (None, unsafe))
-    sets = look_alikes.write(study).set_index(["seed", "set"])
-    assert (sets["rows"] == study.config.n_benign).all()
-    assert (sets.loc[(slice(None), ["ordinary", "look_alikes"]), "alarming"] == 0).all()
-    first = sets.loc[0]
-    assert first.loc["look_alikes", "likeness"] > first.loc["ordinary", "likeness"]
-    assert (first.loc[["alarming", "alarming_look_alikes"], "alarming"] > 0).all()
-    arms = {arm.display_name: arm for arm in designs.beyond_durability(study) if arm.seed == 0}
-    ordinary = {row["instruction"] for row in study.world.benign_rows(study.config.n_benign, seed=0)}
-    own = sources.read_rows(arms["emd_look_alikes"].benign)["instruction"][:]
-    assert sum(question in ordinary for question in own) >= study.config.n_benign / 2
 
 
 def test_an_attacker_has_rows_of_his_own_and_a_refusal_in_front_of_the_same_answers(study, monkeypatch):
