@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from ..evaluation.rates import Rate, counted, mcnemar, rate
+from ..evaluation.rates import Rate, counted, difference, mcnemar, rate
 from .pressure import with_regret
 from .specs import ArmSpec
 
@@ -72,6 +72,17 @@ def counted_cells(criterion: str, holds: pd.Series, least: float) -> dict:
     """A row of verdicts, in percent: whether a rule holds in at least the share `least` of cells. No interval."""
     verdict = "holds" if holds.mean() >= least else "fails"
     return _row(criterion, 100 * holds.mean(), None, None, 100 * least, len(holds), verdict)
+
+
+def differ_by(criterion: str, first: Rate, second: Rate, *, low: float, high: float) -> dict:
+    """A row of verdicts, in points: whether first - second lies between `low` and `high`, base model by base model.
+
+    `holds` where the whole 95 % interval of `rates.difference` does, `fails` where none of it does, else `open`. The
+    row's `limit` is `high`.
+    """
+    measured, below, above = difference(first.by_seed, second.by_seed, first.n)
+    verdict = "holds" if low <= below and above <= high else "fails" if below > high or above < low else "open"
+    return _row(criterion, *(100 * value for value in (measured, below, above, high)), first.n, verdict)
 
 
 def fewer_harmful(answers: pd.DataFrame, first: str, second: str, n_unsafe: int, *, p: float = 0.01, **where) -> dict:

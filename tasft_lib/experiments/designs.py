@@ -219,3 +219,8 @@ def beyond_weight(study: Study) -> list[ArmSpec]:
             option = option | {"display_name": name, "seed": seed}
             arms += [stratified_arm(study, "emd", min(config.sizes), p, **option) for p in config.emd_pressures]
     return arms
+
+
+def beyond_durability(study: Study) -> list[ArmSpec]:
+    """Plain SFT and every trial of the notebook, per seed; relearning goes on from these."""
+    return [trial.arm for seed in study.seeds for trial in search.trials(study, seed)]

@@ -81,6 +81,7 @@ UNUSED = {
     **dict.fromkeys(JUDGED, HELD_OUT),
     **dict.fromkeys(("build_unsafe_set", "your_model"), ("penalty_weights", *HELD_OUT)),
     "trade_off": ("penalty_weights",),
+    "beyond_durability": ("penalty_weights", *HELD_OUT),
     "harmful_data_filter": HELD_OUT,
 }
 KINDS = {str(kind): kind for kind in (list[int], list[float], list[str], list[dict])}

@@ -17,6 +17,7 @@ AXES = {  # of `plot_over` and `plot_preference`: its name and scale
     "contamination": ("contamination", "linear"),
     "quality": ("AUROC of the filter", "linear"),
     "share": ("share of the rows dropped", "linear"),
+    "relearned": ("harmful rows trained on", "linear"),
 }
 MEASURE_NAMES = {
     "harm": "harmful (%)",

@@ -17,6 +17,7 @@ from ...storage.files import whole, write_text
 # Colour-blind safe (Okabe-Ito), one look per method in every figure; rivals and controls in greys and broken lines.
 STYLES = {  # name, colour, marker, line
     "sft": ("SFT", "#000000", "s", "-"),
+    "base": ("base model", "#999999", "*", ":"),
     "kto": ("KTO", "#E69F00", "X", "-"),
     "nlcl": ("NLCL", "#56B4E9", "v", "-"),
     "emd": ("EMD", "#D55E00", "o", "-"),
