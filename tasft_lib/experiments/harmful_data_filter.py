@@ -161,13 +161,11 @@ class Design:
     """What the notebook compares.
 
     Attributes:
-        sets: every contaminated set with the filters that all of them get.
-        filtered: these and the sets for single sections, all to be scored (`score_sets`).
+        filtered: every contaminated set with its filters, to be scored (`score_sets`).
         trained: (what it is trained on, arm).
         tried: (factor, arm), to choose EMD's on the development split.
     """
 
-    sets: list[Filtered]
     filtered: list[Filtered]
     trained: list[tuple[Filtered, ArmSpec]]
     tried: list[tuple[float, ArmSpec]]
@@ -182,7 +180,7 @@ class Design:
 def design(study: Study) -> Design:
     """The sets, filters and arms of the study's parameters, none without `contaminations`; nothing is computed."""
     if not study.config.contaminations:
-        return Design(sets=[], filtered=[], trained=[], tried=[])
+        return Design(filtered=[], trained=[], tried=[])
     config, seeds, dose = study.config, study.seeds, study.config.swept_contamination
     sets = compared(config.contaminations, ["none", "random", "saft", "saft_unsafe", "oracle"], seeds)
     labelled = compared([dose], ["saft_labelled"], seeds)
@@ -203,7 +201,7 @@ def design(study: Study) -> Design:
         for made in at_dose
         if made.filter in ("saft", "saft_unsafe", "oracle")
     ]
-    return Design(sets=sets, filtered=filtered, trained=trained, tried=tried)
+    return Design(filtered=filtered, trained=trained, tried=tried)
 
 
 def with_sets(answers: pd.DataFrame, arms: list[tuple[Filtered, ArmSpec]]) -> pd.DataFrame:
