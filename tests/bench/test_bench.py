@@ -4,6 +4,8 @@ import json
 import math
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tasft_lib import cli
@@ -116,3 +118,12 @@ def test_the_forward_passes_are_those_that_the_filter_makes(monkeypatch):
 def test_a_line_is_fitted():
     fit = measure.linear_fit([1, 2, 3], [5.0, 7.0, 9.0])
     assert fit == pytest.approx({"slope": 2, "intercept": 3, "r_squared": 1})
+
+
+def test_operations_of_products_are_counted_where_the_result_has_a_type_of_its_own():
+    out, a, b = torch.zeros(3, 5), torch.ones(3, 4), torch.ones(4, 5)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm: measure.addmm_flops}) as counter:
+        torch.addmm(out, a, b, beta=0, out=out)
+    assert counter.get_total_flops() == 2 * 3 * 4 * 5
+    # `out_dtype` is on GPUs alone, and comes as a fourth argument beside the shape of the result.
+    assert measure.addmm_flops(out.shape, a.shape, b.shape, torch.float32, out_shape=out.shape) == 2 * 3 * 4 * 5

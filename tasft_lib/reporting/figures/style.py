@@ -35,6 +35,8 @@ STYLES = {  # name, colour, marker, line
     "emd_one_hot": ("EMD, one-hot embedding", "#D55E00", "2", ":"),
     "emd_embed_tokens": ("EMD, embed_tokens", "#D55E00", "3", ":"),
     "emd_first_1": ("EMD, first token", "#D55E00", "*", "--"),
+    "emd_first_4": ("EMD, first 4 tokens", "#D55E00", "x", "--"),
+    "nlcl_first_4": ("NLCL, first 4 tokens", "#56B4E9", "x", "--"),
     "emd_first_3": ("EMD, first 3 tokens", "#D55E00", "x", "--"),
     "emd_contrastive": ("EMD, contrastive data", "#D55E00", "o", "--"),
     "nlcl_contrastive": ("NLCL, contrastive data", "#56B4E9", "v", "--"),
