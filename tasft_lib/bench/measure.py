@@ -261,7 +261,7 @@ def _speed(contenders: dict[str, Callable], seconds: dict[str, list[float]], set
 
 
 def addmm_flops(_: torch.Size, a: torch.Size, b: torch.Size, *_options, **_named) -> int:
-    """Operations of `addmm` by the shapes of its matrices. torch's own count fails where `out_dtype` is given, on GPUs."""
+    """Operations of `addmm` by its matrices' shapes; torch's own count fails with `out_dtype`, which is for GPUs."""
     return 2 * a[0] * a[1] * b[1]
 
 
