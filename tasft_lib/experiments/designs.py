@@ -58,16 +58,12 @@ def data_efficiency(study: Study) -> list[ArmSpec]:
 
 def stl_comparison(study: Study) -> list[ArmSpec]:
     """Plain SFT, then per seed and size of D_unsafe every method."""
-    sizes, methods = study.config.sizes, study.config.methods
-    arms = [study.arm("sft", seed=seed) for seed in study.seeds]
-    return arms + [study.arm(method, n, seed=seed) for seed in study.seeds for n in sizes for method in methods]
+    return [study.arm("sft", seed=seed) for seed in study.seeds] + _by_size(study)
 
 
 def over_alignment(study: Study) -> list[ArmSpec]:
-    """Every method at two sizes of D_unsafe, per seed."""
-    config = study.config
-    sizes, methods = (config.n_unsafe, config.few), config.methods
-    return [study.arm(method, n, seed=seed) for seed in study.seeds for n in sizes for method in methods]
+    """Every method at every size of D_unsafe, per seed."""
+    return _by_size(study)
 
 
 def contrastive_augmentation(study: Study) -> list[ArmSpec]:
@@ -93,8 +89,7 @@ def response_quality(study: Study) -> list[ArmSpec]:
 
 def jailbreak(study: Study) -> list[ArmSpec]:
     """Every method at every size of D_unsafe, per seed."""
-    sizes, methods = study.config.sizes, study.config.methods
-    return [study.arm(method, n, seed=seed) for seed in study.seeds for n in sizes for method in methods]
+    return _by_size(study)
 
 
 def harmful_data_filter(study: Study) -> list[ArmSpec]:
@@ -224,3 +219,8 @@ def beyond_weight(study: Study) -> list[ArmSpec]:
 def beyond_durability(study: Study) -> list[ArmSpec]:
     """Plain SFT and every trial of the notebook, per seed; relearning goes on from these."""
     return [trial.arm for seed in study.seeds for trial in search.trials(study, seed)]
+
+
+def _by_size(study: Study) -> list[ArmSpec]:
+    sizes, methods = study.config.sizes, study.config.methods
+    return [study.arm(method, n, seed=seed) for seed in study.seeds for n in sizes for method in methods]
