@@ -126,7 +126,7 @@ def _processes(work: Callable[[Any], Any], specs: list, workers: int) -> Iterato
 
     def attempt(spec: Any) -> Any:
         if own.pool is None:
-            with starts, _environment({"CUDA_VISIBLE_DEVICES": gpus[own.number % len(gpus)]} if gpus else {}):
+            with starts, environment({"CUDA_VISIBLE_DEVICES": gpus[own.number % len(gpus)]} if gpus else {}):
                 own.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker)
                 own.pool.submit(int)  # starts the process
             pools.append(own.pool)
@@ -159,7 +159,7 @@ def _gpus() -> list[str]:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
     """With these variables, for a process that is started now."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
