@@ -35,6 +35,8 @@ from .storage.checkpoints import (
     one_line_errors,
 )
 
+CORES = torch.get_num_threads()  # as many as torch takes by itself, or $OMP_NUM_THREADS
+
 
 def quiet() -> None:
     """No bars and chatter of the libraries underneath; on a CPU one thread, so results don't depend on its cores."""

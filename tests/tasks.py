@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import dataclass
 
+from tasft_lib.experiments import engine
 from tasft_lib.experiments.once import once
 
 
@@ -22,6 +23,8 @@ def work(task: Task) -> str:
         raise ValueError("no such rows")
     if task.name == "device":
         return os.environ["CUDA_VISIBLE_DEVICES"]
+    if task.name == "alone":
+        return str(engine.is_alone())
     if task.name.startswith("looks"):
         return str(once("what", "source", lambda: task.name))
     return f"{task.name} done"

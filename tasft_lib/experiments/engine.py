@@ -32,13 +32,14 @@ import torch
 import yaml
 
 from ..models import quiet
-from ..storage.files import end_with_parent, keep_freed_memory, read_object, runs_folder, whole
+from ..storage.files import KERNEL, end_with_parent, keep_freed_memory, read_object, runs_folder, whole
 from ..storage.integrity import locked
 from . import once
 
 ENGINES = ("processes", "local", "debug", "slurm")
 AGAIN = "run the same command again: it goes on from its last checkpoint"
 ARRAY = 1000  # jobs; Slurm takes 1001 in an array where nobody has set MaxArraySize
+SHARED = "TASFT_SHARED"  # set for a notebook that another one runs beside
 ASKED_EVERY = {"local": 1.0, "slurm": 15.0}  # seconds after which it is asked again which jobs live
 
 
@@ -65,6 +66,12 @@ def default_workers() -> int:
     """How many units run at once on this machine: `$TASFT_WORKERS`, else one per GPU or else per core."""
     there = torch.accelerator.device_count() if torch.accelerator.is_available() else os.cpu_count()
     return int(os.environ.get("TASFT_WORKERS") or there or 1)
+
+
+def is_alone() -> bool:
+    """Whether this process has the machine for itself, as far as this run goes: it is neither a worker nor a job."""
+    is_worker = multiprocessing.current_process().name not in ("MainProcess", KERNEL)
+    return not (is_worker or "SUBMITIT_EXECUTOR" in os.environ or os.environ.get(SHARED))
 
 
 def results(work: Callable[[Any], Any], specs: list, workers: int) -> Iterator[tuple[int, Any]]:
@@ -119,7 +126,7 @@ def _processes(work: Callable[[Any], Any], specs: list, workers: int) -> Iterato
 
     def attempt(spec: Any) -> Any:
         if own.pool is None:
-            with starts, _environment({"CUDA_VISIBLE_DEVICES": gpus[own.number % len(gpus)]} if gpus else {}):
+            with starts, environment({"CUDA_VISIBLE_DEVICES": gpus[own.number % len(gpus)]} if gpus else {}):
                 own.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker)
                 own.pool.submit(int)  # starts the process
             pools.append(own.pool)
@@ -152,7 +159,7 @@ def _gpus() -> list[str]:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
     """With these variables, for a process that is started now."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -15,11 +15,12 @@ import pandas as pd
 import pytest
 import slurm_cluster
 import test_runs
+import torch
 from tasks import Task, work
 from test_runs import DECODING, HELD_OUT, PROMPTS, weights
 from transformers import TrainerCallback
 
-from tasft_lib import cli
+from tasft_lib import cli, models
 from tasft_lib.evaluation.rates import rates_table
 from tasft_lib.experiments import answers, arms, designs, engine, methods, status
 from tasft_lib.experiments.answers import measure_all, run_all
@@ -66,6 +67,31 @@ def test_each_worker_has_a_gpu_to_itself(monkeypatch):
     monkeypatch.setattr(engine, "_start_worker", None)  # imports take seconds; a worker that is spawned needs none
     done = dict(engine.results(work, [Task("device")] * 2, 2))
     assert set(done.values()) <= {"5", "7"} and "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_real_model_that_is_alone_takes_all_cores(spec, monkeypatch):
+    monkeypatch.setattr(models, "CORES", 3)
+
+    def threads(arm) -> int:
+        arms.load_model(arm)
+        return torch.get_num_threads()
+
+    try:
+        assert threads(spec) == 3
+        assert threads(replace(spec, model="miniworld-smoke")) == 1  # its bytes are the same everywhere
+        assert threads(spec) == 3
+        monkeypatch.setenv(engine.SHARED, "1")
+        assert threads(spec) == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_worker_and_a_job_are_not_alone(monkeypatch):
+    alone = [Task("alone")] * 2
+    assert {result for _, result in engine.results(work, alone, 1)} == {"True"}
+    assert {result for _, result in engine.results(work, alone, 2)} == {"False"}
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    assert not engine.is_alone()
 
 
 def test_an_arm_that_fails_leaves_a_record_until_it_is_whole(spec, monkeypatch):

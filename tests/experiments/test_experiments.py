@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from tasft_lib import generation
-from tasft_lib.experiments import designs, reproduce, settings
+from tasft_lib.experiments import designs, engine, reproduce, settings
 from tasft_lib.experiments import rows as rows_module
 from tasft_lib.experiments.study import Study
 from tasft_lib.records import sources
@@ -203,6 +203,15 @@ def test_the_report_is_made_where_the_figures_went(tmp_path, monkeypatch):
     built = []
     reproduce.reproduce("smoke", ["method"])
     assert built == [tmp_path / "figures" / "smoke"]
+
+
+def test_a_notebook_knows_whether_another_one_runs_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(report, "build", lambda *_: "")
+    alone = {}
+    monkeypatch.setattr(reproduce, "execute", lambda job: alone.update({job.name: engine.is_alone()}))
+    reproduce.reproduce("smoke", ["build_unsafe_set", "safety", "method"])
+    assert alone == {"build_unsafe_set": True, "safety": False, "method": False} and engine.is_alone()
 
 
 def test_outside_the_project_it_is_said_where_to_go(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from conftest import build_model, make_rows
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from trl.trainer import utils
 
 from tasft_lib import generation
 from tasft_lib.evaluation import worlds
@@ -89,6 +90,29 @@ def test_a_killed_run_resumes_and_ends_as_the_straight_run(order, spec, tmp_path
     assert arms.read_manifest(spec)["resumed_from"] == "checkpoint-9"
     resumed = weights(spec)
     assert all(resumed[name].equal(expected[name]) for name in expected)
+
+
+def test_trl_scores_few_words_at_a_time_which_changes_no_more_than_rounding(spec, monkeypatch):
+    head, words = utils._ChunkedLogProbFunction, []
+
+    class Head:
+        @staticmethod
+        def apply(hidden, weight, bias, targets, temperature, at_a_time, *options):
+            words.append(at_a_time)
+            return head.apply(hidden, weight, bias, targets, temperature, at_a_time, *options)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Head)
+    monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32_768)
+    plain = replace(spec, method="sft", unsafe=None, n_unsafe=None)
+    arms.train(plain)
+    whole = weights(plain)
+    assert set(words) == {8192}
+    monkeypatch.setattr(arms, "HEAD_WORDS", 3)
+    shutil.rmtree(plain.folder)
+    arms.train(plain)
+    assert set(words) == {8192, 3}
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)
 
 
 def test_benign_rows_that_max_length_would_cut_are_left_out_before_the_draw_and_counted(spec, tokenizer):
