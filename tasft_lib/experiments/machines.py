@@ -54,7 +54,14 @@ def main(argv: list[str]) -> None:
     out = Path(os.environ.get("TASFT_FIGURES") or files.project_root() / "figures")
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "machines.csv", index=False)
-    told = {name: {"environment": MACHINES[name], "weights": weights(runs[name], figures[name])} for name in MACHINES}
+    told = {
+        name: {
+            "environment": MACHINES[name],
+            "weights": weights(runs[name], figures[name]),
+            "commits": {notebook: manifest["commit"] for notebook, manifest in _manifests(figures[name]).items()},
+        }
+        for name in MACHINES
+    }
     record = {"parameters": parameters(list(figures.values())), "machines": told, "files": ["machines.csv"]}
     files.write_json(out / "machines_manifest.json", record | files.environment())
     print(table.to_string(index=False), *changed(table), sep="\n")
@@ -106,7 +113,10 @@ def parameters(folders: list[Path]) -> dict[str, dict]:
 
 def _manifests(folder: Path) -> dict[str, dict]:
     """Notebook -> its manifest."""
-    return {file.name.removesuffix("_manifest.json"): files.read_json(file) for file in folder.glob("*_manifest.json")}
+    return {
+        file.name.removesuffix("_manifest.json"): files.read_json(file)
+        for file in sorted(folder.glob("*_manifest.json"))
+    }
 
 
 def _verdicts(profile: str, folder: Path) -> dict[tuple[str, str], str]:
