@@ -1,9 +1,10 @@
 """Verdicts and headline rates of a profile on four machines, three of them emulated: `make machines`.
 
-    python -m tasft_lib.experiments.machines [--machines NAME ...] [options of tasft reproduce]
+    python -m tasft_lib.experiments.machines [--machines [NAME ...]] [options of tasft reproduce]
 
 Emulated machines have folders of their own in runs/machines; a killed run goes on. Leaves figures/machines.csv and its
-manifest: of every notebook that has been run on a machine, by this call or an earlier one.
+manifest: of every notebook that has been run on a machine, by this call or an earlier one. `--machines` without a name
+runs nothing and writes them again.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("machines", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--notebooks", nargs="+", default=NOTEBOOKS)
-    parser.add_argument("--machines", nargs="+", default=list(MACHINES), choices=MACHINES, metavar="NAME")
+    parser.add_argument("--machines", nargs="*", default=list(MACHINES), choices=MACHINES, metavar="NAME")
     args, options = parser.parse_known_args(argv)
     command = ["reproduce", "--profile", args.profile, "--notebooks", *args.notebooks, *options]
     own = {name: runs_folder() / "machines" / name.replace(" ", "_") for name in MACHINES}

@@ -100,4 +100,6 @@ def test_a_machine_may_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(machines, "subprocess", run)
     monkeypatch.setattr(machines, "compared", lambda profile, made: pd.DataFrame({"kind": ["harm"], "name": ["SFT"]}))
     machines.main(["--machines", "MKL, compatible", "as it is"])
+    machines.main(["--machines"])
     assert calls == ["COMPATIBLE", None]
+    assert (tmp_path / "figures" / "machines.csv").exists()
