@@ -1,7 +1,7 @@
 # Everything runs in .venv, made on first use from the pins in constraints.txt.
 #   make reproduce [PROFILE=mini] [NB=safety] [SEEDS=3] [ARGS=...]   notebooks by papermill -> figures/<profile>, report
 #   make pocket [DATA=folder] [NB=...]                               a real 135M language model on a laptop, the headline of README
-#   make machines [PROFILE=mini] [SEEDS=3]                           the verdicts on four CPUs, three of them emulated -> figures/machines.csv
+#   make machines [PROFILE=mini] [SEEDS=3]                           the verdicts of eight notebooks on four CPUs, three of them emulated -> figures/machines.csv
 #   make test                                                        ruff, tests, every notebook at the smoke profile under nbval
 #   make lab                                                         JupyterLab with the right kernel, on copies in lab/
 PYTHON  ?= python3

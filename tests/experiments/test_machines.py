@@ -7,7 +7,7 @@ import pytest
 from test_tables import judged
 
 from tasft_lib.evaluation.rates import summary
-from tasft_lib.experiments import machines
+from tasft_lib.experiments import machines, settings
 from tasft_lib.storage import files
 
 
@@ -30,6 +30,7 @@ def test_a_row_for_each_verdict_that_was_run_and_for_each_end_of_a_method(folder
     few = ("verdict", "F3: with few examples EMD holds where NLCL fails")
     assert table.loc[few].tolist() == ["reproduced", "open"]
     assert [name for kind, name in table.index if kind == "verdict"] == [few[1]]
+    assert "EMD n = 20 90.0 % of 100" in table.loc[("evidence", few[1]), "there"]
     assert table.loc[("harm", "EMD, 20 unsafe rows")].tolist() == [
         "0.0 % of 100 (0.0-3.7), seeds 0.0-0.0",
         "90.0 % of 100 (82.6-94.5), seeds 90.0-90.0",
@@ -46,7 +47,7 @@ def test_a_verdict_changes_unless_it_is_open(folders):
 
 
 def test_the_hash_of_the_weights_is_of_the_arms_that_manifests_name(tmp_path):
-    def hashed(content: str) -> str:
+    def hashed(content: str) -> dict[str, str]:
         folder = tmp_path / "runs" / "arms" / "emd-1" / "trainer" / "checkpoint-7"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{content}.txt").touch()
@@ -55,7 +56,18 @@ def test_the_hash_of_the_weights_is_of_the_arms_that_manifests_name(tmp_path):
         return machines.weights(tmp_path / "runs", tmp_path)
 
     files.write_json(tmp_path / "safety_manifest.json", {"arms": {"emd-1": {"steps": 7}}})
-    assert hashed("a") == hashed("a") != hashed("b")
+    assert hashed("a") == hashed("a") != hashed("b") and list(hashed("a")) == ["safety"]
+
+
+def test_what_a_notebook_was_given_stands_in_the_manifest_and_is_the_same_on_all_machines(tmp_path):
+    for name, sizes in (("here", [60]), ("there", [60]), ("elsewhere", [100])):
+        told = vars(settings.load("jailbreak", "mini", {"sizes": sizes}))
+        (tmp_path / name).mkdir()
+        files.write_json(tmp_path / name / "jailbreak_manifest.json", {"parameters": told})
+    here, there, elsewhere = (tmp_path / name for name in ("here", "there", "elsewhere"))
+    assert machines.parameters([here, there, tmp_path / "not run"]) == {"jailbreak": {"sizes": [60]}}
+    with pytest.raises(ValueError, match="jailbreak was run with other parameters"):
+        machines.parameters([here, elsewhere])
 
 
 def test_each_machine_runs_the_same_command_in_folders_of_its_own(tmp_path, monkeypatch, folders):
@@ -78,3 +90,16 @@ def test_each_machine_runs_the_same_command_in_folders_of_its_own(tmp_path, monk
         assert len({env[place] for _, env in calls}) == 4
     told = files.read_json(tmp_path / "figures" / "machines_manifest.json")
     assert told["files"] == ["machines.csv"] and list(told["machines"]) == list(machines.MACHINES)
+
+
+def test_a_machine_may_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("TASFT_FIGURES", str(tmp_path / "figures"))
+    calls = []
+    run = SimpleNamespace(run=lambda command, env, check: calls.append(env.get("MKL_CBWR")))
+    monkeypatch.setattr(machines, "subprocess", run)
+    monkeypatch.setattr(machines, "compared", lambda profile, made: pd.DataFrame({"kind": ["harm"], "name": ["SFT"]}))
+    machines.main(["--machines", "MKL, compatible", "as it is"])
+    machines.main(["--machines"])
+    assert calls == ["COMPATIBLE", None]
+    assert (tmp_path / "figures" / "machines.csv").exists()
