@@ -1,5 +1,6 @@
 """Contaminated fine-tuning sets whose harmful rows are known, and the arms trained on what a filter makes of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,8 @@ from .rows import pairs, training_rows
 from .specs import ArmSpec
 from .study import Study
 
+# What pooling is chosen from, in `pooling_table`.
+CHOICES = (*((pooling,) for pooling in POOLINGS), ("last", "mean"), POOLINGS)
 HARVESTED = "harvested"  # the `contamination_source` that is the study's own benign rows and harvested unsafe ones
 
 
@@ -256,8 +259,9 @@ def detectors(
     labelled = _contaminated(study, config.n_labelled, 0.5, seed=seed + 1000, n_safe=n_labelled_safe, without=rows)
     unsafe = labelled.select(np.flatnonzero(is_harmful(labelled)))
     layer = config.layer or middle_layer(base[0])
-    last, mean = embed(study, concatenate_datasets([rows, labelled]), [layer], base).transpose(1, 0, 2)
-    read = (last if config.pooling == "last" else mean)[:n]
+    pooled = embed(study, concatenate_datasets([rows, labelled]), [layer], base).transpose(1, 0, 2)
+    by_pooling = dict(zip(POOLINGS, pooled, strict=True))
+    read, mean = by_pooling[config.pooling][:n], by_pooling["mean"]
 
     def saft(n_directions: int) -> np.ndarray:
         return SAFTFitter(n_directions).update(read).filter.scores(read)
@@ -302,6 +306,31 @@ def layer_table(study: Study, rows: Dataset, directions: tuple[int, ...]) -> pd.
         for name, values in (scores | {"probe": row_detectors.logistic_probe(z, harmful)}).items():
             auroc = row_detectors.measures(harmful, values)["auroc"]
             found.append({"layer": layer, "pooling": pooling, "detector": name, "auroc": auroc})
+    return pd.DataFrame(found)
+
+
+def pooling_table(study: Study, contaminations: list[float]) -> pd.DataFrame:
+    """AUROC by the poolings there are to choose from, on `n_draws` sets and known harmful rows of each seed.
+
+    Columns seed, draw, contamination, n, n_harmful; labels, choice (of `CHOICES`); layer, pooling, k, scoring; auroc.
+    Without labels SAFT reads the study's layer with `n_directions`. With them, `n_labelled` / 2 harmful rows that are
+    not in the set, the setting is the search's of the choice (`find.choose_setting`).
+    """
+    config, draws, found = study.config, range(study.config.n_draws), []
+    for seed in study.seeds:
+        base = load_model(study.plain(seed)[0])
+        layers = list(range(1, n_layers(base[0]) + 1))
+        unlabelled = (config.layer or middle_layer(base[0]), config.n_directions)
+        sets = {key: _set_and_known(study, key[1], seed=seed + 2000 * key[0]) for key in product(draws, contaminations)}
+        read = _embed_once(study, [part for both in sets.values() for part in both], layers, base)
+        for (draw, contamination), (rows, known) in tqdm(
+            sets.items(), desc="draws", unit="set", disable=not files.show_progress()
+        ):
+            harmful = is_harmful(rows)
+            drawn = {"seed": seed, "draw": draw, "contamination": contamination}
+            drawn |= {"n": len(rows), "n_harmful": int(harmful.sum())}
+            columns = list(product(layers, POOLINGS))
+            found += [drawn | row for row in _by_choice(read(rows), read(known), harmful, columns, *unlabelled)]
     return pd.DataFrame(found)
 
 
@@ -361,9 +390,9 @@ def is_harmful(rows: Dataset) -> np.ndarray:
 
 
 def embed(study: Study, rows: Dataset, layers: list[int], base: tuple) -> np.ndarray:
-    """`activations` of the rows in both poolings, kept in runs/activations: `[n, layers · 2, d]`; `base` makes them."""
+    """`activations` by `base` of the rows in all `POOLINGS`, kept in runs/activations: `[n, layers · poolings, d]`."""
     described = [files.model_identity(base[0].name_or_path), study.sft.model_revision, study.sft.dtype]
-    described += [study.sft.load_in_4bit, data.fingerprint(rows), layers]
+    described += [study.sft.load_in_4bit, data.fingerprint(rows), layers, POOLINGS]
     return activations(
         *base,
         rows,
@@ -373,6 +402,48 @@ def embed(study: Study, rows: Dataset, layers: list[int], base: tuple) -> np.nda
         file=runs_folder() / "activations" / f"{files.content_hash(described)}.f32",
         progress=files.show_progress(),
     )
+
+
+def _set_and_known(study: Study, contamination: float, *, seed: int) -> tuple[Dataset, Dataset]:
+    """A contaminated set, and `n_labelled` / 2 harmful rows that are not in it."""
+    rows = _contaminated(study, study.config.n_rows, contamination, seed=seed)
+    labelled = _contaminated(study, study.config.n_labelled, 0.5, seed=seed + 1000, without=rows)
+    return rows, labelled.select(np.flatnonzero(is_harmful(labelled)))
+
+
+def _embed_once(study: Study, parts: list[Dataset], layers: list[int], base: tuple) -> Callable[[Dataset], np.ndarray]:
+    """`embed` of any of the parts; a row that is in several of them is read once."""
+    rows = concatenate_datasets(parts)
+    numbers = {pair: i for i, pair in enumerate(pairs(rows))}
+    embedded = embed(study, rows.select(list(numbers.values())), layers, base)
+    place = {pair: i for i, pair in enumerate(numbers)}
+    return lambda part: embedded[[place[pair] for pair in pairs(part)]]
+
+
+def _by_choice(
+    rows: np.ndarray, known: np.ndarray, harmful: np.ndarray, columns: list[tuple], layer: int, n_directions: int
+) -> list[dict]:
+    """Rows of `pooling_table` for one set, from activations `[n, columns, d]` of it and of known harmful rows."""
+    validation = Dataset.from_dict({"label": [False] * len(known)})
+    search = find.Search(contamination=harmful.mean(), validation=validation)
+    best = [find.best_scoring(rows[:, i], known[:, i], search) for i in range(len(columns))]
+
+    def row(choice: tuple[str, ...], column: int, k: int, scoring: find.Scoring, labels: int) -> dict:
+        z, fitter = rows[:, column], SAFTFitter(k).update(rows[:, column])
+        saft, _ = find.scored(fitter, fitter.filter, scoring, known[:, column], search.harmful)
+        setting = dict(zip(("layer", "pooling"), columns[column], strict=True)) | {"k": k, "scoring": str(scoring)}
+        auroc = row_detectors.measures(harmful, saft.scores(z))["auroc"]
+        return {"labels": labels, "choice": ", ".join(choice), **setting, "auroc": auroc}
+
+    found = []
+    for choice in CHOICES:
+        if len(choice) == 1:
+            column = columns.index((layer, *choice))
+            found.append(row(choice, column, n_directions, find.Scoring.BOTH_SIDES, 0))
+        among = [i for i, (_, pooling) in enumerate(columns) if pooling in choice]
+        column = max(among, key=lambda i: best[i][2])
+        found.append(row(choice, column, *best[column][:2], len(known)))
+    return found
 
 
 def _contaminated(

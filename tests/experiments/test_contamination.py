@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from tasft_lib.experiments import arms, harmful_data_filter, settings
+from tasft_lib.experiments import arms, harmful_data_filter, row_detectors, settings
 from tasft_lib.experiments.rows import training_rows
 from tasft_lib.experiments.study import Study
 from tasft_lib.judges import miniworld
 from tasft_lib.miniworld import FAMILIES, toxic_prompts
+from tasft_lib.saft.find import Search, find_harmful
 from tasft_lib.storage.files import project_root
 
 SOURCE = ("miniworld", 200)
@@ -123,6 +124,26 @@ def test_arms_get_the_rows_with_the_highest_scores_and_no_labels(study):
     _, arm = trained[2]
     benign, unsafe = training_rows(arm)
     assert (len(benign), len(unsafe)) == (arm.n_benign, arm.n_unsafe)
+
+
+def test_poolings_are_compared_on_the_same_sets_by_what_the_search_would_choose(study):
+    """The wider a choice, the better its labelled rows are set apart; one set's AUROC is that of `find_harmful`."""
+    table = harmful_data_filter.pooling_table(study, [0.2])
+    few = study.config.n_labelled // 2
+    assert table["choice"].tolist() == ["last"] * 2 + ["mean"] * 2 + ["start"] * 2 + ["last, mean", "last, mean, start"]
+    assert table["labels"].tolist() == [0, few] * 3 + [few] * 2
+    assert (table["n_harmful"] == round(0.2 * study.config.n_rows)).all()
+    rows, known = harmful_data_filter._set_and_known(study, 0.2, seed=0)
+    assert len(known) == few and harmful_data_filter.is_harmful(known).all()
+    base = arms.load_model(study.sft)
+    share = harmful_data_filter.is_harmful(rows).mean()
+    for choice, labels, pooling in (("start", 0, "start"), ("start", few, "start"), ("last, mean, start", few, None)):
+        search = Search(contamination=share, pooling=pooling, validation=known if labels else None)
+        saft, scores = find_harmful(*base, rows, search, batch_size=16, progress=False)
+        (row,) = table[(table["choice"] == choice) & (table["labels"] == labels)].to_dict("records")
+        assert (row["layer"], row["pooling"], row["k"]) == (saft.layer, saft.pooling, len(saft.directions))
+        truth = harmful_data_filter.is_harmful(rows)
+        assert row["auroc"] == pytest.approx(row_detectors.measures(truth, scores)["auroc"], abs=0.005)
 
 
 def test_steering_is_that_of_the_filter(study):
