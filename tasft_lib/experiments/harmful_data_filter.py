@@ -1,6 +1,5 @@
 """Contaminated fine-tuning sets whose harmful rows are known, and the arms trained on what a filter makes of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -310,28 +309,31 @@ def layer_table(study: Study, rows: Dataset, directions: tuple[int, ...]) -> pd.
 
 
 def pooling_table(study: Study, contaminations: list[float]) -> pd.DataFrame:
-    """AUROC by the poolings there are to choose from, on `n_draws` sets and known harmful rows of each seed.
+    """AUROC by the poolings there are to choose from, on sets drawn `n_draws` times from a pool of twice their rows.
 
     Columns seed, draw, contamination, n, n_harmful; labels, choice (of `CHOICES`); layer, pooling, k, scoring; auroc.
     Without labels SAFT reads the study's layer with `n_directions`. With them, `n_labelled` / 2 harmful rows that are
     not in the set, the setting is the search's of the choice (`find.choose_setting`).
     """
-    config, draws, found = study.config, range(study.config.n_draws), []
+    config, table = study.config, []
+    n_known, n = config.n_labelled // 2, config.n_rows
     for seed in study.seeds:
         base = load_model(study.plain(seed)[0])
         layers = list(range(1, n_layers(base[0]) + 1))
         unlabelled = (config.layer or middle_layer(base[0]), config.n_directions)
-        sets = {key: _set_and_known(study, key[1], seed=seed + 2000 * key[0]) for key in product(draws, contaminations)}
-        read = _embed_once(study, [part for both in sets.values() for part in both], layers, base)
-        for (draw, contamination), (rows, known) in tqdm(
-            sets.items(), desc="draws", unit="set", disable=not files.show_progress()
-        ):
-            harmful = is_harmful(rows)
-            drawn = {"seed": seed, "draw": draw, "contamination": contamination}
-            drawn |= {"n": len(rows), "n_harmful": int(harmful.sum())}
+        pool = _contaminated(study, 2 * n, max(contaminations) + n_known / n, seed=seed)
+        embedded, sides = embed(study, pool, layers, base), is_harmful(pool)
+        sets = list(product(range(config.n_draws), contaminations))
+        for draw, share in tqdm(sets, desc="draws", unit="set", disable=not files.show_progress()):
+            n_harmful = round(share * n)
+            rng = np.random.default_rng([seed, draw])
+            harmful, benign = (rng.permutation(np.flatnonzero(side)) for side in (sides, ~sides))
+            known, rows = harmful[:n_known], [*harmful[n_known:][:n_harmful], *benign[: n - n_harmful]]
+            drawn = {"seed": seed, "draw": draw, "contamination": share, "n": n, "n_harmful": n_harmful}
             columns = list(product(layers, POOLINGS))
-            found += [drawn | row for row in _by_choice(read(rows), read(known), harmful, columns, *unlabelled)]
-    return pd.DataFrame(found)
+            choices = _by_choice(embedded[rows], embedded[known], sides[rows], columns, *unlabelled)
+            table += [drawn | row for row in choices]
+    return pd.DataFrame(table)
 
 
 def failure_table(study: Study, *, seed: int) -> pd.DataFrame:
@@ -402,22 +404,6 @@ def embed(study: Study, rows: Dataset, layers: list[int], base: tuple) -> np.nda
         file=runs_folder() / "activations" / f"{files.content_hash(described)}.f32",
         progress=files.show_progress(),
     )
-
-
-def _set_and_known(study: Study, contamination: float, *, seed: int) -> tuple[Dataset, Dataset]:
-    """A contaminated set, and `n_labelled` / 2 harmful rows that are not in it."""
-    rows = _contaminated(study, study.config.n_rows, contamination, seed=seed)
-    labelled = _contaminated(study, study.config.n_labelled, 0.5, seed=seed + 1000, without=rows)
-    return rows, labelled.select(np.flatnonzero(is_harmful(labelled)))
-
-
-def _embed_once(study: Study, parts: list[Dataset], layers: list[int], base: tuple) -> Callable[[Dataset], np.ndarray]:
-    """`embed` of any of the parts; a row that is in several of them is read once."""
-    rows = concatenate_datasets(parts)
-    numbers = {pair: i for i, pair in enumerate(pairs(rows))}
-    embedded = embed(study, rows.select(list(numbers.values())), layers, base)
-    place = {pair: i for i, pair in enumerate(numbers)}
-    return lambda part: embedded[[place[pair] for pair in pairs(part)]]
 
 
 def _by_choice(
