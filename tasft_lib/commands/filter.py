@@ -30,8 +30,7 @@ def main(argv: list[str]) -> None:
                         "--contamination")  # fmt: skip
     add_source(parser, "--validation", prefix="validation_")
     parser.add_argument("--layer", type=int, help="from 1 (default: the middle one)")
-    parser.add_argument("--pooling", choices=("last", "mean", "start"), help="the last token (default), or the mean "
-                        "over the answer's tokens or over its first 4")  # fmt: skip
+    parser.add_argument("--pooling", choices=("last", "mean"), help="over tokens (default: last)")
     parser.add_argument("--n_directions", type=int, help="singular vectors of the score (default: 4)")
     parser.add_argument("--steer", type=float, default=0.0, help="-1 to 1: drop less or more than that threshold says")
     parser.add_argument("--prompt_template", choices=TEMPLATES, help="of text; chat makes messages of it (default: "

@@ -26,8 +26,6 @@ from .rows import pairs, training_rows
 from .specs import ArmSpec
 from .study import Study
 
-# What pooling is chosen from, in `pooling_table`.
-CHOICES = (*((pooling,) for pooling in POOLINGS), ("last", "mean"), POOLINGS)
 HARVESTED = "harvested"  # the `contamination_source` that is the study's own benign rows and harvested unsafe ones
 
 
@@ -258,9 +256,8 @@ def detectors(
     labelled = _contaminated(study, config.n_labelled, 0.5, seed=seed + 1000, n_safe=n_labelled_safe, without=rows)
     unsafe = labelled.select(np.flatnonzero(is_harmful(labelled)))
     layer = config.layer or middle_layer(base[0])
-    pooled = embed(study, concatenate_datasets([rows, labelled]), [layer], base).transpose(1, 0, 2)
-    by_pooling = dict(zip(POOLINGS, pooled, strict=True))
-    read, mean = by_pooling[config.pooling][:n], by_pooling["mean"]
+    last, mean = embed(study, concatenate_datasets([rows, labelled]), [layer], base).transpose(1, 0, 2)
+    read = (last if config.pooling == "last" else mean)[:n]
 
     def saft(n_directions: int) -> np.ndarray:
         return SAFTFitter(n_directions).update(read).filter.scores(read)
@@ -306,34 +303,6 @@ def layer_table(study: Study, rows: Dataset, directions: tuple[int, ...]) -> pd.
             auroc = row_detectors.measures(harmful, values)["auroc"]
             found.append({"layer": layer, "pooling": pooling, "detector": name, "auroc": auroc})
     return pd.DataFrame(found)
-
-
-def pooling_table(study: Study, contaminations: list[float]) -> pd.DataFrame:
-    """AUROC by the poolings there are to choose from, on sets drawn `n_draws` times from a pool of twice their rows.
-
-    Columns seed, draw, contamination, n, n_harmful; labels, choice (of `CHOICES`); layer, pooling, k, scoring; auroc.
-    Without labels SAFT reads the study's layer with `n_directions`. With them, `n_labelled` / 2 harmful rows that are
-    not in the set, the setting is the search's of the choice (`find.choose_setting`).
-    """
-    config, table = study.config, []
-    n_known, n = config.n_labelled // 2, config.n_rows
-    for seed in study.seeds:
-        base = load_model(study.plain(seed)[0])
-        layers = list(range(1, n_layers(base[0]) + 1))
-        unlabelled = (config.layer or middle_layer(base[0]), config.n_directions)
-        pool = _contaminated(study, 2 * n, max(contaminations) + n_known / n, seed=seed)
-        embedded, sides = embed(study, pool, layers, base), is_harmful(pool)
-        sets = list(product(range(config.n_draws), contaminations))
-        for draw, share in tqdm(sets, desc="draws", unit="set", disable=not files.show_progress()):
-            n_harmful = round(share * n)
-            rng = np.random.default_rng([seed, draw])
-            harmful, benign = (rng.permutation(np.flatnonzero(side)) for side in (sides, ~sides))
-            known, rows = harmful[:n_known], [*harmful[n_known:][:n_harmful], *benign[: n - n_harmful]]
-            drawn = {"seed": seed, "draw": draw, "contamination": share, "n": n, "n_harmful": n_harmful}
-            columns = list(product(layers, POOLINGS))
-            choices = _by_choice(embedded[rows], embedded[known], sides[rows], columns, *unlabelled)
-            table += [drawn | row for row in choices]
-    return pd.DataFrame(table)
 
 
 def failure_table(study: Study, *, seed: int) -> pd.DataFrame:
@@ -392,9 +361,9 @@ def is_harmful(rows: Dataset) -> np.ndarray:
 
 
 def embed(study: Study, rows: Dataset, layers: list[int], base: tuple) -> np.ndarray:
-    """`activations` by `base` of the rows in all `POOLINGS`, kept in runs/activations: `[n, layers · poolings, d]`."""
+    """`activations` of the rows in both poolings, kept in runs/activations: `[n, layers · 2, d]`; `base` makes them."""
     described = [files.model_identity(base[0].name_or_path), study.sft.model_revision, study.sft.dtype]
-    described += [study.sft.load_in_4bit, data.fingerprint(rows), layers, POOLINGS]
+    described += [study.sft.load_in_4bit, data.fingerprint(rows), layers]
     return activations(
         *base,
         rows,
@@ -404,32 +373,6 @@ def embed(study: Study, rows: Dataset, layers: list[int], base: tuple) -> np.nda
         file=runs_folder() / "activations" / f"{files.content_hash(described)}.f32",
         progress=files.show_progress(),
     )
-
-
-def _by_choice(
-    rows: np.ndarray, known: np.ndarray, harmful: np.ndarray, columns: list[tuple], layer: int, n_directions: int
-) -> list[dict]:
-    """Rows of `pooling_table` for one set, from activations `[n, columns, d]` of it and of known harmful rows."""
-    validation = Dataset.from_dict({"label": [False] * len(known)})
-    search = find.Search(contamination=harmful.mean(), validation=validation)
-    best = [find.best_scoring(rows[:, i], known[:, i], search) for i in range(len(columns))]
-
-    def row(choice: tuple[str, ...], column: int, k: int, scoring: find.Scoring, labels: int) -> dict:
-        z, fitter = rows[:, column], SAFTFitter(k).update(rows[:, column])
-        saft, _ = find.scored(fitter, fitter.filter, scoring, known[:, column], search.harmful)
-        setting = dict(zip(("layer", "pooling"), columns[column], strict=True)) | {"k": k, "scoring": str(scoring)}
-        auroc = row_detectors.measures(harmful, saft.scores(z))["auroc"]
-        return {"labels": labels, "choice": ", ".join(choice), **setting, "auroc": auroc}
-
-    found = []
-    for choice in CHOICES:
-        if len(choice) == 1:
-            column = columns.index((layer, *choice))
-            found.append(row(choice, column, n_directions, find.Scoring.BOTH_SIDES, 0))
-        among = [i for i, (_, pooling) in enumerate(columns) if pooling in choice]
-        column = max(among, key=lambda i: best[i][2])
-        found.append(row(choice, column, *best[column][:2], len(known)))
-    return found
 
 
 def _contaminated(

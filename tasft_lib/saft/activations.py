@@ -20,8 +20,7 @@ from ..records import forms, tokens
 from ..storage.files import progress_bar
 from ..storage.integrity import is_sealed, is_there, seal
 
-POOLINGS = ("last", "mean", "start")
-START = 4  # tokens of the completion that "start" reads: whether it complies or refuses shows in the first few
+POOLINGS = ("last", "mean")
 WINDOW = 64  # batches that are tokenised, sorted by length and written together
 LOGITS = 2**28  # of a batch at once, 1 GB in float32: of a small model they take more memory than all the rest
 
@@ -64,8 +63,8 @@ def activations(
             reads them for training, but text without the end token.
         layers: 1 to `n_layers(model)`; the first setting is (layers[0], poolings[0]), the second (layers[0],
             poolings[1]).
-        poolings: "last" (the paper's reading: the last token), "mean" (over the completion's tokens) and "start" (over
-            its first `START`); the last token where none of the completion is left within `max_length`.
+        poolings: "last" (the paper's reading: the last token) and "mean" (over the completion's tokens; the last one
+            where none of them is left within `max_length`).
         max_length: tokens read of a row, from its start; by default the model's context.
         file: file the result is appended to, so that a run that was cut off goes on from there and a complete one is
             read back; the result is then a view of the file. Name it after all that determines the content, and let one
@@ -243,14 +242,11 @@ def _batches(
 
 
 def _pool(states: Tensor, pooling: str, starts: Tensor, mask: Tensor) -> Tensor:
-    """`[B, d]` in float32 from `[B, T, d]`: the last token of the mask, or the mean from `starts`, there or earlier."""
+    """`[B, d]` in float32 from `[B, T, d]`: the last token of the mask, or the mean from `starts` to there."""
     starts, mask = starts.to(states.device), mask.to(states.device)
     if pooling == "last":
         return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1].float()
-    places = torch.arange(states.size(1), device=states.device)
-    inside = mask & (places >= starts[:, None])
-    if pooling == "start":
-        inside &= places < starts[:, None] + START
+    inside = mask & (torch.arange(states.size(1), device=states.device) >= starts[:, None])
     return (states.float() * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
 
 

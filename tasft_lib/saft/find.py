@@ -235,7 +235,7 @@ def best_scoring(rows: np.ndarray, labelled: np.ndarray, search: Search) -> tupl
     best, winner = (-1.0, 0.0), None
     for k, scoring in (c for c in candidates if c[0] <= most):
         narrow = replace(widest, directions=widest.directions[:k], singular_values=widest.singular_values[:k])
-        saft, scores = scored(fitter, narrow, scoring, labelled, harmful)
+        saft, scores = _scored(fitter, narrow, scoring, labelled, harmful)
         benign = np.sort(saft.scores(rows))[:n_kept] if harmful.all() else scores[~harmful]
         apart = _apart(scores[harmful], benign)
         if apart > best:
@@ -252,7 +252,7 @@ def fit(read: Reader, rows: Dataset, setting: Setting, search: Search) -> Fit:
     saft, of_validation = fitter.filter, None
     if search.validation is not None:
         labelled = _finite(read(search.validation, [setting.layer], (setting.pooling,))[:, 0], "validation row")
-        saft, of_validation = scored(fitter, saft, setting.scoring, labelled, search.harmful)
+        saft, of_validation = _scored(fitter, saft, setting.scoring, labelled, search.harmful)
         by_labels = tuple(dict.fromkeys([*search.left_to_labels, *saft.chosen_with_labels]))
         saft = replace(saft, chosen_with_labels=by_labels)
     saft = replace(saft, layer=setting.layer, pooling=setting.pooling)
@@ -271,7 +271,7 @@ def choose_threshold(fitted: Fit, search: Search) -> SAFTFilter:
     return saft.steer(fitted.scores, search.steer)
 
 
-def scored(
+def _scored(
     fitter: SAFTFitter, saft: SAFTFilter, scoring: Scoring, labelled: np.ndarray, harmful: np.ndarray
 ) -> tuple[SAFTFilter, np.ndarray]:
     """The filter that scores so, and the labelled rows' scores by it."""

@@ -23,7 +23,6 @@ from .filter import SAFTFilter
 
 LENGTH_CORRELATION, LEAST_EXPLAINED = 0.5, 0.05
 USUAL_CONTAMINATION = (0.01, 0.5)
-POOLED = {"last": "last token", "mean": "mean over the answer", "start": "mean over the answer's first 4 tokens"}
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
@@ -58,7 +57,7 @@ def page(
         "kept": f"{(~dropped).sum():,}",
         "dropped": f"{dropped.sum():,} ({dropped.mean():.1%})",
         "threshold": f"{saft.threshold:.6g}, from {saft.threshold_from}",
-        "activations": f"layer {saft.layer}, {POOLED[saft.pooling]}",
+        "activations": f"layer {saft.layer}, {saft.pooling} token{'s' * (saft.pooling == 'mean')}",
         "scored by": directions,
         "chosen with labels": ", ".join(saft.chosen_with_labels) or "nothing",
         "variance explained": f"{saft.explained:.1%} by all directions, {_first_explains(saft):.1%} by the first",

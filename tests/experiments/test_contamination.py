@@ -7,12 +7,11 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from tasft_lib.experiments import arms, harmful_data_filter, row_detectors, settings
+from tasft_lib.experiments import arms, harmful_data_filter, settings
 from tasft_lib.experiments.rows import training_rows
 from tasft_lib.experiments.study import Study
 from tasft_lib.judges import miniworld
 from tasft_lib.miniworld import FAMILIES, toxic_prompts
-from tasft_lib.saft.find import Search, find_harmful
 from tasft_lib.storage.files import project_root
 
 SOURCE = ("miniworld", 200)
@@ -124,32 +123,6 @@ def test_arms_get_the_rows_with_the_highest_scores_and_no_labels(study):
     _, arm = trained[2]
     benign, unsafe = training_rows(arm)
     assert (len(benign), len(unsafe)) == (arm.n_benign, arm.n_unsafe)
-
-
-def test_poolings_are_compared_on_the_same_sets_by_what_the_search_would_choose(study, monkeypatch):
-    """AUROC is that of what `find_harmful` does with the rows of the set and the known ones."""
-    texts, compared = [], harmful_data_filter._by_choice
-    embed = harmful_data_filter.embed
-    monkeypatch.setattr(harmful_data_filter, "embed", lambda *a: texts.append(a[1]) or embed(*a))
-    of_sets = []
-    monkeypatch.setattr(harmful_data_filter, "_by_choice", lambda *a: of_sets.append(a) or compared(*a))
-    table = harmful_data_filter.pooling_table(study, [0.2])
-    (pool,), ((z, of_known, truth, *_),) = texts, of_sets
-    few, n = study.config.n_labelled // 2, study.config.n_rows
-    assert table["choice"].tolist() == ["last"] * 2 + ["mean"] * 2 + ["start"] * 2 + ["last, mean", "last, mean, start"]
-    assert table["labels"].tolist() == [0, few] * 3 + [few] * 2
-    assert len(z) == n and truth.sum() == round(0.2 * n) and (table["n_harmful"] == truth.sum()).all()
-    everything = embed(study, pool, [1, 2, 3], arms.load_model(study.sft))
-    places = [np.flatnonzero((everything == row).all((1, 2)))[0] for row in (*z, *of_known)]
-    assert len(set(places)) == n + few, "no known row is in the set"
-    rows, known = pool.select(places[:n]), pool.select(places[n:])
-    assert (harmful_data_filter.is_harmful(rows) == truth).all() and harmful_data_filter.is_harmful(known).all()
-    for choice, labels, pooling in (("start", 0, "start"), ("start", few, "start"), ("last, mean, start", few, None)):
-        search = Search(contamination=truth.mean(), pooling=pooling, validation=known if labels else None)
-        saft, scores = find_harmful(*arms.load_model(study.sft), rows, search, progress=False)
-        (row,) = table[(table["choice"] == choice) & (table["labels"] == labels)].to_dict("records")
-        assert (row["layer"], row["pooling"], row["k"]) == (saft.layer, saft.pooling, len(saft.directions))
-        assert row["auroc"] == pytest.approx(row_detectors.measures(truth, scores)["auroc"], abs=0.005)
 
 
 def test_steering_is_that_of_the_filter(study):

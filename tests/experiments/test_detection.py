@@ -102,18 +102,6 @@ def test_perfect_made_up_scores_and_impossible_ones():
         row_detectors.scores_of_quality(harmful, 0.4, seed=0)
 
 
-def test_each_choice_of_poolings_has_a_line_through_its_means():
-    draws = [
-        (choice, labels, c, c + 0.1 * i) for choice in "ab" for labels in (0, 20) for c in (0.3, 0.1) for i in (0, 1)
-    ]
-    table = pd.DataFrame(draws, columns=["choice", "labels", "contamination", "auroc"])
-    figure = figures.plot_poolings(table, caption="")
-    for axis, title in zip(figure.axes, ("without labels", "20 known harmful rows"), strict=True):
-        assert axis.get_title() == title
-        means = [line.get_ydata() for line in axis.lines if line.get_marker() == "_"]
-        assert len(means) == 2 and all(np.allclose(mean, [0.15, 0.35]) for mean in means)
-
-
 def test_lines_over_contamination_go_from_left_to_right_whatever_the_order_of_the_table():
     shares = [0.1, 0.3, 0.05, 0.2]
     ends = {f"{name}{end}": 0.5 for name in ("auroc", "precision") for end in ("", "_low", "_high")}

@@ -49,8 +49,7 @@ def by_hand(model, tokenizer, rows, layers, poolings, max_length=None):
         for layer in layers:
             for pooling in poolings:
                 start = len(ids) - 1 if pooling == "last" else min(len(prompt), len(ids) - 1)
-                stop = start + 4 if pooling == "start" else len(ids)
-                values.append(states[layer][0, start:stop].mean(0).numpy())
+                values.append(states[layer][0, start:].mean(0).numpy())
         found.append(values)
     return np.array(found)
 
@@ -59,23 +58,8 @@ def by_hand(model, tokenizer, rows, layers, poolings, max_length=None):
 def test_they_are_the_models_hidden_states_in_the_order_of_the_rows(make, tokenizer):
     model, rows = make(tokenizer), make_rows(21)
     found = activations(model, tokenizer, rows, layers=[2, 1], poolings=POOLINGS, batch_size=4, progress=False)
-    assert found.shape == (21, 2 * len(POOLINGS), 32) and found.dtype == np.float32
+    assert found.shape == (21, 4, 32) and found.dtype == np.float32
     np.testing.assert_allclose(found, by_hand(model, tokenizer, rows, [2, 1], POOLINGS), atol=1e-5)
-
-
-def test_the_start_is_that_of_the_answer_and_what_follows_it_does_not_matter(tokenizer):
-    """Four tokens of the answer and none of the prompt; of a shorter answer all of it."""
-    model, (p, *a) = llama(tokenizer), [" ".join(WORDS[i : i + 2]) + " " for i in range(0, 20, 2)]
-    answers = ["".join(a[:2]), "".join(a[:7]), "".join(a[:2]) + WORDS[50], a[0], "".join([*a[:1], *a[5:]])]
-    rows = Dataset.from_list([{"prompt": p, "completion": answer} for answer in answers])
-    settings = dict(layers=[2], poolings=("start", "mean"), batch_size=2, progress=False)
-    start, mean = activations(model, tokenizer, rows, **settings).transpose(1, 0, 2)
-    near = dict(atol=1e-5 * abs(start).max())
-    np.testing.assert_allclose(start[1:3], start[[0, 0]], **near)
-    np.testing.assert_allclose(start[[0, 3]], mean[[0, 3]], **near)
-    for i, j in ((0, 3), (0, 4)):
-        assert abs(start[i] - start[j]).max() > 1e-2 * abs(start).max()
-    assert abs(mean[1] - mean[0]).max() > 1e-2 * abs(mean).max()
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -114,7 +98,7 @@ def test_long_rows_are_cut_and_short_prompts_keep_their_place(max_length, tokeni
     assert lengths.tolist() == [len((r["prompt"] + r["completion"]).split()) for r in rows]
     full = [i for i, row in enumerate(rows) if len(row["prompt"].split()) >= max_length]
     assert bool(full) == (max_length == 5)
-    assert (found[full] == found[full][:, :1]).all() and np.isfinite(found).all()
+    assert (found[full, 0] == found[full, 1]).all() and np.isfinite(found).all()
 
 
 def test_rows_longer_than_the_context_are_cut_there(tokenizer):
@@ -246,7 +230,7 @@ def test_wrong_settings_are_named(tokenizer):
     for layer in (0, 4, -1):
         with pytest.raises(ValueError, match=f"layer {layer}: the model has the layers 1 to 3"):
             activations(model, tokenizer, rows, layers=[1, layer])
-    with pytest.raises(ValueError, match="pooling 'max' is none of last, mean, start"):
+    with pytest.raises(ValueError, match="pooling 'max' is none of last, mean"):
         activations(model, tokenizer, rows, layers=[1], poolings=("max",))
     rows = Dataset.from_list([{"prompt": "w1 ", "completion": "w2"}, {"prompt": "\u2003", "completion": "\u2003"}])
     with pytest.raises(ValueError, match="row 2: the tokenizer makes no token"):

@@ -18,7 +18,7 @@ from .arms import (
     plot_trade_off,
 )
 from .bench import plot_bench, plot_scaling
-from .filters import plot_detection, plot_layers, plot_poolings, plot_scores
+from .filters import plot_detection, plot_layers, plot_scores
 from .likelihoods import plot_costs, plot_depth, plot_preference, plot_preference_trade_off
 from .penalties import plot_bounds, plot_distance, plot_mass, plot_mean_cosines, plot_push, plot_push_by_part
 from .style import NAMES, save_figure
@@ -42,7 +42,6 @@ __all__ = [
     "plot_mean_cosines",
     "plot_outcomes",
     "plot_over",
-    "plot_poolings",
     "plot_preference",
     "plot_preference_trade_off",
     "plot_push",

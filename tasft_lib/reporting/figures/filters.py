@@ -53,30 +53,6 @@ def plot_layers(table: pd.DataFrame, *, caption: str) -> Figure:
     return finish(figure, axes[0], caption)
 
 
-def plot_poolings(table: pd.DataFrame, *, caption: str) -> Figure:
-    """AUROC by contamination, a panel by number of labels, a line through the means of each choice of poolings.
-
-    A dot is a drawn set; `table` from `harmful_data_filter.pooling_table`.
-    """
-    figure, axes = panels(2, 9, 3.6, sharey=True)
-    choices = list(dict.fromkeys(table["choice"]))
-    colours = dict(zip(choices, sns.color_palette("colorblind", len(choices)), strict=True))
-    shares = sorted(table["contamination"].unique())
-    for axis, (labels, part) in zip(axes, table.groupby("labels"), strict=True):
-        for i, choice in enumerate(choices):
-            rows = part[part["choice"] == choice]
-            places = pd.Series(range(len(shares)), shares) + 0.12 * (i - (len(choices) - 1) / 2)
-            axis.plot(rows["contamination"].map(places), rows["auroc"], ".", color=colours[choice], alpha=0.5)
-            means = rows.groupby("contamination")["auroc"].mean()
-            axis.plot(places[means.index], means, "_-", color=colours[choice], markersize=9, label=choice)
-        axis.axhline(0.5, color="black", linewidth=1, linestyle=(0, (4, 3)))
-        axis.set(title=f"{labels} known harmful rows" if labels else "without labels", xlabel="contamination")
-        axis.set_xticks(range(len(shares)), [f"{share:g}" for share in shares])
-        axis.set_ylim(top=1.03)
-    axes[0].set_ylabel("AUROC")
-    return finish(figure, axes[1], caption, columns=5)
-
-
 def plot_detection(table: pd.DataFrame, *, caption: str) -> Figure:
     """AUROC and precision by contamination, a line per detector, broken where it has labels; bootstrap whiskers.
 
