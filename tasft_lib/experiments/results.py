@@ -46,7 +46,10 @@ class Results:
     def record(self, **entries: Any) -> None:
         """Write `<notebook>_manifest.json`, what every number of the notebook traces to; prints the files' names."""
         names = sorted(set(self.names))
-        record = {"parameters": files.travelling(vars(self.config)), **entries, "files": names} | files.environment()
+        given = files.travelling(vars(self.config))
+        lists = {name: value for name, value in given.items() if isinstance(value, list)}
+        given |= {name: list(files.travelling(dict(enumerate(value))).values()) for name, value in lists.items()}
+        record = {"parameters": given, **entries, "files": names} | files.environment()
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write_json(self.folder / f"{self.config.notebook}_manifest.json", record)
         print(*(self.folder / name for name in names), sep="\n")

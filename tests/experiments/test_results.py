@@ -18,7 +18,8 @@ def figures(tmp_path, monkeypatch):
 
 
 def test_the_manifest_names_what_was_saved(figures, capsys):
-    leaves = results.Results(SimpleNamespace(profile="smoke", notebook="safety", benign=str(figures / "rows.json")))
+    own = {"benign": str(figures / "rows.json"), "task_files": [str(figures / "boolq.json")], "sizes": [20]}
+    leaves = results.Results(SimpleNamespace(profile="smoke", notebook="safety", **own))
     table = pd.DataFrame({"rate": [1 / 3, 0]})
     assert leaves.save(table, "table") is table
     figure = plt.figure()
@@ -28,7 +29,8 @@ def test_the_manifest_names_what_was_saved(figures, capsys):
     assert (figures / "safety_table.csv").read_text() == "rate\n0.333333\n0\n"
     manifest = json.loads((figures / "safety_manifest.json").read_text())
     assert manifest["files"] == ["safety_rates.png", "safety_table.csv"] and manifest["seeds"] == 3
-    assert manifest["parameters"]["benign"] == "rows.json", "a place on this machine is nobody's business"
+    places = {"benign": "rows.json", "task_files": ["boolq.json"], "sizes": [20]}  # on this machine: nobody's business
+    assert manifest["parameters"].items() >= places.items()
     assert {path.name for path in figures.iterdir()} == {*manifest["files"], "safety_manifest.json"}
     assert capsys.readouterr().out.split() == [str(figures / name) for name in manifest["files"]]
 
