@@ -268,8 +268,8 @@ def _contrastive_noise(read):
 
 def _jailbreaks(read):
     table = read("jailbreak_table")
-    attacked = table[table["attack"] == tables.ANY_PROMPT]
-    sizes = sorted(attacked["n_unsafe"].unique(), reverse=True)
+    attacked = table[(table["attack"] == tables.ANY_PROMPT) & (table["method"] != "sft")]
+    sizes = sorted(attacked["n_unsafe"].unique().tolist(), reverse=True)
     if not sizes:
         raise _NoSuchArm("no attack on the prompts")
     shown, better = [], []

@@ -155,7 +155,8 @@ def test_one_curve_means_distances_below_five_points(distances, verdict):
 @pytest.mark.parametrize("emd, verdict", [(SAFE, "reproduced"), (HARMFUL, "not reproduced")])
 def test_jailbreaks_are_decided_by_the_best_attack_on_the_prompt(emd, verdict):
     # The beginning of an answer, written for it, breaks both.
-    answers = judged({("emd", 9, 0): emd, ("stl", 9, 0): HARMFUL}).assign(attack=tables.ANY_PROMPT)
+    answers = {("sft", 0, 0): HARMFUL, ("emd", 9, 0): emd, ("stl", 9, 0): HARMFUL}  # plain SFT has no unsafe rows
+    answers = judged(answers).assign(attack=tables.ANY_PROMPT)
     begun = judged({("emd", 9, 0): HARMFUL, ("stl", 9, 0): HARMFUL}).assign(attack=tables.ANY_BEGINNING)
     table = rates.summary(pd.concat([answers, begun]), ["method", "n_unsafe", "attack"])
     assert decide("jailbreaks", jailbreak_table=table) == verdict

@@ -200,15 +200,15 @@ def plot_search(development: pd.DataFrame, *, caption: str) -> Figure:
 def plot_attacks(table: pd.DataFrame, *, caption: str) -> Figure:
     """Success of each attack (%), a panel per size of D_unsafe, a mark per method, Wilson 95 % whiskers.
 
-    `table` from `tables.attack_table`.
+    `table` from `jailbreak.success_table`. Plain SFT, which has no unsafe rows, is in every panel.
     """
-    sizes = sorted(table["n_unsafe"].unique(), reverse=True)
+    sizes = sorted(table.loc[table["method"] != "sft", "n_unsafe"].unique(), reverse=True)
     attacks = list(dict.fromkeys(table["attack"]))
     figure, axes = panels(len(sizes), max(2.6 * len(sizes) + 1, 6), 0.42 * len(attacks) + 1.3, sharey=True)
     for axis, size in zip(axes, sizes, strict=True):
         series = []
         for method in dict.fromkeys(table["method"]):
-            rows = table[(table["n_unsafe"] == size) & (table["method"] == method)]
+            rows = table[(table["n_unsafe"] == (0 if method == "sft" else size)) & (table["method"] == method)]
             series.append((rows.set_index("attack").reindex(attacks), "harm", mark(method)))
         rows_of_marks(axis, attacks, series)
         axis.set(title=f"{size} unsafe examples", xlabel="harmful (%)")
