@@ -9,7 +9,7 @@ import pytest
 from test_tables import judged
 
 from tasft_lib.evaluation import rates
-from tasft_lib.reporting import claims, report, tables
+from tasft_lib.reporting import claims, figures, report, tables
 
 
 def claim(text: str) -> claims.Claim:
@@ -298,3 +298,12 @@ def test_detection_is_decided_at_the_papers_contamination(saft, loss, verdict):
         for name, value in (("saft", saft + shift), ("loss", loss + shift), ("probe", 1.0))
     ]
     assert decide("without labels", harmful_data_filter_detectors=pd.DataFrame(rows)) == verdict
+
+
+def test_plain_sft_stands_in_the_panel_of_every_size():
+    arms = {("sft", 0, 0): "hhhh", ("emd", 9, 0): "hhrr", ("emd", 3, 0): "hhhr"}
+    table = rates.summary(judged(arms).assign(attack="none"), ["method", "n_unsafe", "attack"])
+    panels = figures.plot_attacks(table, caption="c").axes
+    assert [panel.get_title() for panel in panels] == ["9 unsafe examples", "3 unsafe examples"]
+    drawn = [{x for marks in panel.containers for x in marks[0].get_xdata()} for panel in panels]
+    assert drawn == [{100, 50}, {100, 75}]
