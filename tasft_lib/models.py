@@ -4,6 +4,7 @@ Whatever is loaded here has met the checks of `checkpoints`.
 """
 
 import logging
+import math
 import os
 import re
 import warnings
@@ -21,6 +22,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
 )
 from transformers.utils import find_adapter_config_file
 
@@ -262,10 +264,26 @@ def adapter_base(
     return base, commit
 
 
+class _Divergence(TrainerCallback):
+    """Stops a training whose weights are lost. TRL's trainers would go on and log a loss of 0; TASFTTrainer stops at
+    the step itself and names its rows."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict, model: Any, **kwargs: Any) -> None:
+        if math.isfinite(logs.get("grad_norm", 0.0)):
+            return
+        # In fp16 the scaler leaves out a step without a finite gradient.
+        if not all(weights.isfinite().all() for weights in model.parameters() if weights.requires_grad):
+            raise ValueError(
+                f"step {state.global_step}: the weights are not finite any more; lower learning_rate "
+                f"({args.learning_rate:g}), or look at the rows and at the model's weights."
+            )
+
+
 def train_from(trainer: Any, checkpoint: Path | None) -> None:
     """Train to the end, from a checkpoint where there is one; `Trainer.train` would take a step beyond the last one.
 
     Of a checkpoint at the last step the weights are loaded, and nothing is trained. The log goes on where it was.
+    Raises `ValueError` where the weights are not finite any more.
     """
     from transformers import TrainerState
 
@@ -276,6 +294,7 @@ def train_from(trainer: Any, checkpoint: Path | None) -> None:
     args.restore_callback_states_from_checkpoint = True  # else early stopping counts anew
     keep_whole(trainer)
     trainer.add_callback(LengthOrder())
+    trainer.add_callback(_Divergence())
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # their weights load into a prepared model alone
     if not state or sharded or args.load_best_model_at_end or not _is_at_its_end(state, args):
         if checkpoint is not None:

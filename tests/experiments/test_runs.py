@@ -159,6 +159,15 @@ def test_options_that_a_trainer_refuses_are_refused_before_the_first_of_many_arm
     arms.check_options([spec, *(replace(spec, method=name) for name in ("npo", "imitation", "kto", "sft"))])
 
 
+@pytest.mark.parametrize("method", ["sft", "kto"])
+def test_a_training_of_trls_trainers_whose_weights_are_lost_is_stopped_and_makes_no_arm(method, spec):
+    options = {"learning_rate": 1e38, "logging_steps": 1, "max_grad_norm": 0.0}
+    lost = replace(spec, method=method, training=spec.training | options)
+    with pytest.raises(ValueError, match=r"step \d: the weights are not finite any more; lower learning_rate \(1e"):
+        arms.train(lost)
+    assert not arms.is_trained(lost)
+
+
 def test_what_determines_an_arm_names_it(spec):
     assert replace(spec).name == spec.name
     others = [
