@@ -33,11 +33,14 @@ class Trial:
 def trials(study: Study, seed: int | None = None) -> list[Trial]:
     """Every method of the notebook at every strength with every adapter, by default on the first seed; plain SFT first.
 
-    Raises `ValueError` for a line of `tried` or `adapters` without its names, or with adapters that there are not.
+    Raises `ValueError` for a line of `tried` or `adapters` without its names, or with adapters that there are not, and
+    where `tested` names a method that is not tried.
     """
     config = study.config
     tried = [{"name": "sft", "method": "sft", "strengths": [0.0]}, *config.tried]
     named = [adapter.get("name") for adapter in config.adapters]
+    if untried := set(getattr(config, "tested", [])) - {line.get("name") for line in tried}:  # durability tests all
+        raise ValueError(f"tested: {', '.join(sorted(untried))} is none of the methods that are tried.")
     if unknown := {name for line in tried for name in line.get("adapters", [])} - set(named):
         raise ValueError(f"tried: adapters {', '.join(sorted(unknown))} are none of {', '.join(map(str, named))}.")
     return [
@@ -107,8 +110,10 @@ def _of_arms(table: pd.DataFrame | None, strengths: dict[str, float]) -> pd.Data
 
 
 def tested(study: Study, search: pd.DataFrame) -> dict[str, list[ArmSpec]]:
-    """Adapter -> plain SFT with it and the trials that `searched` chose, an arm per seed of the study."""
-    chosen = {(row.method, row.adapter, row.penalty_weight) for row in search[search["is_chosen"]].itertuples()}
+    """Adapter -> plain SFT with it and the trials that `searched` chose, an arm per seed of the study; of the methods
+    that `tested` names, where it names any."""
+    best = search[search["is_chosen"] & (search["method"].isin(study.config.tested) | (not study.config.tested))]
+    chosen = {(row.method, row.adapter, row.penalty_weight) for row in best.itertuples()}
     chosen |= {("sft", adapter, 0.0) for _, adapter, _ in chosen}
     kept: dict[str, list[ArmSpec]] = {}
     for seed in study.seeds:
@@ -133,7 +138,7 @@ def still_answered(judged: pd.DataFrame, method: str) -> Rate:
 
 
 def verdict(search: pd.DataFrame, table: pd.DataFrame, depths: pd.DataFrame, prefilled: int) -> list[dict]:
-    """Rows as of `beyond.at_most` for the method whose chosen trial has the least regret in the search.
+    """Rows as of `beyond.at_most` for the method whose chosen trial, of those tested, has the least regret.
 
     Args:
         table: the chosen trials on the test split: `rates.summary` and `preference.preference_table` by method, with
@@ -142,7 +147,7 @@ def verdict(search: pd.DataFrame, table: pd.DataFrame, depths: pd.DataFrame, pre
         prefilled: the tokens of the attack that counts.
     """
     order = [name for name in ("too_dear", "regret", "benign_cost") if name in search]
-    best = search[search["is_chosen"]].sort_values(order).iloc[0]
+    best = search[search["is_chosen"] & search["method"].isin(table["method"])].sort_values(order).iloc[0]
     mine = (best["method"], best["adapter"])
     row = table.set_index(["method", "adapter"]).loc[mine]
     attacked = depths.set_index(["method", "adapter", "attack"]).loc[(*mine, f"prefill {prefilled}")]

@@ -57,6 +57,18 @@ def test_a_line_without_its_names_is_refused():
         trade_off.trials(study)
 
 
+def test_only_the_methods_that_tested_names_go_to_the_test_split_and_to_the_verdict():
+    lines = [{"name": name, "method": "emd", "strengths": [1]} for name in ("emd", "emd_wide")]
+    adapter = {"adapters": [{"name": "narrow"}], "tried": lines}
+    some, all_ = (Study(settings.load("trade_off", "smoke", adapter | {"tested": t})) for t in (["emd_wide"], []))
+    search = search_of(("emd", "narrow", 1.0, 0.1, False, 0.0), ("emd_wide", "narrow", 1.0, 0.2, False, 0.0))
+    search = search.assign(is_chosen=True)
+    assert [arm.display_name for arm in trade_off.tested(some, search)["narrow"]] == ["sft", "emd_wide"]
+    assert [arm.display_name for arm in trade_off.tested(all_, search)["narrow"]] == ["sft", "emd", "emd_wide"]
+    with pytest.raises(ValueError, match="tested: npo is none of the methods that are tried"):
+        trade_off.trials(Study(settings.load("trade_off", "smoke", adapter | {"tested": ["npo"]})))
+
+
 def answers_of(arm, n_harmful, n=10):
     verdicts = ["harmful"] * n_harmful + ["safe"] * (n - n_harmful)
     common = {"arm": arm, "method": arm.split()[0], "n_unsafe": 20, "penalty_weight": "auto", "seed": 0, "judge": "j"}
