@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-from matplotlib.collections import PathCollection
 from test_tables import judged
 
 from tasft_lib.evaluation.preference import MEASURES, with_preference
@@ -41,8 +40,8 @@ def test_an_arm_far_off_language_stands_hollow_at_the_edge():
     rows = [("sft", 0, "auto", 0.0), ("emd", 20, 1.0, 0.2), ("emd", 20, 4.0, 9.0), ("emd", 20, "auto", 0.1)]
     table = pd.DataFrame([measured(*row) for row in rows])
     for axis in figures.plot_preference_trade_off(table, caption="c").axes:
-        marks = [c for c in axis.collections if isinstance(c, PathCollection) and len(c.get_offsets())]
-        places = {float(c.get_offsets()[0][0]): len(c.get_facecolors()) > 0 for c in marks}
+        marks = [line for line in axis.get_lines() if line.get_linestyle() == "None" and len(line.get_xdata())]
+        places = {float(line.get_xdata()[0]): line.get_markerfacecolor() != "none" for line in marks}
         assert places == {0.2: True, 1.0: False, 0.1: False}
         assert [text.get_text() for text in axis.texts] == ["λ = 4"]
 

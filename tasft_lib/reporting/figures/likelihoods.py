@@ -95,8 +95,8 @@ def plot_preference_trade_off(table: pd.DataFrame, *, caption: str) -> Figure:
             axis.plot(x, factor * tried[measure], color=style["color"], linestyle=style["linestyle"], linewidth=1)
             for part, is_full in ((tried, tried["benign_cost"] <= FAR), (auto, auto["penalty_weight"] != "auto")):
                 for rows_of, face in ((part[is_full], style["color"]), (part[~is_full], "none")):
-                    mark = {"marker": style["marker"], "edgecolors": style["color"], "facecolors": face, "s": 26}
-                    axis.scatter(rows_of["benign_cost"].clip(upper=FAR), factor * rows_of[measure], zorder=3, **mark)
+                    costs = rows_of["benign_cost"].clip(upper=FAR)
+                    axis.plot(costs, factor * rows_of[measure], **_marks(style, face))
             last, at = tried.iloc[-1], (x.iloc[-1], factor * tried[measure].iloc[-1])
             text = {"textcoords": "offset points", "color": style["color"], "fontsize": 7, "ha": "right"}
             axis.annotate(f"λ = {last['penalty_weight']:g}", at, (-5, 3), **text)
@@ -132,8 +132,7 @@ def plot_costs(table: pd.DataFrame, *, dear: float, caption: str) -> Figure:
             rows, style = rows.sort_values("penalty_weight"), look(method)
             axis.plot(rows["x"], 100 * rows[measure], markersize=0, **style | {"linewidth": 1, "label": None})
             for part, face in ((rows["degenerate"] <= 0.05, style["color"]), (rows["degenerate"] > 0.05, "none")):
-                marks = {"marker": style["marker"], "edgecolors": style["color"], "facecolors": face, "s": 22}
-                axis.scatter(rows.loc[part, "x"], 100 * rows.loc[part, measure], zorder=3, **marks)
+                axis.plot(rows.loc[part, "x"], 100 * rows.loc[part, measure], **_marks(style, face))
             ring = rows[rows["is_chosen"]]
             axis.plot(ring["x"], 100 * ring[measure], "o", color=style["color"], fillstyle="none", markersize=11)
         axis.set_title(adapter if place < len(adapters) else "")
@@ -141,6 +140,12 @@ def plot_costs(table: pd.DataFrame, *, dear: float, caption: str) -> Figure:
         if place % len(adapters) == 0:
             axis.set_ylabel(measures[measure])
     return finish(figure, axes[0], caption, columns=5)
+
+
+def _marks(style: dict, face: str) -> dict:
+    """Options of `plot` for points without a line, filled with `face`."""
+    own = {"marker": style["marker"], "color": style["color"]}
+    return own | {"markerfacecolor": face, "markersize": 5, "linestyle": "none", "zorder": 3}
 
 
 def _panel(axis: Axes, measure: str) -> None:
