@@ -126,13 +126,16 @@ def your_model(study: Study) -> list[ArmSpec]:
 
 
 def audit_answers(study: Study) -> list[ArmSpec]:
-    """Per seed plain SFT, and the methods at their sizes of D_unsafe; none where the answers are `completions`."""
+    """Per seed plain SFT, and the methods at their sizes of D_unsafe; then the lines of `tried`, which are those of
+    `trade_off`, at the largest size. None where the answers are `completions`."""
     config = study.config
     if config.completions:
         return []
     arms = [study.arm("sft", seed=seed) for seed in study.seeds]
     methods = [(method, n_unsafe) for method in config.methods for n_unsafe in config.sizes]
-    return arms + [study.arm(method, n_unsafe, seed=seed) for seed in study.seeds for method, n_unsafe in methods]
+    arms += [study.arm(method, n_unsafe, seed=seed) for seed in study.seeds for method, n_unsafe in methods]
+    lines = [(line, {"name": ""}, max(config.sizes)) for line in config.tried]
+    return arms + [trial.arm for seed in study.seeds for line in lines for trial in search.of_line(study, *line, seed)]
 
 
 def beyond_sampler(study: Study) -> list[ArmSpec]:

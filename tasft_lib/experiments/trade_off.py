@@ -48,13 +48,17 @@ def trials(study: Study, seed: int | None = None) -> list[Trial]:
         for adapter in config.adapters
         for line in tried
         if adapter.get("name") in line.get("adapters", named)
-        for one in _of_method(study, line, adapter, seed)
+        for one in of_line(study, line, adapter, config.n_unsafe, seed)
     ]
 
 
-def _of_method(study: Study, tried: dict[str, Any], adapter: dict[str, Any], seed: int | None) -> Iterator[Trial]:
-    """A line of `tried` has `name` (in tables), `method`, `strengths`, and `adapters` where it is not tried with all;
-    the rest are options of `TASFTConfig`.
+def of_line(
+    study: Study, tried: dict[str, Any], adapter: dict[str, Any], n_unsafe: int, seed: int | None
+) -> Iterator[Trial]:
+    """The trials of a line of `tried` with one adapter, on `n_unsafe` rows.
+
+    A line has `name` (in tables), `method`, `strengths`, and `adapters` where it is not tried with all; the rest are
+    options of `TASFTConfig`.
 
     With a rule for λ as its `weight`, auto or parity, its strengths are what the rule takes, pressures.
     """
@@ -66,11 +70,11 @@ def _of_method(study: Study, tried: dict[str, Any], adapter: dict[str, Any], see
     lora = {key: value for key, value in adapter.items() if key != "name"}
     for strength in tried["strengths"]:
         if method in ("sft", "stl"):
-            arm = study.arm(method, study.config.n_unsafe, seed=seed)
+            arm = study.arm(method, n_unsafe, seed=seed)
             arm = replace(arm, extra_visits=strength if method == "stl" else 1)
         else:
             weight = {"weight": rule, "penalty_pressure": float(strength)} if rule else {"weight": float(strength)}
-            arm = study.arm(method, study.config.n_unsafe, seed=seed, **weight, **options)
+            arm = study.arm(method, n_unsafe, seed=seed, **weight, **options)
         arm = replace(arm, display_name=tried["name"], lora=arm.lora | lora)
         yield Trial(tried["name"], adapter["name"], float(strength), arm)
 

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from scipy.stats import chi2
 
-from tasft_lib.experiments import audit_answers
+from tasft_lib.experiments import audit_answers, designs, settings
 from tasft_lib.experiments.audit_answers import Card, Errors, Session, draw, labels, strata
+from tasft_lib.experiments.study import Study
 from tasft_lib.reporting import figures
 
 SHARES = {"harmful": 0.8, "refusal": 0.1, "safe": 0.3}  # of each verdict's answers, those that are harmful
@@ -32,6 +33,16 @@ def judged_answers(n: int = 200, *, seed: int = 0, shares: dict[str, float] = SH
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
     return tmp_path
+
+
+def test_trials_of_trade_off_are_audited_by_their_lines():
+    line = {"name": "nlcl_first_4", "method": "nlcl", "penalty_first_tokens": 4, "strengths": [6, 8]}
+    given = {"methods": [], "tried": [line], "sizes": [20], "n_seeds": 2}
+    arms = designs.audit_answers(Study(settings.load("audit_answers", "smoke", given)))
+    assert [(arm.display_name, arm.seed) for arm in arms[:2]] == [("sft", 0), ("sft", 1)]
+    expected = [("nlcl_first_4", 20, weight, seed) for seed in (0, 1) for weight in (6.0, 8.0)]
+    assert [(arm.display_name, arm.n_unsafe, arm.penalty_weight, arm.seed) for arm in arms[2:]] == expected
+    assert {arm.training["penalty_first_tokens"] for arm in arms[2:]} == {4}
 
 
 def test_a_larger_draw_adds_to_a_smaller_one_whatever_the_order_of_the_answers():
