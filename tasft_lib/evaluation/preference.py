@@ -35,6 +35,7 @@ from .rates import mean_interval, paired_bootstrap, rate
 
 DEPTHS = (0, 1, 2, 4, 8, 16)  # unsafe tokens that are given
 MEASURES = ("preference", "margin", "benign_nll", "benign_cost")
+PLACES = {"first token": slice(0, 1), "tokens 2-4": slice(1, 4), "later ones": slice(4, None)}
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,19 @@ def likelihoods(
     return table[["kind", "row", *toxic, "nll"]]
 
 
+def benign_by_place(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, *, batch_size: int = 8
+) -> pd.DataFrame:
+    """`benign_nll` at each of `PLACES` of an answer: a mean over all its tokens hides what is lost at its beginning.
+
+    Columns: `row`, `place`, `nll` (nats a token; nan where the answer does not come so far).
+    """
+    options = {"max_length": held_out.max_length, "batch_size": batch_size}
+    answers = completion_log_probs(model, tokenizer, Dataset.from_list(held_out.benign), **options)
+    places = [(i, name, -_mean(tokens[place])) for i, tokens in enumerate(answers) for name, place in PLACES.items()]
+    return pd.DataFrame(places, columns=["row", "place", "nll"])
+
+
 def preference_table(likelihoods: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """One row per group of `by`: preference, margin, benign NLL and its cost, see above.
 
@@ -117,6 +131,21 @@ def preference_table(likelihoods: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         paired = benign.merge(plain, on=["seed", "row"], suffixes=("", "_plain")).dropna(subset="nll_plain")
         rows.append(row | _columns("benign_cost", paired["nll"] - paired["nll_plain"], paired))
     return pd.DataFrame(rows)
+
+
+def cost_by_place(measured: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """One row per group of `by`, which has `method`, and place: `cost`, nats a token above plain SFT's of that row and
+    seed, with its columns as in `preference_table`.
+
+    `measured` has the columns of `by`, `seed` and those of `benign_by_place`.
+    """
+    same = [*(name for name in by if name != "method"), "seed", "row", "place"]
+    plain = measured.loc[measured["method"] == "sft", [*same, "nll"]]
+    paired = measured.merge(plain, on=same, suffixes=("", "_plain")).dropna(subset=["nll", "nll_plain"])
+    return pd.DataFrame(
+        dict(zip([*by, "place"], key, strict=True)) | _columns("cost", group["nll"] - group["nll_plain"], group)
+        for key, group in paired.groupby([*by, "place"], sort=False)
+    )
 
 
 def with_preference(table: pd.DataFrame, likelihoods: pd.DataFrame | None, by: list[str]) -> pd.DataFrame:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from ..evaluation.preference import preference_table
+from ..evaluation.preference import benign_by_place, preference_table
 from ..evaluation.rates import Rate, rate, summary
 from ..reporting.figures import NAMES
 from . import beyond, pressure
+from .arms import load_trained
 from .specs import ArmSpec
 from .study import Study
 
@@ -125,6 +126,18 @@ def tested(study: Study, search: pd.DataFrame) -> dict[str, list[ArmSpec]]:
             if (one.method, one.adapter, one.strength) in chosen:
                 kept.setdefault(one.adapter, []).append(one.arm)
     return kept
+
+
+def by_place(study: Study, kept: dict[str, list[ArmSpec]]) -> pd.DataFrame:
+    """`preference.benign_by_place` of the arms that `tested` gives, with `adapter`, `method` and `seed`."""
+    tables = [
+        benign_by_place(*load_trained(arm), study.held_out(arm.seed)).assign(
+            adapter=adapter, method=arm.display_name, seed=arm.seed
+        )
+        for adapter, own in kept.items()
+        for arm in own
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def still_answered(judged: pd.DataFrame, method: str) -> Rate:

@@ -6,7 +6,16 @@ import pytest
 import torch
 from conftest import build_model, make_rows
 
-from tasft_lib.evaluation.preference import DEPTHS, HeldOut, depth_table, likelihoods, preference_table
+from tasft_lib.evaluation.preference import (
+    DEPTHS,
+    PLACES,
+    HeldOut,
+    benign_by_place,
+    cost_by_place,
+    depth_table,
+    likelihoods,
+    preference_table,
+)
 from tasft_lib.evaluation.rates import mean_interval, rate
 
 CHAT = (
@@ -55,6 +64,35 @@ def test_they_are_those_of_a_loop_over_one_row_at_a_time(exact, tokenizer, held_
         assert nll == pytest.approx(-np.mean(by_hand(exact, ids(row["prompt"]), completion)), rel=1e-12)
     assert toxic["nll"].isna().all() and benign[["safe", "unsafe_0"]].isna().all(axis=None)
     assert toxic["unsafe_16"].isna().any() and toxic["unsafe_16"].notna().any()
+
+
+def test_the_places_of_an_answer_make_up_its_loss(exact, tokenizer, held_out):
+    places = benign_by_place(exact, tokenizer, held_out, batch_size=4).pivot(index="row", columns="place", values="nll")
+    whole = likelihoods(exact, tokenizer, held_out).query("kind == 'benign'")["nll"].to_numpy()
+    ended = [row["completion"] + tokenizer.eos_token for row in held_out.benign]
+    lengths = np.array([len(tokenizer(text)["input_ids"]) for text in ended])
+    counts = [
+        np.minimum(np.maximum(lengths - place.start, 0), (place.stop or 99) - place.start) for place in PLACES.values()
+    ]
+    summed = places[list(PLACES)].fillna(0).to_numpy() * np.stack(counts, axis=1)
+    assert summed.sum(axis=1) / lengths == pytest.approx(whole, rel=1e-12)
+
+
+def test_a_cost_by_place_is_against_plain_sft_of_the_same_row_seed_and_adapter():
+    rows = [
+        (method, adapter, seed, row, place, base + seed + row + extra)
+        for adapter, base in (("narrow", 0.0), ("wide", 10.0))
+        for seed in (0, 1)
+        for row in (0, 1)
+        for place, more in (("first token", 1.0), ("later ones", 0.25))
+        for method, extra in (("sft", 0.0), ("emd", more * (2 if adapter == "wide" else 1)))
+    ]
+    table = cost_by_place(
+        pd.DataFrame(rows, columns=["method", "adapter", "seed", "row", "place", "nll"]), ["method", "adapter"]
+    ).set_index(["method", "adapter", "place"])["cost"]
+    expected = {("emd", "narrow"): (1.0, 0.25), ("emd", "wide"): (2.0, 0.5), ("sft", "wide"): (0.0, 0.0)}
+    for arm, costs in expected.items():
+        assert (table[(*arm, "first token")], table[(*arm, "later ones")]) == costs
 
 
 def test_neither_batches_nor_padding_matter(exact, tokenizer, held_out):
