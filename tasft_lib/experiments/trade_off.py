@@ -116,12 +116,12 @@ def _of_arms(table: pd.DataFrame | None, strengths: dict[str, float]) -> pd.Data
 
 def tested(study: Study, search: pd.DataFrame) -> dict[str, list[ArmSpec]]:
     """Adapter -> plain SFT with it and the trials that `searched` chose, an arm per seed of the study; of the methods
-    that `tested` names, where it names any."""
+    that `tested` names, where it names any, on the first `tested_seeds` seeds, where it is above 0."""
     best = search[search["is_chosen"] & (search["method"].isin(study.config.tested) | (not study.config.tested))]
     chosen = {(row.method, row.adapter, row.penalty_weight) for row in best.itertuples()}
     chosen |= {("sft", adapter, 0.0) for _, adapter, _ in chosen}
     kept: dict[str, list[ArmSpec]] = {}
-    for seed in study.seeds:
+    for seed in study.seeds[: study.config.tested_seeds or None]:
         for one in trials(study, seed):
             if (one.method, one.adapter, one.strength) in chosen:
                 kept.setdefault(one.adapter, []).append(one.arm)

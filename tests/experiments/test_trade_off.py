@@ -65,6 +65,9 @@ def test_only_the_methods_that_tested_names_go_to_the_test_split_and_to_the_verd
     search = search.assign(is_chosen=True)
     assert [arm.display_name for arm in trade_off.tested(some, search)["narrow"]] == ["sft", "emd_wide"]
     assert [arm.display_name for arm in trade_off.tested(all_, search)["narrow"]] == ["sft", "emd", "emd_wide"]
+    two = {"tested": ["emd"], "n_seeds": 3, "tested_seeds": 2}
+    kept = trade_off.tested(Study(settings.load("trade_off", "smoke", adapter | two)), search)["narrow"]
+    assert [arm.seed for arm in kept if arm.display_name == "emd"] == [0, 1]
     with pytest.raises(ValueError, match="tested: npo is none of the methods that are tried"):
         trade_off.trials(Study(settings.load("trade_off", "smoke", adapter | {"tested": ["npo"]})))
 
