@@ -25,6 +25,7 @@ MEASURE_NAMES = {
     "refusal": "refusals (%)",
     "correct": "benign correct (%)",
     "over_refusal": "over-refusal (%)",
+    "still_answered": "SFT's harmless answers kept (%)",
 }
 
 
