@@ -24,7 +24,9 @@ PAGES = [page for page in PAGES if page.name in ("README.md", "CONTRIBUTING.md",
 README = PAGES[0].read_text()
 BLOCKS = [(page, name) for page in PAGES for name in re.findall(r"<!-- (\w+):begin -->", page.read_text())]
 MANIFESTS = [
-    path for name in ("mini", "search", "bench", "pocket") for path in (ROOT / "figures" / name).glob("*_manifest.json")
+    path
+    for name in ("mini", "search", "bench", "pocket", "pocket_cpu", "pocket_methods")
+    for path in (ROOT / "figures" / name).glob("*_manifest.json")
 ]
 MANIFESTS.append(ROOT / "figures" / "local" / "degenerate_answers_manifest.json")
 
