@@ -36,7 +36,6 @@ STYLES = {  # name, colour, marker, line
     "emd_embed_tokens": ("EMD, embed_tokens", "#D55E00", "3", ":"),
     "emd_first_1": ("EMD, first token", "#D55E00", "*", "--"),
     "emd_first_4": ("EMD, first 4 tokens", "#D55E00", "x", "--"),
-    "nlcl_first_1": ("NLCL, first token", "#56B4E9", "*", "--"),
     "nlcl_first_2": ("NLCL, first 2 tokens", "#56B4E9", "+", "--"),
     "nlcl_first_4": ("NLCL, first 4 tokens", "#56B4E9", "x", "--"),
     "emd_first_3": ("EMD, first 3 tokens", "#D55E00", "x", "--"),
