@@ -106,6 +106,7 @@ def generate(
     with (
         evaluating(model),
         _without_defaults(model),
+        _head_in_one_piece(model),
         _seeded(decoding.seed),
         torch.inference_mode(),
         progress_bar(total=len(prompts), desc="generating", unit="prompt", progress=progress) as bar,
@@ -254,6 +255,20 @@ def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, config in configs:
             module.generation_config = config
+
+
+@contextmanager
+def _head_in_one_piece(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the output head reads contiguous states.
+
+    Of a prompt transformers gives it the last states alone, a view; PyTorch (2.13, CPU) multiplies those row by row,
+    which takes a batch of 16 and a vocabulary of 262,144 words 45 s in bfloat16, where a copy takes 0.1 s.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

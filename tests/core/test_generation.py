@@ -359,3 +359,16 @@ def test_a_model_that_gives_nan_is_refused(decoding, model, tokenizer):
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(ValueError, match="the model gives NaN"):
         generate(model, tokenizer, ["w1 w2", "w3"], decoding=decoding)
+
+
+def test_the_output_head_reads_contiguous_states_and_keeps_no_hook(model, tokenizer, prompts):
+    read = []
+    head = model.get_output_embeddings()
+
+    def look(module, inputs, output):
+        read.append(inputs[0].is_contiguous())
+
+    head.register_forward_hook(look)
+    generate(model, tokenizer, prompts, decoding=GREEDY_24)
+    assert read and all(read)
+    assert not head._forward_pre_hooks
