@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -59,6 +60,12 @@ class Study:
     def world(self) -> worlds.World:
         """The world of the evaluation prompts."""
         return worlds.load(self.config.benchmark_prompts)
+
+    @property
+    def subject(self) -> str:
+        """What captions begin with: the profile, and its model where that is not of an invented world."""
+        config = self.config
+        return config.profile if worlds.is_built(config.model) else f"{config.profile} ({Path(config.model).name})"
 
     @property
     def intervals(self) -> str:

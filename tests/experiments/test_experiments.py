@@ -278,6 +278,13 @@ def test_decodings_have_names():
     assert names == ["sampled", "greedy", "beam"]
 
 
+def test_captions_name_a_model_that_is_not_invented():
+    profile = study().config.profile
+    assert study().subject == study(model="miniworld-1").subject == profile
+    assert study(model="/models/smollm.gguf").subject == f"{profile} (smollm.gguf)"
+    assert study(model="Qwen/Qwen3-0.6B", model_revision="0" * 40).subject == f"{profile} (Qwen3-0.6B)"
+
+
 def test_texts_are_shown_in_full_where_prompts_and_model_are_invented():
     assert study().in_full
     for change in ({"model": "a/b"}, {"benchmark_prompts": "stl"}, {"harvest_prompts": "prompts.txt"}):
