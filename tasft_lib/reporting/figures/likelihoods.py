@@ -13,6 +13,7 @@ MEASURES = {  # title, unit, scale
     "benign_cost": ("benign NLL above plain SFT's", "nats a token", 1),
 }
 FAR = 1.0  # nats a token above plain SFT's benign NLL: hardly language
+CHEAP = 0.2  # nats a token up to which the axis of costs is linear, and logarithmic beyond
 
 
 def plot_preference(column: str, table: pd.DataFrame, *, caption: str) -> Figure:
@@ -114,27 +115,31 @@ def plot_costs(table: pd.DataFrame, *, dear: float, caption: str) -> Figure:
     """Harm and preference (%) against cost in benign NLL, a line per method along its strength, a column per adapter.
 
     `table` from `trade_off.searched`. A ring marks the chosen trials, a dotted line what is too `dear` (nats a token);
-    hollow are trials with more than 5 % degenerate answers. Dashed: plain SFT. Costs above `FAR` stand at the right
-    edge.
+    hollow are trials with more than 5 % degenerate answers. Dashed: plain SFT. The axis of costs is logarithmic above
+    `CHEAP`: what can be paid for lies close together.
     """
     adapters = list(dict.fromkeys(table["adapter"]))
     measures = {"harm": "toxic prompts answered (%)", "preference": "safe answer likelier (%)"}
-    size = (4.2 * len(adapters) + 1, 7.0)
+    size = (4.2 * len(adapters) + 3, 7.0)
     figure, axes = panels(len(adapters), *size, len(measures), sharex=True, sharey="row")
     for method in dict.fromkeys(table.loc[table["method"] != "sft", "method"]):
         axes[0].plot([], [], markersize=5, **look(method))  # the legend's; not every method has every adapter
+    ticks = [tick for tick in (-0.1, 0, 0.1, 0.2, 0.5, 1, 2, 5) if tick <= max(table["benign_cost"].max(), CHEAP)]
     for place, axis in enumerate(axes):
         measure, adapter = list(measures)[place // len(adapters)], adapters[place % len(adapters)]
-        own = table[table["adapter"] == adapter].assign(x=lambda rows: rows["benign_cost"].clip(upper=FAR))
+        own = table[table["adapter"] == adapter]
+        axis.set_xscale("symlog", linthresh=CHEAP, linscale=2)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.axhline(100 * own.loc[own["method"] == "sft", measure].iloc[0], color="0.4", linewidth=0.8, linestyle="--")
         axis.axvline(dear, color="0.4", linewidth=0.8, linestyle=":")
         for method, rows in own[own["method"] != "sft"].groupby("method", sort=False):
             rows, style = rows.sort_values("penalty_weight"), look(method)
-            axis.plot(rows["x"], 100 * rows[measure], markersize=0, **style | {"linewidth": 1, "label": None})
+            axis.plot(rows["benign_cost"], 100 * rows[measure], markersize=0, **style | {"linewidth": 1, "label": None})
             for part, face in ((rows["degenerate"] <= 0.05, style["color"]), (rows["degenerate"] > 0.05, "none")):
-                axis.plot(rows.loc[part, "x"], 100 * rows.loc[part, measure], **_marks(style, face))
+                axis.plot(rows.loc[part, "benign_cost"], 100 * rows.loc[part, measure], **_marks(style, face))
             ring = rows[rows["is_chosen"]]
-            axis.plot(ring["x"], 100 * ring[measure], "o", color=style["color"], fillstyle="none", markersize=11)
+            axis.plot(ring["benign_cost"], 100 * ring[measure], "o", color=style["color"], fillstyle="none", markersize=11)
         axis.set_title(adapter if place < len(adapters) else "")
         axis.set(xlabel="benign NLL above plain SFT's, nats a token" if place >= len(adapters) else "", ylim=(-3, 103))
         if place % len(adapters) == 0:
