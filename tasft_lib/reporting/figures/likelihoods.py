@@ -139,7 +139,8 @@ def plot_costs(table: pd.DataFrame, *, dear: float, caption: str) -> Figure:
             for part, face in ((rows["degenerate"] <= 0.05, style["color"]), (rows["degenerate"] > 0.05, "none")):
                 axis.plot(rows.loc[part, "benign_cost"], 100 * rows.loc[part, measure], **_marks(style, face))
             ring = rows[rows["is_chosen"]]
-            axis.plot(ring["benign_cost"], 100 * ring[measure], "o", color=style["color"], fillstyle="none", markersize=11)
+            circle = {"marker": "o", "linestyle": "", "fillstyle": "none", "markersize": 11, "color": style["color"]}
+            axis.plot(ring["benign_cost"], 100 * ring[measure], **circle)
         axis.set_title(adapter if place < len(adapters) else "")
         axis.set(xlabel="benign NLL above plain SFT's, nats a token" if place >= len(adapters) else "", ylim=(-3, 103))
         if place % len(adapters) == 0:
