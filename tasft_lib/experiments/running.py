@@ -17,6 +17,7 @@ from ..storage.files import write_json
 
 # What Slurm sends before a limit, and what a machine sends that goes down.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+EVERY = 5.0  # seconds between two writes of how far it is
 
 
 class Running(TrainerCallback):
@@ -27,6 +28,7 @@ class Running(TrainerCallback):
 
     def __init__(self, folder: Path):
         self.folder, self.received, self.handlers = folder, None, {}
+        self.told: dict[str, Any] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -41,19 +43,26 @@ class Running(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Who trains, since when, from which step on and to which."""
         where = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        steps = {"started": time.time(), "from_step": state.global_step, "steps": state.max_steps}
-        write_json(self.folder / "running.json", where | steps)
+        self.told = where | {"started": time.time(), "from_step": state.global_step, "steps": state.max_steps}
+        self._tell(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint where a signal has come."""
+        """How far it is, now and then; a checkpoint where a signal has come."""
+        if time.time() - self.told["at"] >= EVERY:
+            self._tell(state.global_step)
         control.should_save |= self.received is not None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The checkpoint is whole; the signal may have its way."""
+        self._tell(state.global_step)
         if self.received is not None:
             number, self.received = self.received, None
             self._stop_listening()
             os.kill(os.getpid(), number)
+
+    def _tell(self, step: int) -> None:
+        self.told |= {"step": step, "at": time.time()}
+        write_json(self.folder / "running.json", self.told)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number

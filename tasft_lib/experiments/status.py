@@ -21,7 +21,8 @@ def status(runs: Path) -> list[dict[str, str]]:
     """A row per arm, and per unit that was submitted as a job and is no arm, in the order of their names.
 
     `state` is trained, answered, running, stopped (its process is gone; only known on its own host), failed or waiting;
-    `step` the newest checkpoint's of how many, `left` an estimate from it; `log` a job's log, or why the arm failed.
+    `step` of how many, where it is stopped the newest checkpoint's; `left` an estimate; `log` a job's log, or why the
+    arm failed.
     """
     folder, jobs, ended = runs / "arms", {}, set()
     if (runs / "jobs").is_dir():
@@ -87,23 +88,28 @@ def _arm(folder: Path, job: dict[str, Any]) -> dict[str, str]:
         return _row(arm=folder.name, state="waiting", log=log)
     is_here = running.get("host") == socket.gethostname()
     state = "stopped" if is_here and not psutil.pid_exists(running["pid"]) else "running"
-    step, left = _progress(folder / "trainer", running)
+    if state == "running" and "step" in running:
+        step, left = running["step"], _left(running)
+    else:  # stopped, or by a version that did not tell the step
+        step, left = _newest(folder / "trainer"), ""
     started = datetime.fromtimestamp(running["started"]).strftime("%d %b %H:%M")
-    left = left if state == "running" else ""
     step = f"{step} of {running['steps']}"
     return _row(arm=folder.name, state=state, step=step, host=running["host"], started=started, left=left, log=log)
 
 
-def _progress(trainer: Path, running: dict[str, Any]) -> tuple[int, str]:
-    """(step of the newest checkpoint, time left at the speed so far)."""
+def _newest(trainer: Path) -> int:
+    """The step of the newest checkpoint, from which the training will go on."""
     steps = [int(name[11:]) for name in os.listdir(trainer) if name[11:].isdecimal()] if trainer.is_dir() else []
-    step = max(steps, default=0)
-    done = step - running["from_step"]
+    return max(steps, default=0)
+
+
+def _left(running: dict[str, Any]) -> str:
+    """The time left at the speed so far."""
+    done = running["step"] - running["from_step"]
     if done <= 0:
-        return step, ""
-    saved = (trainer / f"checkpoint-{step}").stat().st_mtime
-    seconds = (running["steps"] - step) * (saved - running["started"]) / done - (time.time() - saved)
-    return step, f"{max(seconds, 0) / 60:.0f} min"
+        return ""
+    seconds = (running["steps"] - running["step"]) * (running["at"] - running["started"]) / done
+    return f"{max(seconds - (time.time() - running['at']), 0) / 60:.0f} min"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,11 +19,11 @@ import test_runs
 import torch
 from tasks import Task, work
 from test_runs import DECODING, HELD_OUT, PROMPTS, weights
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from tasft_lib import cli, models
 from tasft_lib.evaluation.rates import rates_table
-from tasft_lib.experiments import answers, arms, designs, engine, methods, status
+from tasft_lib.experiments import answers, arms, designs, engine, methods, running, status
 from tasft_lib.experiments.answers import measure_all, run_all
 from tasft_lib.storage import files, integrity
 
@@ -225,14 +226,26 @@ def test_an_arm_that_was_written_is_run_by_its_name(tmp_path, monkeypatch, capsy
     assert cli.main(["arm", "emd-0"]) == 1 and "--write_arms writes it" in capsys.readouterr().err
 
 
+def test_a_training_tells_how_far_it_is(tmp_path, monkeypatch):
+    told, state = running.Running(tmp_path), TrainerState(max_steps=9)
+    told.on_train_begin(None, state, None)
+    state.global_step = 4
+    told.on_step_end(None, state, TrainerControl())
+    assert json.loads((tmp_path / "running.json").read_text())["step"] == 0  # not at every step: a disk has other work
+    monkeypatch.setattr(running, "EVERY", 0)
+    told.on_step_end(None, state, TrainerControl())
+    assert json.loads((tmp_path / "running.json").read_text())["step"] == 4
+
+
 def test_status_reads_files_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path))
     for name in ("sft-1", "emd-2", "emd-3", "emd-2.old", "base-4"):
         (tmp_path / "arms" / name).mkdir(parents=True)
     (tmp_path / "arms" / "sft-1" / "manifest.json").write_text("{}")
-    running = {"host": "elsewhere", "pid": 1, "started": time.time() - 600, "from_step": 10, "steps": 70}
-    (tmp_path / "arms" / "emd-2" / "running.json").write_text(json.dumps(running))
-    (tmp_path / "arms" / "emd-2" / "trainer" / "checkpoint-30").mkdir(parents=True)
+    now = time.time()
+    told = {"host": "elsewhere", "pid": 1, "started": now - 600, "from_step": 10, "steps": 70, "step": 30, "at": now}
+    (tmp_path / "arms" / "emd-2" / "running.json").write_text(json.dumps(told))
+    (tmp_path / "arms" / "emd-2" / "trainer" / "checkpoint-20").mkdir(parents=True)
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "emd-3.abc.json").write_text('{"job": "7_1", "log": "7_1.err"}')
     (tmp_path / "jobs" / "unsafe-5.abc.json").write_text('{"job": "8", "log": "8.err"}')
@@ -246,6 +259,9 @@ def test_status_reads_files_alone(tmp_path, capsys, monkeypatch):
     ]
     assert table[1][2:6] == ["30", "of", "70", "elsewhere"] and table[1][-2:] == ["20", "min"]
     assert table[2][-1] == "7_1.err"
+    gone = told | {"host": socket.gethostname(), "pid": 2**22 + 1}  # no process has such a number
+    (tmp_path / "arms" / "emd-2" / "running.json").write_text(json.dumps(gone))
+    assert [status.status(tmp_path)[0][name] for name in ("state", "step", "left")] == ["stopped", "20 of 70", ""]
     shutil.rmtree(tmp_path / "arms")
     shutil.rmtree(tmp_path / "jobs")
     assert status.status(tmp_path) == []
