@@ -25,9 +25,9 @@ from ..evaluation.rates import rate
 from ..judges import local
 from ..judges.load import encoder_folder
 from ..judges.noise import find_degenerate
-from ..judges.refusals import is_refusal, xstest_refusal
+from ..judges.refusals import is_refusal
 from ..storage.files import read_records, write_text
-from .degenerate_answers import labelled_answers
+from .degenerate_answers import STRING_MATCHES, labelled_answers
 from .row_detectors import detection_table
 
 LABELS = Path(local.__file__).with_name("local_labels.csv")
@@ -40,7 +40,6 @@ PROMPT_FOLDS = 5
 GRID = tuple(itertools.product((0.0002, 0.0005), (2, 5)))
 CENTRES = 24
 FALSE_ALARMS = 0.01  # of the arms' answers, the share that lies further from all others' than `nearest`
-STRING_MATCHES = {"compliance": is_refusal, "xstest": xstest_refusal}
 # Looked at on the arms' answers that were held out: there sensitivity + specificity is largest.
 THRESHOLD = 0.6
 # How much less the penalty weighs on the few features after the embeddings than on each of their numbers.

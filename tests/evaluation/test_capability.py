@@ -335,7 +335,7 @@ def test_too_few_answers_for_the_length_controlled_rate_are_refused_before_the_a
     install(monkeypatch, {"alpaca_eval": asked, "alpaca_eval.annotators": annotators})
     monkeypatch.setattr(alpaca, "_check_length_control", lambda: None)
     options = {"annotators_config": "x", "name": "safer", "folder": tmp_path / "alpaca", "length_controlled": True}
-    with pytest.raises(ValueError, match="6 answers are too few .* takes 20: raise --limit, or leave"):
+    with pytest.raises(ValueError, match=r"6 answers are too few .* takes 20: raise --limit, or leave"):
         alpaca_eval_score(OUTPUTS, REFERENCES, **options)
     assert not (tmp_path / "alpaca").exists()
 
