@@ -11,11 +11,12 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from ..evaluation import worlds
+from ..evaluation.likelihood import completion_loss
 from ..evaluation.rates import summary
 from ..prepare import catalogue
 from ..records import data, forms, templates
 from ..saft import find
-from ..saft.activations import POOLINGS, activations, completion_loss, middle_layer, n_layers
+from ..saft.activations import POOLINGS, activations, middle_layer, n_layers
 from ..saft.filter import SAFTFitter, check_share
 from ..storage import files
 from ..storage.files import runs_folder

@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..evaluation import lm_eval
+from ..evaluation.likelihood import completion_loss
 from ..evaluation.rates import paired_bootstrap, rate
 from ..evaluation.worlds import World
-from ..saft.activations import completion_loss
 from ..storage.files import content_hash, file_hash, runs_folder
 from .arms import load_trained
 from .results import kept
