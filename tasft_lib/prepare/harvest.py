@@ -20,7 +20,7 @@ from ..generation import Decoding, Response, check_prompts, generate
 from ..judges.base import VERDICTS, Judge, described
 from ..records import sources, templates
 from ..storage.files import content_hash, progress_bar, read_json, whole, write_json, write_rows
-from ..storage.integrity import is_there, seal
+from ..storage.integrity import keep_if_whole, seal
 from ..text import normalise, redact
 from .harvest_report import HarvestReport, Origin, data_card
 from .harvest_work import SETTINGS, Work
@@ -190,7 +190,7 @@ def is_harvested(path: Path, settings: dict) -> bool:
 
     Raises `ValueError` where it holds one of other settings.
     """
-    if not is_there(path):
+    if not keep_if_whole(path):
         return False
     other = dict(read_json(path / SETTINGS))
     if changed := [name for name in settings if other.get(name) != json.loads(json.dumps(settings[name]))]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..generation import evaluating
 from ..records import forms, tokens
 from ..storage.files import progress_bar
-from ..storage.integrity import is_sealed, is_there, seal
+from ..storage.integrity import is_sealed, keep_if_whole, seal
 
 POOLINGS = ("last", "mean")
 WINDOW = 64  # batches that are tokenised, sorted by length and written together
@@ -227,7 +227,7 @@ def _pooled_states(blocks: nn.ModuleList, layers: list[int], poolings: tuple[str
 
 def _rows_in(file: Path | None, shape: tuple[int, int], wanted: int, window: int) -> int:
     """How many rows are in the file already, in whole windows: what a kill tore off is cut away and made again."""
-    if file is None or not is_there(file):
+    if file is None or not keep_if_whole(file):
         return 0
     row_bytes = 4 * shape[0] * shape[1]
     done = file.stat().st_size // row_bytes

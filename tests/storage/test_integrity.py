@@ -81,7 +81,7 @@ def test_what_is_not_as_it_was_sealed_is_named(tmp_path, caplog):
     (folder / "b.json").unlink()
     file.write_text("a line\n")
     assert integrity.damage(folder) == ["a.arrow", "b.json"] and integrity.damage(file) == ["rows.jsonl"]
-    assert not integrity.is_there(folder) and not integrity.is_there(file)
+    assert not integrity.keep_if_whole(folder) and not integrity.keep_if_whole(file)
     assert f"{folder} is damaged (a.arrow, b.json)" in caplog.text and f"{file} is damaged:" in caplog.text
     assert not folder.exists() and not file.exists()
     assert (tmp_path / "set.damaged" / "notes.txt").exists() and (tmp_path / "rows.jsonl.damaged").exists()
