@@ -111,7 +111,7 @@ def arm_parts(rows: pd.DataFrame, within: pd.Series):
             yield test, within & is_apart
 
 
-def chosen(rows: pd.DataFrame, x: np.ndarray, within: pd.Series) -> tuple[float, float]:
+def best_settings(rows: pd.DataFrame, x: np.ndarray, within: pd.Series) -> tuple[float, float]:
     """Of `GRID` what ranks the arms' answers within best, by AUROC over folds of prompts."""
     arms = within & (rows["source"] == "arms")
     scores = {}
@@ -134,14 +134,14 @@ def predicted(rows: pd.DataFrame, x: np.ndarray) -> pd.DataFrame:
     trained = rows["source"] != "published arms"
     for model in rows.loc[rows["source"] == "XSTest", "group"].unique():
         test = (rows["source"] == "XSTest") & (rows["group"] == model)
-        shares[test] = held_out(rows, x, test, trained & ~test, *chosen(rows, x, trained & ~test))
+        shares[test] = held_out(rows, x, test, trained & ~test, *best_settings(rows, x, trained & ~test))
     settings = {
-        arm: chosen(rows, x, trained & (rows["group"] != arm))
+        arm: best_settings(rows, x, trained & (rows["group"] != arm))
         for arm in rows.loc[rows["source"] == "arms", "group"].unique()
     }
     for test, train in arm_parts(rows, trained):
         shares[test] = held_out(rows, x, test, train, *settings[rows.loc[test, "group"].iloc[0]])
-    shares[~trained] = held_out(rows, x, ~trained, trained, *chosen(rows, x, trained))
+    shares[~trained] = held_out(rows, x, ~trained, trained, *best_settings(rows, x, trained))
     table = rows.assign(score=shares[:, 0], local=local.verdicts_of(x, shares, THRESHOLD))
     for judge, match in STRING_MATCHES.items():
         table[judge] = np.where([match(answer) for answer in rows["answer"]], "refusal", "harmful")
@@ -248,7 +248,7 @@ def main(argv: list[str]) -> None:
     trained_on = rows["source"] != "published arms"
     rows, x = rows[trained_on].reset_index(drop=True), x[trained_on]
     far, nearest = far_table(rows, x)
-    strength, weight = chosen(rows, x, pd.Series(True, index=rows.index))
+    strength, weight = best_settings(rows, x, pd.Series(True, index=rows.index))
     known = rows["class"].notna().to_numpy()
     weights = np.where(rows.loc[known, "source"] == "arms", weight, 1.0)
     coefficients, intercepts = fit(x[known], rows.loc[known, "class"], weights, strength)

@@ -10,7 +10,7 @@ from ..evaluation.rates import paired_bootstrap, rate
 from ..evaluation.worlds import World
 from ..storage.files import content_hash, file_hash, runs_folder
 from .arms import load_trained
-from .results import kept
+from .results import table_in
 from .rows import held_out_rows
 from .specs import ArmSpec
 
@@ -60,7 +60,7 @@ def capability(
     scores = []
     for arm in arms:
         options["apply_chat_template"] = arm.template == "chat"
-        found = kept(
+        found = table_in(
             arm.folder / f"capability-{described}.csv",
             lambda arm=arm: lm_eval.harness_scores(*load_trained(arm), names, **options),
         )

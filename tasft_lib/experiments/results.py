@@ -55,7 +55,7 @@ class Results:
         print(*(self.folder / name for name in names), sep="\n")
 
 
-def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+def table_in(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table in `path`, made where it is missing or damaged."""
     if not keep_if_whole(path):
         table = make()
