@@ -46,10 +46,16 @@ def test_a_second_one_in_a_folder_waits_with_a_word_and_leaves_nothing(tmp_path,
 
 def test_ranks_of_one_launch_do_not_wait_for_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("TASFT_CACHE", str(tmp_path))
+    second_is_in = threading.Event()
+
+    def second():
+        with integrity.folder_lock(tmp_path / "out"):
+            second_is_in.set()
+
     with integrity.folder_lock(tmp_path / "out"):
         monkeypatch.setenv("RANK", "1")
-        with integrity.folder_lock(tmp_path / "out"):
-            pass
+        threading.Thread(target=second, daemon=True).start()
+        assert second_is_in.wait(20)
 
 
 def test_a_lock_needs_no_home(tmp_path, monkeypatch):
