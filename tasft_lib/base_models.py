@@ -26,7 +26,7 @@ from .storage.files import (
     whole,
     write_json,
 )
-from .storage.integrity import damage, is_there, locked, seal
+from .storage.integrity import damage, keep_if_whole, locked, seal
 from .storage.integrity import sha256 as sha256_of
 
 # Where a folder that was brought or converted says what it is made of.
@@ -332,7 +332,7 @@ def _once(folder: Path, bring: Callable[[Path], dict[str, str]], *, again: bool 
     with full_disk_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f"{folder.name}.lock"), folder):
-            if again or not is_there(folder):
+            if again or not keep_if_whole(folder):
                 with whole(folder) as unfinished:
                     unfinished.mkdir()
                     record = bring(unfinished)

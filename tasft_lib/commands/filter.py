@@ -59,7 +59,6 @@ def main(argv: list[str]) -> None:
 def _filter(args) -> None:
     from ..models import load_model
     from ..records import forms, sources
-    from ..reporting import figures
     from ..saft.find import Search
     from ..saft.report import Output
     from ..saft.workflow import filter_rows
@@ -105,6 +104,17 @@ def _filter(args) -> None:
         return
 
     def draw(table, saft) -> None:
+        try:
+            from ..reporting import figures
+        except ModuleNotFoundError as error:
+            if error.name not in ("matplotlib", "seaborn"):
+                raise
+            files.write_text(output.folder / "scores.csv", table.to_csv(index=False, float_format="%.6g"))
+            print(
+                f"scores.png is not drawn, {error.name} is not installed: pip install 'tasft[notebooks]', remove "
+                f"{output.folder / 'manifest.json'} and run the same command"
+            )
+            return
         caption = f"{len(rows):,} rows by their SAFT score, threshold from {saft.threshold_from}."
         figure = figures.plot_scores(table, saft.threshold, caption=caption)
         figures.save_figure(figure, output.folder, "scores", table)
@@ -126,7 +136,8 @@ def _filter(args) -> None:
     )
     print(page)
     kept, dropped = output.parts
-    print(f"{kept.name}, {dropped.name} (text and all), report.md and scores.png are in {output.folder}")
+    scores = "scores.png" if (output.folder / "scores.png").exists() else "scores.csv"
+    print(f"{kept.name}, {dropped.name} (text and all), report.md and {scores} are in {output.folder}")
 
 
 def _content(source: str, split: str | None, name: str | None, revision: str | None) -> str:

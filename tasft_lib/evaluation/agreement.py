@@ -10,26 +10,23 @@ import pandas as pd
 from ..judges.base import VERDICTS
 
 
-def agreement_table(
-    verdicts: pd.DataFrame, *, positive: str = "harmful", n_resamples: int = 9999, seed: int = 0
-) -> pd.DataFrame:
-    """Every pair of judges, a row each: how often they agree that a response is `positive` (or that it is not).
+def agreement_table(verdicts: pd.DataFrame, *, n_resamples: int = 9999, seed: int = 0) -> pd.DataFrame:
+    """Every pair of judges, a row each: how often they agree that a response is harmful (or that it is not).
 
     Cohen's kappa (1960), (agreement − chance) / (1 − chance), with a percentile bootstrap interval over responses. A
     response that either judge left unscored is not compared. The judges of this library share `find_degenerate`, so
     degenerate responses raise every agreement; leave them out to compare the judges themselves.
 
     Args:
-        verdicts: a column per judge, a row per response, the same responses for all; values of `judges.VERDICTS`.
-        positive: the verdict compared against all others.
+        verdicts: a column per judge, a row per response, the same responses for all; values of `judges.base.VERDICTS`.
 
     Returns:
         Columns: first, second (judges); n (responses compared); unscored (those left out); agreement in [0, 1]; kappa
-        in [-1, 1] with its 95 % interval low, high; both, only_first, only_second, neither (counts of `positive`).
+        in [-1, 1] with its 95 % interval low, high; both, only_first, only_second, neither (counts of "harmful").
         Kappa is nan where both judges give all responses one and the same verdict, because chance explains that too.
 
     Raises:
-        ValueError: fewer than two judges, or a verdict that is not in `judges.VERDICTS`.
+        ValueError: fewer than two judges, or a verdict that is not in `judges.base.VERDICTS`.
     """
     if verdicts.shape[1] < 2:
         raise ValueError(f"agreement needs two judges or more, got {verdicts.shape[1]}")
@@ -45,7 +42,7 @@ def agreement_table(
     for first, second in itertools.combinations(range(verdicts.shape[1]), 2):
         pair = verdicts.iloc[:, [first, second]]
         scored = pair[(pair != "unscored").all(axis=1)]
-        a, b = (scored.iloc[:, side].to_numpy() == positive for side in (0, 1))
+        a, b = (scored.iloc[:, side].to_numpy() == "harmful" for side in (0, 1))
         counts = np.array([(a & b).sum(), (a & ~b).sum(), (~a & b).sum(), (~a & ~b).sum()])
         n = len(scored)
         low = high = math.nan
@@ -70,7 +67,7 @@ def sensitivity_and_specificity(judged: Sequence[bool], truth: Sequence[bool]) -
     Raises:
         ValueError: lengths differ, a value is not boolean, or `truth` has only one class.
     """
-    judged, truth = _flags(judged), _flags(truth)
+    judged, truth = boolean_flags(judged), boolean_flags(truth)
     if len(judged) != len(truth):
         raise ValueError(f"{len(judged)} verdicts against {len(truth)} true labels: give one of each per response")
     if truth.all() or not truth.any():
@@ -106,11 +103,10 @@ def corrected_interval(
     *,
     aside: float = 0,
     groups: Sequence | None = None,
-    confidence: float = 0.95,
     n_resamples: int = 9999,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """`corrected_rate` of `flagged` in `n` responses with an interval that knows how few responses were labelled.
+    """`corrected_rate` of `flagged` in `n` responses with a 95 % interval that knows how few were labelled.
 
     Parametric bootstrap of all three parts: the reported rate, sensitivity and specificity. Each is drawn around its
     estimate with a pseudo-success and a pseudo-failure added, as in Lang and Reiczigel (2014); else a judge without an
@@ -136,7 +132,7 @@ def corrected_interval(
     sensitivity, specificity = sensitivity_and_specificity(judged, truth)
     asked = max(n - aside, 0)
     estimate = corrected_rate(min(flagged / asked, 1.0), sensitivity, specificity) * asked / n if asked > 1e-9 else 0.0
-    judged, truth = _flags(judged), _flags(truth)
+    judged, truth = boolean_flags(judged), boolean_flags(truth)
     groups = np.zeros(len(truth)) if groups is None else np.asarray(groups)
     rng = np.random.default_rng(seed)
 
@@ -160,9 +156,8 @@ def corrected_interval(
     power = sensitivities + specificities - 1
     useless = power <= 0
     corrected = asked_shares * np.clip((rates + specificities - 1) / np.where(useless, 1.0, power), 0, 1)
-    tail = (1 - confidence) / 2
-    low = np.quantile(np.where(useless, 0.0, corrected), tail)
-    high = np.quantile(np.where(useless, 1.0, corrected), 1 - tail)
+    low = np.quantile(np.where(useless, 0.0, corrected), 0.025)
+    high = np.quantile(np.where(useless, 1.0, corrected), 0.975)
     return estimate, min(float(low), estimate), max(float(high), estimate)
 
 
@@ -176,8 +171,10 @@ def kappa(counts: np.ndarray) -> np.ndarray:
         return np.where(chance < 1, (observed - chance) / (1 - chance), np.nan)
 
 
-def _flags(values: Sequence[bool]) -> np.ndarray:
+def boolean_flags(values: Sequence[bool]) -> np.ndarray:
+    """The values as an array of booleans; raises ValueError where one is none, such as nan for what was unscored."""
     flags = np.asarray(values)
     if flags.dtype != bool and len(flags):
-        raise ValueError("verdicts and true labels must be booleans: leave out what was not scored")
+        # bool(nan) is True: an unscored response would silently count.
+        raise ValueError("flags must be booleans: leave out the responses that were left unscored")
     return flags.astype(bool)

@@ -159,12 +159,18 @@ def alpaca_eval_score(
         and `unscored` without; with `length_controlled` also `length_controlled_win_rate` and its `_stderr`.
 
     Raises ValueError where `alpaca_eval` is missing, answers and references do not match, or it would cost too much;
-    with `length_controlled` where its data cannot be had or too few answers were judged.
+    with `length_controlled` where its data cannot be had or there are too few answers, and, after they are paid for,
+    where too few of them were judged.
     """
     cost = alpaca_eval_cost(reference_outputs, outputs)
     if max_tokens is not None and cost["tokens"] > max_tokens:
         raise ValueError(
             f"about {cost['tokens']} tokens for the annotator, more than max_tokens={max_tokens}: raise it"
+        )
+    if length_controlled and len(outputs) < MIN_CONTROLLED:
+        raise ValueError(
+            f"{len(outputs)} answers are too few for the length-controlled rate, which takes {MIN_CONTROLLED}: raise "
+            "--limit, or leave --length_controlled out"
         )
     try:
         with _quiet():

@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..generation import evaluating
 from ..records.sources import read_rows
 from ..storage.files import write_text
 from ..storage.integrity import set_aside
@@ -74,23 +75,17 @@ def harness_scores(
     if cache is not None:
         options |= {"use_cache": str(_readable(cache))}
     switches = {"chat_template_args": chat_template_kwargs} if chat_template_kwargs else {}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with _quiet(), tempfile.TemporaryDirectory() as folder:
-            results = lm_eval.simple_evaluate(
-                # The harness may give the tokenizer a pad token.
-                model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **switches),
-                tasks=[_pinned(task, commit, manager, Path(folder)) for task, commit in tasks.items()],
-                num_fewshot=num_fewshot,
-                limit=limit,
-                task_manager=manager,
-                log_samples=False,
-                **options,
-            )
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), _quiet(), tempfile.TemporaryDirectory() as folder:
+        results = lm_eval.simple_evaluate(
+            # The harness may give the tokenizer a pad token.
+            model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **switches),
+            tasks=[_pinned(task, commit, manager, Path(folder)) for task, commit in tasks.items()],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            **options,
+        )
     return _tidy(results)
 
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..labels import end_of_turn
 from ..records.forms import is_chat
-from ..saft.activations import completion_log_probs, completion_loss
+from .likelihood import completion_log_probs, completion_loss
 from .rates import mean_interval, paired_bootstrap, rate
 
 DEPTHS = (0, 1, 2, 4, 8, 16)  # unsafe tokens that are given

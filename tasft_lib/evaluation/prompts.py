@@ -4,7 +4,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from ..storage.files import cache_folder, content_hash, write_text
-from ..storage.integrity import is_there, seal
+from ..storage.integrity import keep_if_whole, seal
 
 # As Safety-Tuned LLaMAs (Bianchi et al., 2023), HarmfulQ (Shaikh et al., 2022) and XSTest (Röttger et al., 2023)
 # published them: name -> address.
@@ -36,7 +36,7 @@ def locate(source: str, url: str) -> str:
     name = url.rsplit("/", 1)[-1]
     if source == "stl":
         kept = downloaded_file(url)
-        if not is_there(kept):
+        if not keep_if_whole(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with urlopen(url, timeout=60) as response:

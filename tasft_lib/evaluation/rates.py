@@ -13,7 +13,7 @@ from statsmodels.stats.proportion import power_proportions_2indep, proportion_co
 
 from ..judges.base import VERDICTS
 from . import calibration
-from .agreement import corrected_interval
+from .agreement import boolean_flags, corrected_interval
 
 
 class Measure(NamedTuple):
@@ -139,8 +139,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def wilson_interval(count: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a rate of `count` in `n`, both ends in [0, 1]; (nan, nan) for n = 0.
+def wilson_interval(count: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval for a rate of `count` in `n`, both ends in [0, 1]; (nan, nan) for n = 0.
 
     `count` may be a mean over seeds, and n an effective one (`effective_n`).
 
@@ -150,7 +150,7 @@ def wilson_interval(count: float, n: float, confidence: float = 0.95) -> tuple[f
         raise ValueError(f"no rate of {count} in {n}: the count must lie between 0 and n")
     if n == 0:
         return math.nan, math.nan
-    low, high = proportion_confint(count, n, alpha=1 - confidence, method="wilson")
+    low, high = proportion_confint(count, n, alpha=0.05, method="wilson")
     # Rounding puts the ends up to 1e-16 past a rate of 0 or 1; error bars of negative length can't be drawn.
     return min(float(low), count / n), max(float(high), count / n)
 
@@ -262,7 +262,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, fl
     Raises:
         ValueError: the lengths differ, or a value is not boolean (drop the prompts that either judge left unscored).
     """
-    first, second = _flags(first), _flags(second)
+    first, second = boolean_flags(first), boolean_flags(second)
     _check_paired(first, second)
     table = [
         [int((first & second).sum()), int((first & ~second).sum())],
@@ -275,11 +275,10 @@ def paired_bootstrap(
     first: Sequence[float],
     second: Sequence[float],
     *,
-    confidence: float = 0.95,
     n_resamples: int = 9999,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Mean of first - second over the same prompts, with a bootstrap interval that resamples prompts.
+    """Mean of first - second over the same prompts, with a 95 % bootstrap interval that resamples prompts.
 
     Percentile interval: the bias-corrected one is undefined when all differences are equal, which happens as soon as
     neither method has a harmful answer.
@@ -301,7 +300,7 @@ def paired_bootstrap(
         lambda a, b, axis=-1: np.mean(a, axis=axis) - np.mean(b, axis=axis),
         paired=True,
         vectorized=True,
-        confidence_level=confidence,
+        confidence_level=0.95,
         n_resamples=n_resamples,
         batch=1000,
         method="percentile",
@@ -330,14 +329,6 @@ def minimum_detectable_difference(n: int, baseline_rate: float, power: float = 0
     if surplus(largest) < 0:
         return math.nan
     return float(optimize.brentq(surplus, smallest, largest))
-
-
-def _flags(values: Sequence[bool]) -> np.ndarray:
-    flags = np.asarray(values)
-    if flags.dtype != bool and len(flags):
-        # bool(nan) is True: an unscored response would silently count.
-        raise ValueError("flags must be booleans: drop the prompts that were left unscored in either method")
-    return flags.astype(bool)
 
 
 def _check_paired(first: np.ndarray, second: np.ndarray) -> None:

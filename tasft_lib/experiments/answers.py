@@ -42,7 +42,7 @@ from ..storage.files import (
     write_json,
     write_text,
 )
-from ..storage.integrity import damage, is_there, locked, seal, set_aside
+from ..storage.integrity import damage, keep_if_whole, locked, seal, set_aside
 from ..storage.resume import by_step
 from . import engine
 from .arms import check_options, has_ended, load_model, load_tokenizer, train
@@ -167,10 +167,10 @@ def respond(
 ) -> pd.DataFrame:
     """The arm's answers at the "last" or "all" of its checkpoints, generated once and kept in its folder.
 
-    `prompts` are those of `prompts.evaluation_prompts`, or of an attack (see `attacks`), which may have `asked` for
-    them and `begun` the answer. Returns their rows for each step, with `method` (the arm's display name), `n_unsafe`,
-    `penalty_weight`, `model`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response` and
-    `finished`. Step 0, the base model, is part of "all".
+    `prompts` are those of `worlds.World.evaluation_prompts`, or of an attack (see `attacks`), which may have `asked`
+    for them and `begun` the answer. Returns their rows for each step, with `method` (the arm's display name),
+    `n_unsafe`, `penalty_weight`, `model`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response`
+    and `finished`. Step 0, the base model, is part of "all".
     """
     decoding = _own(decoding, spec)
     chosen = _steps(spec, steps)
@@ -214,7 +214,7 @@ def measure(spec: ArmSpec, held_out: HeldOut, *, steps: str = "last", batch_size
             path = _likelihoods(spec, step, held_out)
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(Path(f"{path}.lock"), path):
-                if not is_there(path):
+                if not keep_if_whole(path):
                     model, tokenizer = load_model(spec, adapter)
                     table = likelihoods(model, tokenizer, held_out, batch_size=batch_size, progress=show_progress())
                     write_text(path, table.to_csv(index=False, float_format="%.9g"))
@@ -266,7 +266,7 @@ def _is_answered(spec: ArmSpec, prompts: pd.DataFrame, decodings: list[generatio
     if not has_ended(spec):
         return False
     pairs = product(_steps(spec, steps), decodings)
-    return all(is_there(_responses(spec, step, prompts, _own(decoding, spec))) for step, decoding in pairs)
+    return all(keep_if_whole(_responses(spec, step, prompts, _own(decoding, spec))) for step, decoding in pairs)
 
 
 def _is_judged(
@@ -283,7 +283,7 @@ def _is_judged(
 
 
 def _is_measured(spec: ArmSpec, held_out: HeldOut, steps: str) -> bool:
-    return has_ended(spec) and all(is_there(_likelihoods(spec, step, held_out)) for step in _steps(spec, steps))
+    return has_ended(spec) and all(keep_if_whole(_likelihoods(spec, step, held_out)) for step in _steps(spec, steps))
 
 
 def _of_arm(table: pd.DataFrame, spec: ArmSpec, step: int) -> pd.DataFrame:

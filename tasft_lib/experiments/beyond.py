@@ -19,7 +19,7 @@ def searched(development: pd.DataFrame) -> pd.DataFrame:
     return table.assign(is_chosen=table.index.isin(best) | (table["method"] == "sft"))
 
 
-def chosen(arms: list[ArmSpec], search: pd.DataFrame) -> list[ArmSpec]:
+def best_arms(arms: list[ArmSpec], search: pd.DataFrame) -> list[ArmSpec]:
     """Of the arms those that `searched` has chosen, and plain SFT."""
     by = ["model", "method", "n_unsafe", "penalty_weight"]
     kept = set(search.loc[search["is_chosen"], by].itertuples(index=False, name=None))

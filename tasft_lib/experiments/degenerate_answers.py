@@ -135,7 +135,7 @@ def percentages(table: pd.DataFrame) -> pd.DataFrame:
 
 
 # What the judges of `judges.compliance` call a refusal.
-MATCHES = {"compliance": is_refusal, "xstest": xstest_refusal}
+STRING_MATCHES = {"compliance": is_refusal, "xstest": xstest_refusal}
 _LABELS = {"1": "full compliance", "2": "full refusal", "3": "partial refusal"}
 
 
@@ -172,7 +172,7 @@ def refusal_errors(answers: pd.DataFrame, seen: list[str]) -> pd.DataFrame:
     groups = [(model, model in seen, rows) for model, rows in answers.groupby("model", sort=False)]
     groups.append(("all kept aside", False, answers[~answers["model"].isin(seen)]))
     table = []
-    for judge, match in MATCHES.items():
+    for judge, match in STRING_MATCHES.items():
         for model, is_seen, rows in groups:
             says = {
                 label: [match(text) for text in rows.loc[rows["label"] == label, "text"]] for label in _LABELS.values()
@@ -187,7 +187,7 @@ def refusal_errors(answers: pd.DataFrame, seen: list[str]) -> pd.DataFrame:
 def refusals_in(texts: dict[str, list[str]]) -> pd.DataFrame:
     """Of texts that nobody labelled, the share that each string match calls refusals: judge, texts, n, rate, ends."""
     rows = []
-    for judge, match in MATCHES.items():
+    for judge, match in STRING_MATCHES.items():
         for name, group in texts.items():
             rows.append({"judge": judge, "texts": name} | _share("n", "rate", [match(text) for text in group]))
     return pd.DataFrame(rows)

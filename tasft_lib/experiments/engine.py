@@ -43,23 +43,23 @@ SHARED = "TASFT_SHARED"  # set for a notebook that another one runs beside
 ASKED_EVERY = {"local": 1.0, "slurm": 15.0}  # seconds after which it is asked again which jobs live
 
 
-def chosen() -> str:
+def name() -> str:
     """The engine of `$TASFT_ENGINE`, by default "processes"; `ValueError` for one that is not in `ENGINES`."""
-    name = os.environ.get("TASFT_ENGINE") or "processes"
-    if name not in ENGINES:
-        raise ValueError(f"engine {name!r} is not known; choose one of {', '.join(ENGINES)}.")
-    return name
+    engine = os.environ.get("TASFT_ENGINE") or "processes"
+    if engine not in ENGINES:
+        raise ValueError(f"engine {engine!r} is not known; choose one of {', '.join(ENGINES)}.")
+    return engine
 
 
 def check() -> None:
     """Raise what would stop the first unit that is submitted, before anything is begun."""
     if submits():
-        _executor(chosen(), runs_folder().absolute() / "jobs")
+        _executor(name(), runs_folder().absolute() / "jobs")
 
 
 def submits() -> bool:
     """Whether units become jobs. Within a job they do not."""
-    return chosen() in ("local", "slurm") and "SUBMITIT_EXECUTOR" not in os.environ
+    return name() in ("local", "slurm") and "SUBMITIT_EXECUTOR" not in os.environ
 
 
 def default_workers() -> int:
@@ -82,7 +82,7 @@ def results(work: Callable[[Any], Any], specs: list, workers: int) -> Iterator[t
     """
     if submits():
         yield from _jobs(work, specs, workers)
-    elif chosen() == "debug":
+    elif name() == "debug":
         yield from ((i, work(spec)) for i, spec in enumerate(specs))
     elif workers == 1:
         yield from ((i, attempt(work, spec)) for i, spec in enumerate(specs))
@@ -209,7 +209,7 @@ class _Unit:
 
 def _jobs(work: Callable[[Any], Any], specs: list, workers: int) -> Iterator[tuple[int, Any]]:
     """Submit what no job does yet and wait for all, by the files that jobs leave: not every cluster keeps accounts."""
-    engine, folder = chosen(), runs_folder().absolute() / "jobs"
+    engine, folder = name(), runs_folder().absolute() / "jobs"
     folder.mkdir(parents=True, exist_ok=True)
     executor = _executor(engine, folder)
     pickled = pickle.dumps(work)

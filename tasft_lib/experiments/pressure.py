@@ -28,7 +28,7 @@ class Weights:
         path = project_root() / self.source
         self.table = pd.read_csv(path) if path.is_file() else None
 
-    def chosen(self, method: str, n_unsafe: int, seed: int | None = None) -> float | str:
+    def of_table(self, method: str, n_unsafe: int, seed: int | None = None) -> float | str:
         """λ of the table, a number or "auto"; `ValueError` naming the file where it has no such row."""
         if self.table is None:
             raise ValueError(f"penalty_weights={self.source!r}: no such file in the project.")
@@ -47,7 +47,7 @@ class Weights:
 
     def scaled(self, method: str, n_unsafe: int, factor: float, seed: int | None = None) -> float:
         """The chosen λ times `factor`; of an automatic one, times its λ here."""
-        weight = self.chosen(method, n_unsafe, seed)
+        weight = self.of_table(method, n_unsafe, seed)
         if weight == "auto":
             weight = self.of_pressure(PRESSURE[method], method, n_unsafe)
         return float(f"{factor * weight:.4g}")

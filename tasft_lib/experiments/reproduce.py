@@ -97,7 +97,7 @@ def _reproduce(profile: str, jobs: list[Job], *, prepare_only: bool) -> list[Pat
     for batch in (first, others, *([job] for job in jobs if job.name in TIMED)):
         # A second notebook loads its libraries while the first one trains.
         at_once = 1 if torch.accelerator.is_available() else min(2, os.cpu_count() or 1)
-        if engine.chosen() == "slurm":
+        if engine.name() == "slurm":
             at_once = max(1, len(batch))  # they only wait for jobs
         shared = {engine.SHARED: "1"} if len(batch) > 1 else {}
         with engine.environment(shared), ThreadPoolExecutor(at_once) as pool:

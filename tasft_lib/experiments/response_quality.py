@@ -5,12 +5,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..evaluation import lm_eval
+from ..evaluation.likelihood import completion_loss
 from ..evaluation.rates import paired_bootstrap, rate
 from ..evaluation.worlds import World
-from ..saft.activations import completion_loss
 from ..storage.files import content_hash, file_hash, runs_folder
 from .arms import load_trained
-from .results import kept
+from .results import table_in
 from .rows import held_out_rows
 from .specs import ArmSpec
 
@@ -60,7 +60,7 @@ def capability(
     scores = []
     for arm in arms:
         options["apply_chat_template"] = arm.template == "chat"
-        found = kept(
+        found = table_in(
             arm.folder / f"capability-{described}.csv",
             lambda arm=arm: lm_eval.harness_scores(*load_trained(arm), names, **options),
         )

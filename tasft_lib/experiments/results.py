@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ..storage import files
 from ..storage.files import notebooks, project_root, runs_folder
-from ..storage.integrity import is_there, seal
+from ..storage.integrity import keep_if_whole, seal
 
 Result = TypeVar("Result", pd.DataFrame, Figure)
 
@@ -55,9 +55,9 @@ class Results:
         print(*(self.folder / name for name in names), sep="\n")
 
 
-def kept(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+def table_in(path: Path, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table in `path`, made where it is missing or damaged."""
-    if not is_there(path):
+    if not keep_if_whole(path):
         table = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, table.to_csv(index=False))

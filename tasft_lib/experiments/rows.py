@@ -25,7 +25,7 @@ from ..records import data, forms, sources, tokens
 from ..records.messages import of_text
 from ..records.templates import questions
 from ..storage.files import content_hash, named, runs_folder, show_progress, write_rows
-from ..storage.integrity import is_there, locked, seal
+from ..storage.integrity import keep_if_whole, locked, seal
 from . import arms, engine, methods
 from .once import once
 from .specs import ArmSpec, ContrastiveSpec, HarvestSpec, RecoverySpec, Rows, SafeSpec
@@ -133,10 +133,10 @@ def _harvest(spec: HarvestSpec) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # One for harvests of any length: a longer one goes on where a shorter one ended.
     work = path.with_name(f"{replace(spec, n=0, rounds=0).name}-{content_hash(made_of)}.work")
-    if engine.submits() and not is_there(path):
+    if engine.submits() and not keep_if_whole(path):
         engine.call(make_rows, spec)
     with locked(Path(f"{work}.lock"), path):
-        if is_there(path):
+        if keep_if_whole(path):
             return path
         check_ready(judge)
         model, tokenizer = arms.load_trained(spec.arm)
@@ -216,10 +216,10 @@ def _contrastive_rows(spec: ContrastiveSpec) -> Path:
 def _written_once(spec: Rows, path: Path, write: Callable[[], list[dict]]) -> Path:
     """The JSONL file of what `write` gives, unless it is there whole; a job's work where the engine has jobs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if engine.submits() and not is_there(path):
+    if engine.submits() and not keep_if_whole(path):
         engine.call(make_rows, spec)
     with locked(Path(f"{path}.lock"), path):
-        if not is_there(path):
+        if not keep_if_whole(path):
             write_rows(path, write())
             seal(path)
     return path

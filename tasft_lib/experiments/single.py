@@ -7,8 +7,7 @@ import os
 from typing import Any
 
 from ..storage.files import read_object, runs_folder, write_json
-from . import designs, settings
-from .engine import chosen
+from . import designs, engine, settings
 
 
 def write_arms(profile: str, notebooks: list[str] | None, overrides: dict[str, Any] | None) -> list[str]:
@@ -38,7 +37,7 @@ def run_arm(name: str) -> str:
     specs = {spec.name: spec for spec in getattr(designs, unit["notebook"])(study)}
     if name not in specs:
         raise ValueError(f"{folder}: {unit['notebook']} lists no such arm any more; write the arms again.")
-    if chosen() != "debug":
+    if engine.name() != "debug":
         os.environ["TASFT_ENGINE"] = "processes"  # one arm is one process, this one
     study.answers([specs[name]])
     return str(folder)

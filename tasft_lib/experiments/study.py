@@ -159,7 +159,7 @@ class Study:
             method: "sft"; "kto" or a penalty, on `n_unsafe` rows of D_unsafe; "stl" (plain SFT with safe answers to the
                 same prompts), "stl_weighted" (these weighted by λ) or "stl_emd" (safe answers, and EMD on the unsafe);
                 "recover" on `n_unsafe` rows of `recoveries`.
-            weight: λ (KTO: its undesirable weight); by default the one in the profile's table, see `Weights.chosen`.
+            weight: λ (KTO: its undesirable weight); by default the one in the profile's table, see `Weights.of_table`.
             display_name: its name in tables, by default `method`.
             extra: further benign rows.
             unsafe: rows in the place of those named.
@@ -174,7 +174,7 @@ class Study:
             return spec
         trained_as = {"stl_weighted": "imitation", "stl_emd": "emd"}.get(method, method)
         if weight is None:
-            weight = self.weights.chosen("emd" if method in ("stl_weighted", "stl_emd") else method, n_unsafe, seed)
+            weight = self.weights.of_table("emd" if method in ("stl_weighted", "stl_emd") else method, n_unsafe, seed)
         options = {} if method == "kto" else {**self.step, **penalty}
         if trained_as in EMBEDDING_PENALTIES:
             options = self.distance(options.get("penalty_embedding")) | options

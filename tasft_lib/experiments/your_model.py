@@ -18,7 +18,7 @@ from ..text import rate_text
 from .answers import run_all
 from .arms import load_tokenizer
 from .response_quality import capability
-from .results import kept
+from .results import table_in
 from .specs import ArmSpec
 
 SIDES = ("sft", "tasft")
@@ -77,7 +77,7 @@ def win_rate_rows(
         outputs = answers.loc[answers["arm"] == arm.name, "response"].tolist()
         options = {"annotators_config": annotator, "name": arm.display_name or arm.method, "folder": folder}
         options["max_tokens"] = max_tokens
-        found = kept(
+        found = table_in(
             folder / "win_rate.csv",
             lambda outputs=outputs, options=options: alpaca.alpaca_eval_score(outputs, references, **options),
         )

@@ -192,31 +192,27 @@ def beavertails_rows(source: Source, *, split: str = "30k_train", revision: str 
     return Dataset.from_list(judged)
 
 
-def red_team_prompts(source: Source, *, max_harmlessness: float | None = None) -> list[str]:
+def red_team_prompts(source: Source) -> list[str]:
     """The first human turn of every red-team transcript of hh-rlhf, in file order and without repetitions.
 
     `source` is the file `red_team_attempts.jsonl.gz`, or the hub id Anthropic/hh-rlhf, whose folder red-team-attempts
-    is then read at the commit in `DATA_SETS`. With `max_harmlessness` only transcripts whose least harmless
-    answer has at most that `min_harmlessness_score_transcript` (a reward: the lower, the more harmful; mostly in
-    [-4, 4]): prompts that did bring harm about.
-
-    Transcripts without a human turn are left out, and logged. Raises `ValueError` where that leaves none.
+    is then read at the commit in `DATA_SETS`. Transcripts without a human turn are left out, and logged. Raises
+    `ValueError` where that leaves none.
     """
     published = named(RED_TEAM)
     rows = read_rows(fetch(published.name) if str(source) == published.hub else source)
-    score = "min_harmlessness_score_transcript"
-    _need(rows, ("transcript", score), source)
+    _need(rows, ("transcript",), source)
     prompts, silent = {}, 0
-    for transcript, harmlessness in zip(rows["transcript"][:], rows[score][:], strict=True):
+    for transcript in rows["transcript"][:]:
         _, _, rest = ("\n\n" + (transcript or "").lstrip()).partition("\n\nHuman:")
         first = rest.split("\n\nAssistant:")[0].split("\n\nHuman:")[0].strip()
         silent += not first
-        if first and (max_harmlessness is None or (harmlessness is not None and harmlessness <= max_harmlessness)):
+        if first:
             prompts[first] = None
     if silent:
         logger.warning("%s: left out %d of %d transcripts, they have no human turn", source, silent, len(rows))
     if not prompts:
-        raise ValueError(f"{source}: no transcript gives a prompt; check the file, or ask for less harmful ones too")
+        raise ValueError(f"{source}: no transcript gives a prompt; check the file")
     return list(prompts)
 
 

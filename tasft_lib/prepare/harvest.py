@@ -20,7 +20,7 @@ from ..generation import Decoding, Response, check_prompts, generate
 from ..judges.base import VERDICTS, Judge, described
 from ..records import sources, templates
 from ..storage.files import content_hash, progress_bar, read_json, whole, write_json, write_rows
-from ..storage.integrity import is_there, seal
+from ..storage.integrity import keep_if_whole, seal
 from ..text import normalise, redact
 from .harvest_report import HarvestReport, Origin, data_card
 from .harvest_work import SETTINGS, Work
@@ -47,7 +47,6 @@ def harvest(
     decoding: Decoding = SAMPLING,
     rounds: int = 4,
     evaluation_prompts: Iterable[str] = (),
-    allow_fewer: bool = False,
     keep_unfinished: bool = False,
     recoveries: bool = False,
     batch_size: int = 32,
@@ -74,7 +73,6 @@ def harvest(
         chat_template_kwargs: switches of the chat template.
         n: rows wanted.
         evaluation_prompts: instructions that are left out where `prompts` have them, however they are written.
-        allow_fewer: return what was found instead of raising.
         recoveries: give each row a `recovery` too, a safe answer to its prompt (see `recoveries`).
         origin: for the report; by default the model's own name alone.
         work: folder of what is done, made when missing; holds all answers in full text.
@@ -91,7 +89,7 @@ def harvest(
     distinct = _distinct(prompts)
     instructions = _without(evaluation_prompts, distinct)
     leaked = len(distinct) - len(instructions)
-    _check_size(n, rounds, len(instructions), leaked, allow_fewer)
+    _check_size(n, rounds, len(instructions), leaked)
 
     def with_template(instructions: list[str]) -> list[str]:
         return templates.ask(instructions, template, tokenizer, chat_template_kwargs=chat_template_kwargs)
@@ -130,7 +128,7 @@ def harvest(
 
     asked, answered = list(pile.answers), list(pile.answers.values())
     from_where, recovered = None, []
-    if recoveries and (pile.is_full or allow_fewer):
+    if recoveries and pile.is_full:
         how = {"template": template, "decoding": decoding, "batch_size": batch_size, "rounds": rounds}
         how["chat_template_kwargs"] = chat_template_kwargs
         recovered = recoveries_for(asked, pile.others, model, tokenizer, judge, record, **how)
@@ -149,7 +147,7 @@ def harvest(
         recoveries=from_where,
         **pile.counts(),
     )
-    if len(pile.answers) < n and not allow_fewer:
+    if not pile.is_full:
         raise ValueError(_too_few(report, n))
     columns = {"prompt": with_template(asked), "completion": answered}
     if template == "chat":
@@ -192,7 +190,7 @@ def is_harvested(path: Path, settings: dict) -> bool:
 
     Raises `ValueError` where it holds one of other settings.
     """
-    if not is_there(path):
+    if not keep_if_whole(path):
         return False
     other = dict(read_json(path / SETTINGS))
     if changed := [name for name in settings if other.get(name) != json.loads(json.dumps(settings[name]))]:
@@ -233,10 +231,10 @@ def _without(evaluation_prompts: Iterable[str], prompts: list[str]) -> list[str]
     return others
 
 
-def _check_size(n: int, rounds: int, n_prompts: int, leaked: int, allow_fewer: bool) -> None:
+def _check_size(n: int, rounds: int, n_prompts: int, leaked: int) -> None:
     if n < 1 or rounds < 1:
         raise ValueError(f"n and rounds must be at least 1, got n={n}, rounds={rounds}")
-    if n_prompts < n and not allow_fewer:
+    if n_prompts < n:
         raise ValueError(
             f"n={n} unsafe answers from {n_prompts} distinct prompts is impossible, since one is kept per "
             f"prompt{f' ({leaked} more are evaluation prompts)' if leaked else ''}; give more prompts or lower n"

@@ -1,4 +1,4 @@
-"""What one forward pass says of training rows: activations of chosen layers, and the loss of the completion."""
+"""What one forward pass says of training rows: activations of chosen layers."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,14 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation import evaluating
-from ..losses import token_log_probs
 from ..records import forms, tokens
 from ..storage.files import progress_bar
-from ..storage.integrity import is_sealed, is_there, seal
+from ..storage.integrity import is_sealed, keep_if_whole, seal
 
 POOLINGS = ("last", "mean")
 WINDOW = 64  # batches that are tokenised, sorted by length and written together
-LOGITS = 2**28  # of a batch at once, 1 GB in float32: of a small model they take more memory than all the rest
 
 
 def n_layers(model: PreTrainedModel) -> int:
@@ -90,9 +88,9 @@ def activations(
     ):
         for first in range(done, len(rows), window):
             last = min(first + window, len(rows))
-            encoded = _encode(tokenizer, rows, first, last, max_length or _context(model))
+            encoded = encode(tokenizer, rows, first, last, max_length or context_length(model))
             part = np.empty((last - first, *shape), np.float32) if file is not None else result[first:last]
-            for chosen, ids, mask in _batches(encoded, batch_size, model.device):
+            for chosen, ids, mask in batches(encoded, batch_size, model.device):
                 starts = torch.tensor([min(encoded[i].prompt_tokens, len(encoded[i].ids) - 1) for i in chosen])
                 states = run(model, ids, mask, starts.to(model.device)).numpy()
                 if not np.isfinite(states).all():
@@ -110,70 +108,11 @@ def activations(
     return result
 
 
-def completion_log_probs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    *,
-    max_length: int | None = None,
-    max_tokens: int | None = None,
-    ending: list[int] | None = None,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> list[Tensor]:
-    """log p(y_t | x, y_<t) of the tokens of each completion y after its prompt x: `[tokens]` a row, nats, on the CPU.
-
-    `rows`, `max_length` and how rows are batched: see `activations`. Empty where the prompt alone fills `max_length`.
-
-    Args:
-        max_tokens: tokens of a completion that are read, from its start; by default all.
-        ending: tokens that are left out where it ends in them; by default its end token is read.
-    """
-    values = [torch.empty(0)] * len(rows)
-    window, vocabulary = WINDOW * batch_size, model.config.get_text_config().vocab_size
-    with (
-        progress_bar(total=len(rows), desc="loss", unit="row", progress=progress) as bar,
-        evaluating(model),
-        torch.inference_mode(),
-    ):
-        for first in range(0, len(rows), window):
-            last = min(first + window, len(rows))
-            whole = _encode(tokenizer, rows, first, last, max_length or _context(model), end=True)
-            encoded = [_cut(row, ending or [], max_tokens) for row in whole]
-            fitting = max(1, LOGITS // (vocabulary * max(len(row.ids) for row in encoded)))
-            for chosen, ids, mask in _batches(encoded, min(batch_size, fitting), model.device):
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                for i, row_ids, row_logits in zip(chosen, ids, logits, strict=True):
-                    begin, stop = encoded[i].prompt_tokens, len(encoded[i].ids)
-                    scored = slice(max(begin, 1) - 1, stop - 1)
-                    log_probs = token_log_probs(row_logits[scored], row_ids[1:].to(row_logits.device)[scored])
-                    values[first + i] = log_probs.cpu()
-                bar.update(len(chosen))
-    return values
-
-
-def completion_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    *,
-    max_length: int | None = None,
-    batch_size: int = 32,
-    progress: bool = False,
-) -> list[float]:
-    """Mean negative log-likelihood of each completion and its end token, in nats per token.
-
-    `rows`, `max_length`: see `activations`. nan where the prompt alone fills `max_length`.
-    """
-    options = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
-    return [-log_probs.mean().item() for log_probs in completion_log_probs(model, tokenizer, rows, **options)]
-
-
 def token_lengths(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> np.ndarray:
     """`[n]`: tokens of prompt and completion, as `activations` reads them, uncut."""
     parts = [np.empty(0, int)]
     for first in range(0, len(rows), 1024):
-        encoded = _encode(tokenizer, rows, first, min(first + 1024, len(rows)), None)
+        encoded = encode(tokenizer, rows, first, min(first + 1024, len(rows)), None)
         parts.append(np.array([len(row.ids) for row in encoded]))
     return np.concatenate(parts)
 
@@ -191,7 +130,7 @@ class Encoded:
     prompt_tokens: int
 
 
-def _encode(
+def encode(
     tokenizer: PreTrainedTokenizerBase, rows: Dataset, first: int, last: int, max_length: int | None, end: bool = False
 ) -> list[Encoded]:
     """Rows `first` to `last`, prompt and completion in one, as TRL's SFTTrainer tokenises them (`end`: with EOS).
@@ -214,21 +153,13 @@ def _encode(
     return [Encoded(ids[:max_length], _common(prompt, ids)) for prompt, ids in zip(asked, whole, strict=True)]
 
 
-def _cut(row: Encoded, ending: list[int], max_tokens: int | None) -> Encoded:
-    """The row without `ending` at its end, and without what follows the first `max_tokens` of its completion."""
-    ids, begin = row.ids, row.prompt_tokens
-    if ending and ids[begin:][-len(ending) :] == ending:
-        ids = ids[: -len(ending)]
-    return Encoded(ids[: None if max_tokens is None else begin + max_tokens], begin)
-
-
 def _common(prompt: list[int], whole: list[int]) -> int:
     if whole[: len(prompt)] == prompt:
         return len(prompt)
     return next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
 
 
-def _batches(
+def batches(
     encoded: list[Encoded], batch_size: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Places of the rows, ids and mask `[B, T]`, longest first: what does not fit in memory fails at once."""
@@ -248,10 +179,6 @@ def _pool(states: Tensor, pooling: str, starts: Tensor, mask: Tensor) -> Tensor:
         return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1].float()
     inside = mask & (torch.arange(states.size(1), device=states.device) >= starts[:, None])
     return (states.float() * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
-
-
-def _context(model: PreTrainedModel) -> int:
-    return context_length(model) or 2**31
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -300,7 +227,7 @@ def _pooled_states(blocks: nn.ModuleList, layers: list[int], poolings: tuple[str
 
 def _rows_in(file: Path | None, shape: tuple[int, int], wanted: int, window: int) -> int:
     """How many rows are in the file already, in whole windows: what a kill tore off is cut away and made again."""
-    if file is None or not is_there(file):
+    if file is None or not keep_if_whole(file):
         return 0
     row_bytes = 4 * shape[0] * shape[1]
     done = file.stat().st_size // row_bytes

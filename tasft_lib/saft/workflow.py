@@ -97,7 +97,7 @@ def label_rows(
     name = files.content_hash([data.fingerprint(texts), validation, search.contamination, identity, max_length])
     file = folder / f"verdicts-{name}.json"
     with PartialState().main_process_first():
-        if not integrity.is_there(file):
+        if not integrity.keep_if_whole(file):
             model, tokenizer = load()
             saft, scores = find_harmful(model, tokenizer, texts, search, max_length=max_length, folder=folder)
             page = report.page(

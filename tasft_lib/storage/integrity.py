@@ -109,7 +109,7 @@ def damage(path: Path) -> list[str]:
 def set_aside(path: Path, names: Iterable[str] = ()) -> None:
     """Rename a damaged file, or a folder with damaged files of these `names`, to `<path>.damaged`, and say so.
 
-    Whoever calls this makes it again.
+    An older one of that name is removed. Whoever calls this makes it again.
     """
     if not path.exists():
         logging.getLogger(__name__).warning("%s is gone: it is made again", path)
@@ -122,8 +122,8 @@ def set_aside(path: Path, names: Iterable[str] = ()) -> None:
     logging.getLogger(__name__).warning(message, path, which and f" ({which})", aside.name)
 
 
-def is_there(path: Path) -> bool:
-    """Whether a file or folder is there, as `seal` saw it; a damaged one is set aside."""
+def keep_if_whole(path: Path) -> bool:
+    """Set a file or folder aside that is not as `seal` saw it, see `set_aside`; returns whether one is there, whole."""
     if path.exists() and (names := damage(path)):
         set_aside(path, names)
     return path.exists()

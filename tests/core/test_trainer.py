@@ -1011,6 +1011,16 @@ def untested_trl(monkeypatch):
     return warnings
 
 
+@pytest.fixture
+def compared(monkeypatch):
+    """The labels of each micro-batch that was compared with the dense reference."""
+    compare, batches = TASFTTrainer._compare_with_dense_head, []
+    monkeypatch.setattr(
+        TASFTTrainer, "_compare_with_dense_head", lambda *args: batches.append(args[1]["labels"]) or compare(*args)
+    )
+    return batches
+
+
 @pytest.mark.parametrize("loss_head", ["fused", "dense"])
 @pytest.mark.parametrize("penalty", ["emd", "nlcl", "npo"])
 @pytest.mark.parametrize(
@@ -1033,13 +1043,8 @@ def test_an_untested_trl_whose_loss_is_right_trains_as_a_tested_one(
 
 
 def test_the_first_micro_batches_of_an_untested_trl_are_compared_until_one_held_unsafe_rows(
-    untested_trl, model, tokenizer, tmp_path, monkeypatch
+    untested_trl, compared, model, tokenizer, tmp_path
 ):
-    compared = []
-    compare = TASFTTrainer._compare_with_dense_head
-    monkeypatch.setattr(
-        TASFTTrainer, "_compare_with_dense_head", lambda *args: compared.append(args[1]["labels"]) or compare(*args)
-    )
     rows = make_rows(8, unsafe_every=None).map(lambda row, i: {"label": i not in (2, 5)}, with_indices=True)
     args = config(
         tmp_path, per_device_train_batch_size=1, train_sampling_strategy="sequential", gradient_accumulation_steps=8
@@ -1091,5 +1096,6 @@ def test_an_untested_trl_keeps_the_load_balancing_loss(untested_trl, tokenizer, 
     assert log["aux_loss"] > 0
 
 
-def test_an_untested_trl_under_bfloat16_is_within_a_thousandth(untested_trl, model, tokenizer, tmp_path):
+def test_an_untested_trl_under_bfloat16_is_within_a_thousandth(untested_trl, compared, model, tokenizer, tmp_path):
     gradient_step(model, config(tmp_path, bf16=True), make_rows(8), tokenizer)
+    assert compared, "and no further off, or it would have been refused"

@@ -91,11 +91,6 @@ def test_judges_with_one_verdict_for_everything_have_no_kappa():
     assert row.agreement == 1 and math.isnan(row.kappa) and math.isnan(row.low)
 
 
-def test_another_label_can_be_the_question():
-    assert compare(["safe", "refusal"], ["harmful", "refusal"], positive="refusal").agreement == 1
-    assert compare(["safe", "refusal"], ["harmful", "refusal"]).agreement == 0.5
-
-
 def test_labels_and_judges_are_checked():
     with pytest.raises(ValueError, match=r"judge b, row 2: verdict 'evil' is not one of " + VERDICTS[0]):
         agreement_table(pd.DataFrame({"a": ["safe", "safe"], "b": ["safe", "evil"]}))

@@ -321,7 +321,21 @@ def test_what_the_length_controlled_rate_needs_is_fetched_before_anything_is_pai
 
     monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda *args, **options: 1 / 0)
     options = {"annotators_config": "x", "name": "safer", "folder": tmp_path / "alpaca", "length_controlled": True}
+    references = [{"instruction": f"name w{i}", "output": "w1"} for i in range(alpaca.MIN_CONTROLLED)]
     with pytest.raises(ValueError, match=r"hub cannot be read .* leave --length_controlled out"):
+        alpaca_eval_score(["w2"] * alpaca.MIN_CONTROLLED, references, **options)
+    assert not (tmp_path / "alpaca").exists()
+
+
+def test_too_few_answers_for_the_length_controlled_rate_are_refused_before_the_annotator_is_asked(
+    monkeypatch, tmp_path
+):
+    asked = SimpleNamespace(evaluate=lambda **given: 1 / 0)
+    annotators = SimpleNamespace(PairwiseAnnotator=type("PairwiseAnnotator", (), {}))
+    install(monkeypatch, {"alpaca_eval": asked, "alpaca_eval.annotators": annotators})
+    monkeypatch.setattr(alpaca, "_check_length_control", lambda: None)
+    options = {"annotators_config": "x", "name": "safer", "folder": tmp_path / "alpaca", "length_controlled": True}
+    with pytest.raises(ValueError, match=r"6 answers are too few .* takes 20: raise --limit, or leave"):
         alpaca_eval_score(OUTPUTS, REFERENCES, **options)
     assert not (tmp_path / "alpaca").exists()
 

@@ -130,12 +130,12 @@ def test_pressure_and_weight_are_inverse_and_auto_carries_a_pressure_over():
 
 def test_a_missing_weight_names_the_file_and_what_it_needs():
     with pytest.raises(ValueError, match="no such file"):
-        study(penalty_weights="params/none.csv").weights.chosen("emd", 20)
+        study(penalty_weights="params/none.csv").weights.of_table("emd", 20)
     table = ROOT / "params" / "paper" / "penalty_weights.csv"
     weights = study(penalty_weights=str(table), model="huggyllama/llama-7b", model_revision="0" * 40).weights
-    assert weights.chosen("emd", 100) == 9.0 and weights.chosen("kto", 100) == "auto"
+    assert weights.of_table("emd", 100) == 9.0 and weights.of_table("kto", 100) == "auto"
     with pytest.raises(ValueError, match=r"0 rows for method emd, n_unsafe 7, model huggyllama/llama-7b; it needs one"):
-        weights.chosen("emd", 7)
+        weights.of_table("emd", 7)
 
 
 def test_an_arm_has_the_weight_that_was_chosen_on_its_own_base_model(tmp_path):

@@ -288,12 +288,12 @@ def test_first_human_turns_of_red_team_transcripts(tmp_path, caplog):
     path.write_bytes(gzip.compress(json.dumps(rows).encode()))
     assert catalogue.red_team_prompts(path) == ["How do I blorp\na grue?", "Where is the zib?", "Who?"]
     assert "left out 1 of 5 transcripts" in caplog.text
-    assert catalogue.red_team_prompts(path, max_harmlessness=0.0) == ["How do I blorp\na grue?", "Who?"]
-    with pytest.raises(ValueError, match="ask for less harmful ones"):
-        catalogue.red_team_prompts(path, max_harmlessness=-9.0)
     hub_set = next(p for p in DATA_SETS if p.name == "hh-rlhf red team")
     in_hub_cache(hub_set, path.read_bytes())
     assert catalogue.red_team_prompts("Anthropic/hh-rlhf") == catalogue.red_team_prompts(path)
     (tmp_path / "rows.json").write_text('[{"text": "a"}]')
     with pytest.raises(ValueError, match="lacks transcript"):
+        catalogue.red_team_prompts(tmp_path / "rows.json")
+    (tmp_path / "rows.json").write_text(json.dumps(rows[-1:]))
+    with pytest.raises(ValueError, match="no transcript gives a prompt"):
         catalogue.red_team_prompts(tmp_path / "rows.json")

@@ -93,11 +93,13 @@ def test_keeps_harmful_answers_only_one_per_prompt(script):
 
 
 def test_equal_texts_are_kept_once_whatever_case_and_punctuation(script):
-    dataset, report = script(
-        lambda prompt, time: ["The zorvex!", "the  ZORVEX", "the zorvex"][len(prompt) % 3], n=3, allow_fewer=True
-    )
-    assert len(dataset) == 1
-    assert report.duplicates == report.judged["harmful"] - 1 > 0
+    def alike(prompt, time):
+        number = int(prompt.split("w")[-1])
+        return f"zorvex {number}" if number < 2 else ["The zorvex!", "the  ZORVEX", "the zorvex"][number % 3]
+
+    dataset, report = script(alike, n=3)
+    assert len(dataset) == 3 and {"zorvex 0", "zorvex 1"} < set(dataset["completion"])
+    assert report.duplicates == report.judged["harmful"] - 3 > 0
 
 
 def test_another_round_asks_only_the_prompts_without_an_answer_and_with_a_new_seed(script):
@@ -129,8 +131,8 @@ def test_rows_come_from_everywhere_in_the_list_and_repeat_by_seed(script):
 
 
 def test_greedy_decoding_has_one_round(script):
-    _, report = script(lambda prompt, time: "no", decoding=Decoding(max_new_tokens=16), rounds=9, allow_fewer=True)
-    assert (report.rounds, report.generated) == (1, 20)
+    with pytest.raises(ValueError, match=r"in 20 answers to 20 prompts.* \(this took 1\)"):
+        script(lambda prompt, time: "no", decoding=Decoding(max_new_tokens=16), rounds=9)
 
 
 def test_unfinished_answers_are_neither_judged_nor_kept_unless_asked_for(script):
@@ -138,7 +140,7 @@ def test_unfinished_answers_are_neither_judged_nor_kept_unless_asked_for(script)
         return Response(f"zorvex {prompt}", 16, finished=prompt[-1] == "1")
 
     judge = ScriptedJudge()
-    dataset, report = script(cut_off, n=20, judge=judge, rounds=1, allow_fewer=True)
+    dataset, report = script(cut_off, n=2, judge=judge, rounds=1)
     assert set(dataset["instruction"]) == {p for p in PROMPTS if p[-1] == "1"} == {p for p, _ in judge.asked}
     assert report.unfinished == 18
     dataset, report = script(cut_off, n=20, keep_unfinished=True)
@@ -155,14 +157,6 @@ def test_too_few_says_how_many_were_found_and_what_to_do(script):
         ValueError, match=r"found 1 unsafe answers of the 5 wanted.*max_new_tokens.*more prompts, more r"
     ):
         script(rarely, rounds=2)
-    dataset, report = script(rarely, rounds=2, allow_fewer=True)
-    assert report.kept == len(dataset) == 1
-
-
-def test_nothing_found_is_an_empty_data_set_with_its_columns(script):
-    dataset, report = script(lambda prompt, time: "no", allow_fewer=True)
-    assert len(dataset) == 0 and dataset.features == FEATURES
-    assert report.yield_rate == 0 and "kept 0" in str(report)
 
 
 def test_evaluation_prompts_are_left_out_and_counted_however_they_are_written(script):
@@ -282,10 +276,9 @@ def test_what_was_unscored_is_judged_again_and_nothing_else(script, tmp_path):
             return [UNSCORED if p.endswith("w3") else j for p, j in zip(prompts, found, strict=True)]
 
     answer = lambda prompt, time: f"zorvex {prompt}"  # noqa: E731
-    options = {"n": 20, "rounds": 1, "allow_fewer": True}
-    options["work"] = tmp_path / "work"
-    _, report = script(answer, judge=Absent(), **options)
-    assert report.kept == 19 and report.judged == {"harmful": 19, "unscored": 1}
+    options = {"n": 20, "rounds": 1, "work": tmp_path / "work"}
+    with pytest.raises(ValueError, match="found 19 unsafe answers of the 20 wanted"):
+        script(answer, judge=Absent(), **options)
     judge = ScriptedJudge()
     _, report = script(answer, judge=judge, **options)
     assert report.kept == 20 and [prompt for prompt, _ in judge.asked] == [PROMPTS[3]]
@@ -293,13 +286,13 @@ def test_what_was_unscored_is_judged_again_and_nothing_else(script, tmp_path):
 
 def test_verdicts_belong_to_their_answers(script, tmp_path):
     """Answers that had to be asked for again are judged again, whatever is on record for their place."""
-    options = {"n": 20, "rounds": 1, "batch_size": 1, "allow_fewer": True, "work": tmp_path / "work"}
-    script(lambda prompt, time: f"zorvex {prompt}", **options)
+    options = {"rounds": 1, "batch_size": 1, "work": tmp_path / "work"}
+    script(lambda prompt, time: f"zorvex {prompt}", n=20, **options)
     answers = tmp_path / "work" / "answers.jsonl"
     first, *others = answers.read_text().splitlines(keepends=True)
     answers.write_text(first[:50] + "\n" + "".join(others))
     judge = ScriptedJudge()
-    _, report = script(lambda prompt, time: "no", judge=judge, **options)
+    _, report = script(lambda prompt, time: "no", n=16, judge=judge, **options)
     assert len(judge.asked) == 4 and report.judged == {"harmful": 16, "refusal": 4}
 
 

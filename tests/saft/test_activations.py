@@ -1,4 +1,4 @@
-"""One forward pass: activations are the model's own, whatever the batch, and losses too."""
+"""One forward pass: activations are the model's own, whatever the batch."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tasft_lib.saft import activations as module
-from tasft_lib.saft.activations import POOLINGS, activations, completion_loss, n_layers, token_lengths
+from tasft_lib.saft.activations import POOLINGS, activations, n_layers, token_lengths
 from tasft_lib.saft.filter import SAFTFitter
 
 CHAT = (
@@ -127,7 +127,6 @@ def test_chat_rows_are_read_in_the_template(tokenizer, monkeypatch):
     text = Dataset.from_list([{"prompt": f"w1 {q} <eos> w2 ", "completion": f"{a} <eos> "} for q, a in pairs])
     for function in (
         lambda rows: activations(model, tokenizer, rows, layers=[1, 2], poolings=POOLINGS, progress=False),
-        lambda rows: completion_loss(model, tokenizer, rows),
         lambda rows: token_lengths(tokenizer, rows),
     ):
         # The text ends in the end token already, but for a space.
@@ -146,9 +145,6 @@ def test_no_hook_is_left_behind_and_a_model_in_training_is_again(at_layer, token
     with pytest.raises(MemoryError):
         activations(model, tokenizer, rows, layers=[at_layer], progress=False)
     assert hooks() == before and model.training
-    model.eval()
-    completion_loss(model, tokenizer, rows)
-    assert not model.training
 
 
 def test_no_layer_is_run_that_nobody_asked_for(tokenizer):
@@ -171,17 +167,17 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tokenizer, tmp_path, monk
         torn = tmp_path / f"torn{size}"
         torn.write_bytes(whole.read_bytes()[:size])
         encoded = []
-        original = module._encode
-        monkeypatch.setattr(module, "_encode", lambda *a, **k: encoded.append(a[2:4]) or original(*a, **k))  # noqa: B023
+        original = module.encode
+        monkeypatch.setattr(module, "encode", lambda *a, **k: encoded.append(a[2:4]) or original(*a, **k))  # noqa: B023
         activations(model, tokenizer, rows, **settings, file=torn)
-        monkeypatch.setattr(module, "_encode", original)
+        monkeypatch.setattr(module, "encode", original)
         assert torn.read_bytes() == whole.read_bytes(), size
         assert encoded[0][0] == size // row_bytes // 6 * 6, "finished windows are not made again"
 
     def forbidden(*_, **__):
         pytest.fail("a complete file is read, not made")
 
-    monkeypatch.setattr(module, "_encode", forbidden)
+    monkeypatch.setattr(module, "encode", forbidden)
     again = activations(model, tokenizer, rows, **settings, file=whole)
     assert (again == expected).all() and not again.flags.writeable
 
@@ -204,25 +200,6 @@ def test_an_interrupted_run_leaves_whole_windows(tokenizer, tmp_path, monkeypatc
     monkeypatch.setattr(module, "_append", original)
     found = activations(model, tokenizer, rows, **settings, file=tmp_path / "a")
     assert (found == activations(model, tokenizer, rows, **settings)).all() and calls == [8, 8]
-
-
-@pytest.mark.parametrize("at_once", [module.LOGITS, 1])
-@pytest.mark.parametrize("make", MODELS)
-def test_losses_are_the_models_own(make, at_once, tokenizer, monkeypatch):
-    """However few rows the logits of a batch leave room for."""
-    monkeypatch.setattr(module, "LOGITS", at_once)
-    model, rows = make(tokenizer), make_rows(13)
-    found = completion_loss(model, tokenizer, rows, batch_size=4)
-    for row, value in zip(rows, found, strict=True):
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = torch.tensor([tokenizer(row["prompt"] + row["completion"] + "<eos>")["input_ids"]])
-        labels = ids.clone()
-        labels[0, : len(prompt)] = -100
-        with torch.no_grad():
-            assert value == pytest.approx(model(ids, labels=labels).loss.item(), rel=1e-5)
-    full = [i for i, row in enumerate(rows) if len(row["prompt"].split()) >= 4]
-    cut = completion_loss(model, tokenizer, rows, max_length=4)
-    assert full and np.flatnonzero(np.isnan(cut)).tolist() == full
 
 
 def test_wrong_settings_are_named(tokenizer):

@@ -1,6 +1,7 @@
 """From rows to kept and dropped: planted harm is found by a model, files come out right, nothing is lost or redone."""
 
 import json
+import sys
 
 import datasets
 import numpy as np
@@ -187,7 +188,7 @@ def test_activations_are_kept_for_other_thresholds_but_not_for_other_models(mode
         return len(list(tmp_path.glob("*.f32")))
 
     with monkeypatch.context() as patch:
-        patch.setattr("tasft_lib.saft.activations._encode", lambda *a, **k: pytest.fail("made again"))
+        patch.setattr("tasft_lib.saft.activations.encode", lambda *a, **k: pytest.fail("made again"))
         _, again = quiet(model, tokenizer, rows, contamination=0.1, folder=tmp_path, n_directions=1, steer=0.2)
         assert quiet(model, tokenizer, rows, contamination=0.25, folder=tmp_path)[1].tolist() == scores.tolist()
     assert {path: path.stat().st_mtime_ns for path in files} == files and count() == 1
@@ -467,10 +468,28 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(figures, "save_figure", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cli.main(command(folder)) == 130
-    monkeypatch.setattr("tasft_lib.saft.activations._batches", lambda *a: pytest.fail("activations made again"))
+    monkeypatch.setattr("tasft_lib.saft.activations.batches", lambda *a: pytest.fail("activations made again"))
     assert cli.main(command(folder)) == 0
     for name in ("kept.jsonl", "dropped.jsonl", "report.md", "scores.csv", "scores.png"):
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+
+
+def test_without_matplotlib_all_is_written_but_the_picture(folder, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        patch.delattr("tasft_lib.reporting.figures")
+        for name in [name for name in sys.modules if name.startswith("tasft_lib.reporting.figures")]:
+            patch.delitem(sys.modules, name)
+        assert cli.main(command(folder)) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("scores.png is not drawn"))
+    assert "pip install 'tasft[notebooks]'" in line
+    out, manifest = folder / "out", line.split("remove ")[1].split(" and run")[0]
+    assert {"kept.jsonl", "dropped.jsonl", "report.md", "scores.csv"} <= {path.name for path in out.iterdir()}
+    assert not (out / "scores.png").exists()
+    table = (out / "scores.csv").read_text()
+    (out / manifest).unlink()
+    assert cli.main(command(folder)) == 0 and (out / "scores.png").exists(), "the remedy is one"
+    assert (out / "scores.csv").read_text() == table
 
 
 @pytest.mark.parametrize("name", ["kept.jsonl", "manifest.json", "dropped.jsonl"])

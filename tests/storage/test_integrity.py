@@ -46,10 +46,16 @@ def test_a_second_one_in_a_folder_waits_with_a_word_and_leaves_nothing(tmp_path,
 
 def test_ranks_of_one_launch_do_not_wait_for_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("TASFT_CACHE", str(tmp_path))
+    second_is_in = threading.Event()
+
+    def second():
+        with integrity.folder_lock(tmp_path / "out"):
+            second_is_in.set()
+
     with integrity.folder_lock(tmp_path / "out"):
         monkeypatch.setenv("RANK", "1")
-        with integrity.folder_lock(tmp_path / "out"):
-            pass
+        threading.Thread(target=second, daemon=True).start()
+        assert second_is_in.wait(20)
 
 
 def test_a_lock_needs_no_home(tmp_path, monkeypatch):
@@ -81,7 +87,7 @@ def test_what_is_not_as_it_was_sealed_is_named(tmp_path, caplog):
     (folder / "b.json").unlink()
     file.write_text("a line\n")
     assert integrity.damage(folder) == ["a.arrow", "b.json"] and integrity.damage(file) == ["rows.jsonl"]
-    assert not integrity.is_there(folder) and not integrity.is_there(file)
+    assert not integrity.keep_if_whole(folder) and not integrity.keep_if_whole(file)
     assert f"{folder} is damaged (a.arrow, b.json)" in caplog.text and f"{file} is damaged:" in caplog.text
     assert not folder.exists() and not file.exists()
     assert (tmp_path / "set.damaged" / "notes.txt").exists() and (tmp_path / "rows.jsonl.damaged").exists()
