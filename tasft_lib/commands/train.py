@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
             return
         check_weights(base, revision, tokenizer=tokenizer)
         with args.main_process_first(local=False):
-            resume = args.resume_from_checkpoint
-            checkpoint = run_folder.begin(folder, asked, overwrite=data_args.overwrite, resume=resume)
+            how = {"overwrite": data_args.overwrite, "resume": args.resume_from_checkpoint, "reads": options.reads}
+            checkpoint = run_folder.begin(folder, asked, **how)
 
         trainer = _trainer(options, tokenizer, mixed, evaluated)
         trainer.row_names = row_names

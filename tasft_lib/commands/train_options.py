@@ -66,6 +66,7 @@ data options:
 MOST_NODES = 10_000  # of a configuration with its aliases written out
 # Options that name a file or folder of rows.
 ROWS = ("dataset_name", "unsafe_dataset_name", "saft_validation", "evaluation_prompts", "sample_prompts")
+READ = ("model_name_or_path", "resume_from_checkpoint", "chat_template_path", *ROWS)
 
 
 @dataclass
@@ -141,6 +142,13 @@ class Options(NamedTuple):
     data: DataArguments
     training: Any  # TASFTConfig
     model: Any  # trl.ModelConfig
+
+    @property
+    def reads(self) -> list[tuple[str, str]]:
+        """Options that name a file or folder which the training reads, or a hub id, each with what it names."""
+        values = {name: value for part in self for name, value in vars(part).items()}
+        listed = {name: values[name] if isinstance(values[name], list) else [values[name]] for name in READ}
+        return [(name, source) for name, sources in listed.items() for source in sources if isinstance(source, str)]
 
 
 def read_options(argv: list[str]) -> Options | None:

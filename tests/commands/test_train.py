@@ -287,6 +287,31 @@ def test_a_folder_with_a_model_is_refused_and_the_base_is_never_written_over(tra
     assert (base / "model.safetensors").read_bytes() == before != (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
+def test_overwrite_removes_nothing_that_the_training_reads(train, base, tokenizer, tmp_path, monkeypatch):
+    assert train()[0] == 0
+    tokenizer.save_pretrained(tmp_path / "out" / "checkpoint-2")
+    write(tmp_path / "out" / "checkpoint-2" / "rows.jsonl", make_rows(12))
+    (tmp_path / "out" / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    before = left_in(tmp_path / "out")
+    for option, place in {
+        "model_name_or_path": "checkpoint-2",
+        "resume_from_checkpoint": "checkpoint-2",
+        "dataset_name": "checkpoint-2/rows.jsonl",
+        "chat_template_path": "chat_template.jinja",
+    }.items():
+        path = tmp_path / "link" / place
+        assert refused(train("--overwrite", seed=3, **{option: path}), f"{path}: {option} lies in what --overwrite")
+        assert left_in(tmp_path / "out") == before
+    # A folder of the user's own is not removed, and may be read.
+    own = shutil.copytree(base, tmp_path / "out" / "own")
+    with monkeypatch.context() as patch:
+        killed_at(2, patch)
+        assert train("--overwrite", model_name_or_path=own)[0] == 130
+    resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}
+    assert train("--overwrite", model_name_or_path=own, **resume)[0] == 0, "the same training, of which nothing goes"
+
+
 @pytest.mark.parametrize("options", [{}, {"use_peft": True, "lora_target_modules": ["q_proj"]}])
 def test_a_readme_of_the_users_stays_as_it_is(options, train, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
