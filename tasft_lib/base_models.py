@@ -352,7 +352,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     options = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
     model, _ = load_strictly(AutoModelForCausalLM, gguf.parent, None, bars=True, **options)
     with one_line_errors(gguf, "its tokenizer "):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     check_tokens(model, tokenizer, gguf)
     with one_line_errors(folder):
         model.save_pretrained(folder)

@@ -319,6 +319,11 @@ def _refuse_unused(options: Options) -> None:
         raise ValueError(f"{what}: nothing would be trained; give one of them, above 0.")
     if os.path.realpath(args.output_dir) == os.path.realpath(model_args.model_name_or_path):
         raise ValueError(f"{args.output_dir}: output_dir is the base model's own folder; give another.")
+    loading = args.model_init_kwargs or {}
+    if args.trust_remote_code or loading.get("trust_remote_code"):
+        raise ValueError("trust_remote_code: a model's own code is never run; leave it out.")
+    if not loading.get("weights_only", True):
+        raise ValueError("weights_only: a pickle of something else than weights is never run; leave it out.")
 
 
 def _set_right(args, model_args) -> None:

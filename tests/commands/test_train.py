@@ -394,6 +394,33 @@ def test_what_would_train_nothing_or_be_passed_over_is_refused_at_once(options, 
     assert refused(train(**options), words) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({}, None),
+        ({"trust_remote_code": True}, "trust_remote_code: a model's own code"),
+        ({"model_init_kwargs": {"trust_remote_code": True}}, "trust_remote_code: a model's own code"),
+        (
+            {"trust_remote_code": True, "model_init_kwargs": {"trust_remote_code": False}},
+            "trust_remote_code: a model's own code",
+        ),
+        ({"model_init_kwargs": {"weights_only": False}}, "weights_only: a pickle of something else"),
+    ],
+)
+def test_code_of_the_models_own_is_never_run(options, told, train, base, tmp_path):
+    model = shutil.copytree(base, tmp_path / "model")
+    for name, classes in {
+        "config.json": {"AutoConfig": "evil.Own", "AutoModelForCausalLM": "evil.Own"},
+        "tokenizer_config.json": {"AutoTokenizer": ["evil.Own", None]},
+    }.items():
+        settings = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(settings | {"auto_map": classes}))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+    result = train(model_name_or_path=model, max_steps=1, save_strategy="no", **options)
+    assert result[0] == 0 if told is None else refused(result, told)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_test_split_is_evaluated_and_the_best_step_kept(train, tmp_path):
     DatasetDict(train=make_rows(12), test=make_rows(8, seed=2).remove_columns("label")).save_to_disk(tmp_path / "saved")
     options = {

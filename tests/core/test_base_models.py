@@ -82,6 +82,16 @@ def test_a_gguf_file_becomes_a_folder_once(file, model, cache):
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_code_beside_a_gguf_file_is_not_run(file, tmp_path, monkeypatch):
+    told = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["evil.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers asks on a terminal
+    with pytest.raises(ValueError, match=r"tiny\.gguf: needs code of its own, which is never run"):
+        base_models.convert(file)
+    assert not (tmp_path / "ran").exists()
+
+
 def write_wheel(folder: Path, content: dict[str, bytes]) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / "tiny-1.0-py3-none-any.whl"
