@@ -209,9 +209,12 @@ PUBLISHED = {model.name: model for model in _MODELS}
 def resolve(model: str) -> str:
     """The folder of a model of `PUBLISHED`, or of a GGUF file, brought or converted where it isn't yet; else as given.
 
-    Raises as `fetch` and `convert`.
+    Raises as `fetch` and `convert`, and `ValueError` for a name that a folder here has too.
     """
     if model in PUBLISHED:
+        if Path(model).is_dir():
+            what = "a folder here, and a model that tasft brings"
+            raise ValueError(f"{model}: {what}; write ./{model} for the folder, or rename it")
         return str(fetch(model))
     return str(convert(Path(model))) if is_gguf(model) else model
 

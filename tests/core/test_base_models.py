@@ -156,6 +156,17 @@ def test_a_model_is_brought_by_its_name_once_and_again_when_damaged(tiny, monkey
     assert "is damaged (model.safetensors)" in caplog.text
 
 
+def test_a_folder_of_the_same_name_is_not_passed_over(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    brought = base_models.resolve("tiny")
+    folder.rename(tmp_path / "tiny")
+    with pytest.raises(ValueError, match=r"^tiny: a folder here, and a model that tasft brings; write \./tiny for the"):
+        worlds.base_model("tiny")
+    assert base_models.resolve("./tiny") == "./tiny"
+    (tmp_path / "tiny").rename(tmp_path / "other")
+    assert base_models.resolve("tiny") == brought
+
+
 def test_what_is_brought_is_what_was_pinned(tiny, cache, tmp_path, monkeypatch, capsys):
     before = left(cache)
     hub, wheel = tiny.sources
