@@ -9,7 +9,7 @@ __all__ = ["SAFTFilter", "SAFTFitter", "TASFTConfig", "TASFTTrainer"]
 
 
 def __getattr__(name: str):
-    # On first use: TRL takes seconds to import, and `losses`, `metrics` or `tasft --help` do not need it.
+    # On first use: TRL takes seconds to import, and `losses` or `tasft --help` do not need it.
     if name in ("TASFTConfig", "TASFTTrainer"):
         from . import trainer  # which has both names
 

@@ -1,6 +1,7 @@
 """What `bench` measures: loss head and whole steps of TA-SFT, TRL's plain SFT, TA-SFT on full logits; SAFT's filter.
 
-A contender is a function that does its work once. `settings` are those of `bench.head`, `bench.step` or `bench.saft`.
+A contender is a function that does its work once. `settings` are those of `measure.head`, `measure.step` or
+`measure.saft`.
 """
 
 import math

@@ -4,7 +4,7 @@ import pandas as pd
 
 
 def bench_table(results: list[dict]) -> pd.DataFrame:
-    """What `bench.head` or `bench.step` measured, a row each: settings, ratios, seconds, peak MB, gradient errors."""
+    """What `measure.head` or `measure.step` measured, a row each: settings, ratios, seconds, MB, gradient errors."""
     rows = []
     for result in results:
         row = {k: v for k, v in result["settings"].items() if k not in ("device", "threads", "repeats")}

@@ -1,8 +1,8 @@
 """Jailbreak attacks that need no attacker model: what is asked instead of a prompt, and what is put into the answer.
 
 Each takes evaluation prompts (columns `benchmark`, `kind`, `prompt`) and returns them with `attack`, its name, and with
-`asked` (what the model is asked) or `begun` (how its answer begins). `evaluation.respond` understands both; judged is
-the bare prompt and what the model itself wrote.
+`asked` (what the model is asked) or `begun` (how its answer begins). `experiments.answers.respond` understands both;
+judged is the bare prompt and what the model itself wrote.
 """
 
 from collections.abc import Callable

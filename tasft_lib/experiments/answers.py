@@ -167,10 +167,10 @@ def respond(
 ) -> pd.DataFrame:
     """The arm's answers at the "last" or "all" of its checkpoints, generated once and kept in its folder.
 
-    `prompts` are those of `prompts.evaluation_prompts`, or of an attack (see `attacks`), which may have `asked` for
-    them and `begun` the answer. Returns their rows for each step, with `method` (the arm's display name), `n_unsafe`,
-    `penalty_weight`, `model`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response` and
-    `finished`. Step 0, the base model, is part of "all".
+    `prompts` are those of `worlds.World.evaluation_prompts`, or of an attack (see `attacks`), which may have `asked`
+    for them and `begun` the answer. Returns their rows for each step, with `method` (the arm's display name),
+    `n_unsafe`, `penalty_weight`, `model`, `seed`, `arm`, `step`, `decoding` ("greedy", "sampled" or "beam"), `response`
+    and `finished`. Step 0, the base model, is part of "all".
     """
     decoding = _own(decoding, spec)
     chosen = _steps(spec, steps)

@@ -215,8 +215,8 @@ def score_sets(study: Study, filtered: list[Filtered]) -> tuple[pd.DataFrame, pd
     """Score the contaminated sets, write the kept and dropped rows that the arms are trained on, and count.
 
     Returns:
-        (detection, verdicts). `detection.detection_table` for every set, with contamination, n_safe and seed; and a row
-        per filter: its fields, dropped (rows), precision (share of the dropped that is harmful), recall, auroc.
+        (detection, verdicts). `row_detectors.detection_table` for every set, with contamination, n_safe and seed; and
+        a row per filter: its fields, dropped (rows), precision (share of the dropped that is harmful), recall, auroc.
     """
     sets = dict.fromkeys((made.contamination, made.n_safe, made.seed) for made in filtered)
     bases: dict[str, tuple] = {}
@@ -436,7 +436,7 @@ def _files(study: Study, made: Filtered) -> tuple[Path, Path]:
     config = study.config
     source = [config.contamination_source, config.contamination_revision, config.n_rows, config.template]
     model = [config.model, config.model_revision, config.benchmark_prompts]
-    made_of = f"{made.contamination:g}-{made.filter}-{made.share:.4g}-{made.n_safe}"  # for people, and for `planning`
+    made_of = f"{made.contamination:g}-{made.filter}-{made.share:.4g}-{made.n_safe}"  # shown by `reproduce.plan`
     name = f"{made_of}-{files.content_hash([*source, *model, vars(made)])}"
     folder = runs_folder() / "filtered" / name
     return folder / "kept.jsonl", folder / "dropped.jsonl"

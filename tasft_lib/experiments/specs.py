@@ -133,7 +133,7 @@ class HarvestSpec:
     Attributes:
         arm: who answers; its evaluation prompts, `held_out`, are not asked.
         prompts: the harvest prompts of the world of that name.
-        judge: who says what is harmful, see `judges.load_judge`.
+        judge: who says what is harmful, see `judges.load.load_judge`.
         decoding: how answers are sampled.
         n: rows wanted.
         rounds: times a prompt is asked at most.

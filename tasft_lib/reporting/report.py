@@ -140,7 +140,7 @@ def _intervals(table: pd.DataFrame, measure: str) -> list[str] | None:
 
 
 def _short(rows: pd.DataFrame, first: str, *, seeds: str = "seeds", **further: list[str]) -> str:
-    """A row of `tables.summary` each, in whole per cents: of harm with its range over seeds, for want of space."""
+    """A row of `rates.summary` each, in whole per cents: of harm with its range over seeds, for want of space."""
     n = rows["seeds"].max()
     columns = {
         first: [NAMES[method] for method in rows["method"]],
