@@ -324,8 +324,9 @@ def test_pickled_weights_are_not_read(tmp_path, plain_tokenizer):
     folder = save(tmp_path / "old", build_model(plain_tokenizer), plain_tokenizer)
     (folder / "model.safetensors").unlink()
     torch.save(build_model(plain_tokenizer).state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="safetensors"):
-        WildGuard(folder).judge(["w1"], ["w2"])
+    for ask in (lambda judge: judge.judge(["w1"], ["w2"]), check_ready):  # the latter before any answer
+        with pytest.raises(ValueError, match=r"wildguard: .*no .*model\.safetensors"):
+            ask(WildGuard(folder))
 
 
 def test_a_template_that_hides_the_response_is_refused(tmp_path, plain_tokenizer):
