@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+from huggingface_hub.errors import HTTPError
 from trl import SFTConfig
 
 from tasft_lib import cli
@@ -111,6 +112,23 @@ def test_a_package_that_another_library_asks_for_is_one_line(capsys, monkeypatch
     assert cli.main(["report"]) == 1
     error = capsys.readouterr().err
     assert "deepspeed>=0.9.3" in error and "install it, or leave" in error and error.count("\n") == 1
+
+
+def test_a_hub_that_is_not_reached_is_one_line_and_an_error_of_ours_is_not_swallowed(capsys, monkeypatch):
+    class ConnectError(HTTPError):
+        pass
+
+    def fail(error):
+        def main(argv):
+            raise error
+
+        monkeypatch.setattr("tasft_lib.commands.report.main", main)
+        return cli.main(["report"])
+
+    assert fail(ConnectError("[Errno 111] Connection refused")) == 1
+    assert capsys.readouterr().err == "tasft report: the hub is not reached (ConnectError); check the network\n"
+    with pytest.raises(RuntimeError, match="ours"):
+        fail(RuntimeError("ours"))
 
 
 def test_a_slow_command_says_on_a_terminal_that_it_is_loading(monkeypatch, capsys):

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import build_model, make_rows
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -321,6 +321,16 @@ def test_weights_that_nobody_can_use_are_not_uploaded(folder, api, capsys):
     save_file(weights, file)
     assert write(folder, "--push_to_hub", "me/safer") == 1 and api.uploaded is None
     assert "adapter_model.safetensors: " in (error := capsys.readouterr().err) and "holds NaN" in error
+
+
+def test_without_a_network_an_upload_is_one_line(folder, api, capsys):
+    class ConnectError(HTTPError):
+        pass
+
+    api.fails = ConnectError("[Errno 111] Connection refused")
+    assert write(folder, "--push_to_hub", "me/safer") == 1 and api.uploaded is None
+    told = "tasft card: me/safer: the hub is not reached (ConnectError); check the network.\n"
+    assert capsys.readouterr().err.endswith(told)
 
 
 def test_what_the_hub_writes_back_is_not_repeated(folder, api, capsys, monkeypatch):
