@@ -320,6 +320,8 @@ def _refuse_unused(options: Options) -> None:
     if os.path.realpath(args.output_dir) == os.path.realpath(model_args.model_name_or_path):
         raise ValueError(f"{args.output_dir}: output_dir is the base model's own folder; give another.")
     loading = args.model_init_kwargs or {}
+    if not isinstance(loading, dict):
+        raise ValueError("model_init_kwargs: give `option: value` in the YAML file, or a JSON object as a flag.")
     if args.trust_remote_code or loading.get("trust_remote_code"):
         raise ValueError("trust_remote_code: a model's own code is never run; leave it out.")
     if not loading.get("weights_only", True):
@@ -344,6 +346,11 @@ def _set_right(args, model_args) -> None:
         model_args.lora_target_modules = re.split(r"[,\s]+", targets)
     if model_args.dtype is not None:
         model_args.dtype = files.dtype_name(model_args.dtype)
-    if args.hub_token is not None:
-        # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads.
-        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+    # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads; _settings.json has them too.
+    loading = dict(args.model_init_kwargs or {})
+    secret = [name for name, value in loading.items() if name.endswith("token") and isinstance(value, str)]
+    tokens = {loading.pop(name) for name in secret} | ({args.hub_token} - {None})
+    if len(tokens) > 1:
+        raise ValueError("hub_token and the token in model_init_kwargs differ; give one that may do both, or HF_TOKEN.")
+    if tokens:
+        os.environ["HF_TOKEN"], args.hub_token, args.model_init_kwargs = tokens.pop(), None, loading or None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -480,6 +481,20 @@ SECRET = "hf_canary77"
 def test_an_unknown_option_is_told_by_its_name_without_its_value(options, flags, words, train):
     result = train(*flags, **options)
     assert refused(result, *words) and SECRET not in "".join(result[1:])
+
+
+@pytest.mark.parametrize("name", ["token", "use_auth_token"])
+def test_a_token_for_loading_goes_into_the_environment_and_nowhere_else(name, train, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    loading = {"use_cache": False, name: SECRET}
+    result = train(model_init_kwargs=loading, hub_token="hf_other")
+    assert refused(result, "hub_token and the token in model_init_kwargs differ") and SECRET not in "".join(result[1:])
+    code, out, error = train(model_init_kwargs=loading)
+    assert code == 0 and os.environ["HF_TOKEN"] == SECRET and SECRET not in out + error
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert left and not any(SECRET.encode() in path.read_bytes() for path in left)
+    assert json.loads((tmp_path / "out" / "_settings.json").read_text())["model_init_kwargs"] == {"use_cache": False}
+    assert refused(train("--model_init_kwargs", "token"), "model_init_kwargs: give")
 
 
 @pytest.mark.parametrize(
