@@ -22,9 +22,10 @@ LEFT = (files.RECORD, SETTINGS, "training_args.bin", "adapter_model.bin", "_samp
 # Options, or how their names begin, that change nothing in what is trained; data options are in the hash of the rows.
 WITHOUT_EFFECT = (
     "output_dir", "overwrite", "resume_from_checkpoint", "logging_", "log_", "report_to", "run_name", "project",
-    "trackio_", "disable_tqdm", "hub_", "push_to_hub", "save_", "dataloader_", "dataset_num_proc", "local_rank",
-    "ddp_timeout", "skip_memory_metrics", "do_", "per_device_eval_batch_size", "eval_accumulation_steps",
-    "ignore_data_skip", "restore_callback_states", "model_name_or_path",
+    "trackio_", "disable_tqdm", "hub_", "push_to_hub", "save_", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+    "dataset_num_proc", "local_rank", "ddp_timeout", "skip_memory_metrics", "do_", "per_device_eval_batch_size",
+    "eval_accumulation_steps", "ignore_data_skip", "restore_callback_states", "model_name_or_path",
 )  # fmt: skip
 
 # How long it lasts; may change while it is unfinished, and where a checkpoint to go on from is named.

@@ -381,6 +381,25 @@ def test_a_folder_of_a_version_without_an_option_goes_on_with_its_default(tmp_pa
 
 
 @pytest.mark.parametrize(
+    "option, changes",
+    [
+        ({"dataloader_drop_last": True}, True),
+        ({"dataloader_in_order": False}, True),
+        ({"dataloader_num_workers": 2}, False),
+        ({"dataloader_pin_memory": False}, False),
+        ({"dataloader_persistent_workers": True}, False),
+        ({"dataloader_prefetch_factor": 4}, False),
+        ({"dataloader_multiprocessing_context": "spawn"}, False),
+    ],
+)
+def test_how_rows_are_loaded_may_change_and_which_and_when_may_not(option, changes, tmp_path):
+    workers = {"dataloader_num_workers": 1}  # without any some of these are refused
+    configs = [TASFTConfig(output_dir=str(tmp_path), **workers | options) for options in ({}, option)]
+    plain, other = (run_folder.settings(config, ModelConfig(), "rows", "base") for config in configs)
+    assert (other != plain) is changes
+
+
+@pytest.mark.parametrize(
     "options, words",
     [
         ({"unsafe_visits": 0}, "unsafe_visits=0: give"),
