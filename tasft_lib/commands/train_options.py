@@ -67,6 +67,15 @@ MOST_NODES = 10_000  # of a configuration with its aliases written out
 # Options that name a file or folder of rows.
 ROWS = ("dataset_name", "unsafe_dataset_name", "saft_validation", "evaluation_prompts", "sample_prompts")
 READ = ("model_name_or_path", "resume_from_checkpoint", "chat_template_path", *ROWS)
+# Those that say something of another, without which they do nothing.
+OF_ANOTHER = {
+    "unsafe_dataset_revision": "unsafe_dataset_name",
+    "unsafe_dataset_split": "unsafe_dataset_name",
+    "unsafe_dataset_config": "unsafe_dataset_name",
+    "saft_validation_revision": "saft_validation",
+    "sample_steps": "sample_prompts",
+    "sample_max_new_tokens": "sample_prompts",
+}
 
 
 @dataclass
@@ -299,11 +308,9 @@ def _refuse_unused(options: Options) -> None:
         raise ValueError("dataset_test_split is evaluated where eval_strategy says when; give both, or neither.")
     if data_args.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("early_stopping_patience needs load_best_model_at_end and an eval_strategy; add them.")
-    unsafe_only = [f"unsafe_dataset_{name}" for name in ("revision", "config")]
-    given = [name for name in unsafe_only if getattr(data_args, name) is not None]
-    given += ["unsafe_dataset_split"] * (data_args.unsafe_dataset_split != "train")
-    if given and data_args.unsafe_dataset_name is None:
-        raise ValueError(f"{given[0]} needs unsafe_dataset_name; add it, or leave it out.")
+    for name, needed in OF_ANOTHER.items():
+        if getattr(data_args, name) != getattr(DataArguments, name) and getattr(data_args, needed) is None:
+            raise ValueError(f"{name} needs {needed}; add it, or leave it out.")
     if args.load_best_model_at_end and args.eval_strategy == "no":
         raise ValueError("load_best_model_at_end needs an eval_strategy, which says which is best; add it.")
     if data_args.prompt_template not in TEMPLATES:

@@ -408,6 +408,9 @@ def test_how_rows_are_loaded_may_change_and_which_and_when_may_not(option, chang
         ({"max_steps": -1, "num_train_epochs": -1}, "nothing would be trained"),
         ({"prompt_template": "alpacca"}, "prompt_template='alpacca': choose one of alpaca"),
         ({"load_best_model_at_end": True, "save_strategy": "no"}, "needs an eval_strategy"),
+        ({"saft_contamination": 0.1, "saft_validation_revision": "0" * 40}, "needs saft_validation; add it, or leave"),
+        ({"sample_steps": 2}, "sample_steps needs sample_prompts; add it, or leave it out"),
+        ({"sample_max_new_tokens": 9}, "sample_max_new_tokens needs sample_prompts; add it"),
     ],
 )
 def test_what_would_train_nothing_or_be_passed_over_is_refused_at_once(options, words, train, tmp_path):
