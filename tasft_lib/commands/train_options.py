@@ -189,6 +189,10 @@ def read_options(argv: list[str]) -> Options | None:
         return None
     _refuse_unknown(parser, argv)
     options = Options(*parser.parse_args_and_config(args=argv))
+    # In YAML no shell has done it, and what is not there by its name is taken for a data set of the hub.
+    for part in options:
+        for name in vars(part).keys() & set(READ):
+            setattr(part, name, _expanded(getattr(part, name)))
     _refuse_unused(options)
     options.model.model_name_or_path = located(options.model.model_name_or_path, options.model.model_revision)
     _set_right(options.training, options.model)
@@ -248,6 +252,13 @@ def _nodes(node: yaml.Node | None, sizes: dict[int, float]) -> float:
     return sizes[id(node)]
 
 
+def _expanded(value: Any) -> Any:
+    """A path, or paths, with the home folder for `~`; anything else as it is."""
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def _check_paths(argv: list[str]) -> None:
     """Raise `ValueError` for a configuration that is no YAML and for rows or a model that are not there."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -263,7 +274,7 @@ def _check_paths(argv: list[str]) -> None:
         for source in value if isinstance(value, list) else [value]:
             if isinstance(source, str):
                 check_data(source, on_hub=name not in ("evaluation_prompts", "sample_prompts"))
-    template = options.get("chat_template_path")
+    template = _expanded(options.get("chat_template_path"))
     if isinstance(template, str) and not (os.path.isdir(template) or os.path.isfile(template)):
         what = "neither a .jinja file nor the folder of a tokenizer"
         raise ValueError(f"{template}: chat_template_path is {what}; bring it here (hf download ID --local-dir FOLDER)")

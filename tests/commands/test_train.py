@@ -380,6 +380,27 @@ def test_a_folder_of_a_version_without_an_option_goes_on_with_its_default(tmp_pa
         begin(penalty_floor=0.05)
 
 
+def test_in_yaml_the_home_folder_is_understood_and_its_rows_are_no_data_set_of_the_hub(
+    train, base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    write(tmp_path / "prompts.jsonl", [{"prompt": "w1 w2 w3 w4 w5 w6"}])
+    home = {
+        "model_name_or_path": "~/base",
+        "dataset_name": "~/rows.jsonl",
+        "evaluation_prompts": ["~/prompts.jsonl"],
+        "chat_template_path": "~/chat.jinja",
+    }
+    code, _, error = train(max_steps=1, save_strategy="no", **home)
+    assert code == 0, error
+    record = json.loads((tmp_path / "out" / "tasft.json").read_text())
+    assert record["datasets"] == [{"name": "rows.jsonl", "hub": False, "revision": None}]
+    assert record["base_model"] == "base" and record["base_model_revision"] is None
+    assert refused(train(eval_strategy="steps", **home), "rows.jsonl: a file has no split 'test'")
+
+
 @pytest.mark.parametrize(
     "option, changes",
     [
