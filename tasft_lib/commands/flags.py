@@ -92,7 +92,7 @@ def add_drop_empty(parser: argparse.ArgumentParser) -> None:
 
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "1", "false", "0"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: give true or false")
     return text.lower() in ("true", "1")
 
 

@@ -226,7 +226,7 @@ def read_config(file: Path) -> dict:
         node = yaml.compose(text, yaml.SafeLoader)
         if _nodes(node, {}) > MOST_NODES:
             raise ValueError(f"{file}: its aliases (*name) stand for more than {MOST_NODES:,} values; write them out")
-        config = yaml.safe_load(text)
+        config = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         # Its own message quotes the lines, in which a token may stand.
         line = error.problem_mark.line + 1
@@ -239,6 +239,17 @@ def read_config(file: Path) -> dict:
     if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
         raise ValueError(f"{file}: {twice} stands there twice; remove one")
     return config
+
+
+class _Loader(yaml.SafeLoader):
+    """Of a date that there is not, or what else is no value of its kind, pyyaml raises whatever it meets."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, AttributeError, LookupError):
+            problem = "it looks like a date or a number and is none: put it in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 def _nodes(node: yaml.Node | None, sizes: dict[int, float]) -> float:
@@ -269,6 +280,12 @@ def _check_paths(argv: list[str]) -> None:
         raise ValueError("--config needs a file; write --config FILE.yaml")
     options = read_config(Path(flags["config"][0])) if "config" in flags else {}
     options |= {name: values if name == "evaluation_prompts" else values[0] for name, values in flags.items() if values}
+    for name in ("output_dir", *READ):
+        value = options.get(name)
+        texts = value if name == "evaluation_prompts" and isinstance(value, list) else [value]
+        is_said = value is None or (name == "resume_from_checkpoint" and isinstance(value, bool))
+        if not is_said and not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{flags['config'][0]}: {name} is no text; put it in quotes")
     for name in ROWS:
         value = options.get(name)
         for source in value if isinstance(value, list) else [value]:

@@ -76,6 +76,14 @@ def test_a_wrong_path_is_told_before_anything_slow_is_imported(tmp_path):
     assert not {"torch", "transformers", "trl", "datasets", "pandas"} & set(packages)
 
 
+def test_a_flag_that_is_true_or_false_says_so(capsys):
+    filter_rows = ["filter", "rows.jsonl", "--model", "m", "--output_dir", "o", "--contamination", "0.1"]
+    with pytest.raises(SystemExit) as usage:
+        cli.main([*filter_rows, "--drop_empty", "maybe"])
+    assert usage.value.code == 2
+    assert capsys.readouterr().err.endswith("argument --drop_empty: 'maybe': give true or false\n")
+
+
 def test_training_and_the_method_load_no_plotting_and_no_statistics():
     codes, packages, _ = run(["train", "--help_all"])  # imports tasft_lib.trainer and all that it needs
     assert codes == [0] and "trl" in packages

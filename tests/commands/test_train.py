@@ -554,6 +554,12 @@ def test_a_token_for_loading_goes_into_the_environment_and_nowhere_else(name, tr
         ("- a\n", "holds no options"),
         ("", "holds no options"),
         ("a: \x00\n", "no readable YAML"),
+        ("a: b\nrun_name: 2024-13-45\n", "line 2: no valid YAML (it looks like a date or a number and is none: put"),
+        ("run_name: [0x_]\n", "line 1: no valid YAML (it looks like a date"),
+        ("run_name: !!timestamp x\n", "line 1: no valid YAML (it looks like a date"),
+        ("output_dir: 2024-05-13\n", "output_dir is no text; put it in quotes"),
+        ("dataset_name: 7\n", "dataset_name is no text; put it in quotes"),
+        ("evaluation_prompts: [a.json, 7]\n", "evaluation_prompts is no text; put it in quotes"),
         ("a: [" * 5000, "no readable YAML"),
     ],
 )  # fmt: skip
