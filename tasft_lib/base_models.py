@@ -209,9 +209,12 @@ PUBLISHED = {model.name: model for model in _MODELS}
 def resolve(model: str) -> str:
     """The folder of a model of `PUBLISHED`, or of a GGUF file, brought or converted where it isn't yet; else as given.
 
-    Raises as `fetch` and `convert`.
+    Raises as `fetch` and `convert`, and `ValueError` for a name that a folder here has too.
     """
     if model in PUBLISHED:
+        if Path(model).is_dir():
+            what = "a folder here, and a model that tasft brings"
+            raise ValueError(f"{model}: {what}; write ./{model} for the folder, or rename it")
         return str(fetch(model))
     return str(convert(Path(model))) if is_gguf(model) else model
 
@@ -352,7 +355,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     options = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
     model, _ = load_strictly(AutoModelForCausalLM, gguf.parent, None, bars=True, **options)
     with one_line_errors(gguf, "its tokenizer "):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     check_tokens(model, tokenizer, gguf)
     with one_line_errors(folder):
         model.save_pretrained(folder)

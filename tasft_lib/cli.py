@@ -89,6 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"tasft {argv[0]}: interrupted; finished work is kept, run the same command to go on.", file=sys.stderr)
         return 130
+    except Exception as error:
+        hub = sys.modules.get("huggingface_hub.errors")  # whoever talks to the hub has imported it
+        if hub is None or not isinstance(error, hub.HTTPError):
+            raise
+        print(f"tasft {argv[0]}: the hub is not reached ({type(error).__name__}); check the network", file=sys.stderr)
+        return 1
     return code or 0
 
 

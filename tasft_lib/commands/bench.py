@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from .flags import at_least
+
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
@@ -17,28 +19,32 @@ def main(argv: list[str]) -> None:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     shared.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    shared.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    shared.add_argument("--threads", type=at_least(1), default=1, help="CPU threads (default: 1)")
     shared.add_argument(
         "--keep_freed_memory", action="store_true", help="tell glibc so; a CPU's large blocks get cheap"
     )
-    shared.add_argument("--repeats", type=int, default=7, help="rounds, of which medians are taken (default: 7)")
+    shared.add_argument(
+        "--repeats", type=at_least(1), default=7, help="rounds, of which medians are taken (default: 7)"
+    )
     shared.add_argument("--json", action="store_true", help="print everything measured as JSON")
     head = kinds.add_parser("head", parents=[tasft, shared], help="the loss head alone")
-    head.add_argument("--vocab", type=int, default=32000)
-    head.add_argument("--hidden", type=int, default=512)
-    head.add_argument("--tokens", type=int, default=1536)
+    head.add_argument("--vocab", type=at_least(1), default=32000)
+    head.add_argument("--hidden", type=at_least(1), default=512)
+    head.add_argument("--tokens", type=at_least(1), default=1536)
     step = kinds.add_parser("step", parents=[tasft, shared], help="whole training steps of a random Llama with LoRA")
     step.add_argument("--geometry", default="small", choices=("tiny", "small", "llama-3.1-8b"))
-    step.add_argument("--batch_size", type=int, default=8)
-    step.add_argument("--sequence_length", type=int, help="tokens of every row (default: lengths as in Alpaca)")
+    step.add_argument("--batch_size", type=at_least(1), default=8)
+    step.add_argument("--sequence_length", type=at_least(1), help="tokens of every row (default: lengths as in Alpaca)")
     step.add_argument("--load_in_4bit", action="store_true")
     step.add_argument("--gradient_checkpointing", action="store_true")
     saft = kinds.add_parser("saft", parents=[shared], help="SAFT's filter on texts, and the memory of its fit")
     saft.add_argument("--geometry", default="small", choices=("tiny", "small", "llama-3.1-8b"))
-    saft.add_argument("--rows", type=int, default=256)
-    saft.add_argument("--batch_size", type=int, default=16)
-    saft.add_argument("--hidden", type=int, default=512, help="size of the activations whose fit is measured")
+    saft.add_argument("--rows", type=at_least(1), default=256)
+    saft.add_argument("--batch_size", type=at_least(1), default=16)
+    saft.add_argument("--hidden", type=at_least(1), default=512, help="size of the activations whose fit is measured")
     args = vars(parser.parse_args(argv))
+    if not 0 <= args.get("unsafe", 0) <= 1:
+        parser.error(f"--unsafe {args['unsafe']:g}: a share; give a number from 0 to 1")
 
     from ..bench import measure
 

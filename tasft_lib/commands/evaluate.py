@@ -91,7 +91,7 @@ def _evaluate(args) -> None:
     from ..judges import base, load
     from ..models import load_model, load_tokenizer
 
-    asked_judges = [load.load_judge(name) for name in args.judges or [judge_of(args, args.benchmarks)]]
+    asked_judges = load.load_judges(args.judges or [judge_of(args, args.benchmarks)])
     prompts = worlds.asked_for(
         args.benchmarks, per_benchmark=args.per_benchmark, kind=args.prompt_kind, **source_options(args)
     )

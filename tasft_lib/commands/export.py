@@ -48,6 +48,8 @@ def _export(args) -> None:
             f"merged: logits differ from those of base and adapter by {difference:.1e} of their spread; the adapter "
             f"itself makes {effect:.1e}"
         )
+    elif args.base:
+        raise ValueError(f"{args.model}: a whole model, which stands on no base; leave out --base")
     else:
         export.copy_model(folder, args.output_dir, **options)
     print(f"saved to {args.output_dir}")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def located(model: str, revision: str | None) -> str:
 
     Raises `ValueError` for a hub id without a commit, and as `base_models.resolve`.
     """
-    model = base_models.resolve(model)
+    model = base_models.resolve(os.path.expanduser(model))
     files.check_model(model, revision)
     return model
 
@@ -91,7 +92,7 @@ def add_drop_empty(parser: argparse.ArgumentParser) -> None:
 
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "1", "false", "0"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: give true or false")
     return text.lower() in ("true", "1")
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ LEFT = (files.RECORD, SETTINGS, "training_args.bin", "adapter_model.bin", "_samp
 # Options, or how their names begin, that change nothing in what is trained; data options are in the hash of the rows.
 WITHOUT_EFFECT = (
     "output_dir", "overwrite", "resume_from_checkpoint", "logging_", "log_", "report_to", "run_name", "project",
-    "trackio_", "disable_tqdm", "hub_", "push_to_hub", "save_", "dataloader_", "dataset_num_proc", "local_rank",
-    "ddp_timeout", "skip_memory_metrics", "do_", "per_device_eval_batch_size", "eval_accumulation_steps",
-    "ignore_data_skip", "restore_callback_states", "model_name_or_path",
+    "trackio_", "disable_tqdm", "hub_", "push_to_hub", "save_", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+    "dataset_num_proc", "local_rank", "ddp_timeout", "skip_memory_metrics", "do_", "per_device_eval_batch_size",
+    "eval_accumulation_steps", "ignore_data_skip", "restore_callback_states", "model_name_or_path",
 )  # fmt: skip
 
 # How long it lasts; may change while it is unfinished, and where a checkpoint to go on from is named.
@@ -38,20 +40,28 @@ def settings(args: Any, model_args: Any, rows_hash: str, base: str, *, patience:
     return json.loads(json.dumps(kept | {"rows": rows_hash, "base_model": base}, sort_keys=True, default=str))
 
 
-def begin(folder: Path, asked: dict[str, Any], *, overwrite: bool, resume: str | bool | None) -> Path | None:
+def begin(
+    folder: Path,
+    asked: dict[str, Any],
+    *,
+    overwrite: bool,
+    resume: str | bool | None,
+    reads: Sequence[tuple[str, str]] = (),
+) -> Path | None:
     """Take the folder for a training with these settings; the checkpoint to go on from, None where there is none.
 
     Args:
         overwrite: what another training left is removed; the user's own files are not.
         resume: a checkpoint that the user names; False not to go on from any, None for the newest whole one.
+        reads: options and their paths, which the training reads and nothing may remove.
 
     Raises:
-        ValueError: the folder holds a training or model of other settings, a checkpoint that was named is torn, or the
-            one to go on from is past the last step.
+        ValueError: the folder holds a training or model of other settings, a checkpoint that was named is torn, the one
+            to go on from is past the last step, or `overwrite` would remove what is read.
     """
     held = _held(folder, asked)
     if overwrite and (held != asked or is_finished(folder, asked) or resume is False):
-        _remove_training(folder)
+        _remove_training(folder, reads)
         held = None
     if held is None and not resume and (names := _left(folder)):
         what = f"holds {names[0]} of another training"
@@ -135,9 +145,13 @@ def _left(folder: Path) -> list[str]:
     return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
-def _remove_training(folder: Path) -> None:
-    for name in _left(folder):
-        path = folder / name
+def _remove_training(folder: Path, reads: Sequence[tuple[str, str]]) -> None:
+    """Remove what `_left` names. Raises `ValueError`, with all still there, where some of that is to be read."""
+    paths = [folder / name for name in _left(folder)]
+    for option, source in reads:
+        if any(Path(source).resolve().is_relative_to(path.resolve()) for path in paths):
+            raise ValueError(f"{source}: {option} lies in what --overwrite removes; give another output_dir")
+    for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if (folder / "README.md").exists() and not _has_own_readme(folder):
         (folder / "README.md").unlink()

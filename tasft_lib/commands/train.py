@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
             return
         check_weights(base, revision, tokenizer=tokenizer)
         with args.main_process_first(local=False):
-            resume = args.resume_from_checkpoint
-            checkpoint = run_folder.begin(folder, asked, overwrite=data_args.overwrite, resume=resume)
+            how = {"overwrite": data_args.overwrite, "resume": args.resume_from_checkpoint, "reads": options.reads}
+            checkpoint = run_folder.begin(folder, asked, **how)
 
         trainer = _trainer(options, tokenizer, mixed, evaluated)
         trainer.row_names = row_names
@@ -115,15 +115,12 @@ def _labelled_by_saft(rows, options: Options):
         with_place=True,
     )
 
+    base, revision, dtype = model_args.model_name_or_path, model_args.model_revision, model_args.dtype
+    quantised = get_quantization_config(model_args)
+
     def load() -> tuple:
-        model = load_weights(
-            model_args.model_name_or_path,
-            model_args.model_revision,
-            dtype=model_args.dtype,
-            device=args.device,
-            quantization_config=get_quantization_config(model_args),
-        )
-        return model, load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+        model = load_weights(base, revision, dtype=dtype, device=args.device, quantization_config=quantised)
+        return model, load_tokenizer(base, revision)
 
     return label_rows(
         rows,
@@ -131,8 +128,8 @@ def _labelled_by_saft(rows, options: Options):
         load,
         folder=Path(args.output_dir) / "_saft",
         source=script_args.dataset_name,
-        model_name=Path(model_args.model_name_or_path).name,
-        identity=model_args.model_name_or_path,
+        model_name=Path(base).name,
+        identity=[files.model_identity(base), revision, dtype, quantised and quantised.to_dict()],
         max_length=args.max_length,
     )
 

@@ -66,6 +66,16 @@ data options:
 MOST_NODES = 10_000  # of a configuration with its aliases written out
 # Options that name a file or folder of rows.
 ROWS = ("dataset_name", "unsafe_dataset_name", "saft_validation", "evaluation_prompts", "sample_prompts")
+READ = ("model_name_or_path", "resume_from_checkpoint", "chat_template_path", *ROWS)
+# Those that say something of another, without which they do nothing.
+OF_ANOTHER = {
+    "unsafe_dataset_revision": "unsafe_dataset_name",
+    "unsafe_dataset_split": "unsafe_dataset_name",
+    "unsafe_dataset_config": "unsafe_dataset_name",
+    "saft_validation_revision": "saft_validation",
+    "sample_steps": "sample_prompts",
+    "sample_max_new_tokens": "sample_prompts",
+}
 
 
 @dataclass
@@ -142,6 +152,13 @@ class Options(NamedTuple):
     training: Any  # TASFTConfig
     model: Any  # trl.ModelConfig
 
+    @property
+    def reads(self) -> list[tuple[str, str]]:
+        """Options that name a file or folder which the training reads, or a hub id, each with what it names."""
+        values = {name: value for part in self for name, value in vars(part).items()}
+        listed = {name: values[name] if isinstance(values[name], list) else [values[name]] for name in READ}
+        return [(name, source) for name, sources in listed.items() for source in sources if isinstance(source, str)]
+
 
 def read_options(argv: list[str]) -> Options | None:
     """What a command says, in its YAML file and its flags; None where it asked for help, which is printed.
@@ -172,6 +189,10 @@ def read_options(argv: list[str]) -> Options | None:
         return None
     _refuse_unknown(parser, argv)
     options = Options(*parser.parse_args_and_config(args=argv))
+    # In YAML no shell has done it, and what is not there by its name is taken for a data set of the hub.
+    for part in options:
+        for name in vars(part).keys() & set(READ):
+            setattr(part, name, _expanded(getattr(part, name)))
     _refuse_unused(options)
     options.model.model_name_or_path = located(options.model.model_name_or_path, options.model.model_revision)
     _set_right(options.training, options.model)
@@ -205,7 +226,7 @@ def read_config(file: Path) -> dict:
         node = yaml.compose(text, yaml.SafeLoader)
         if _nodes(node, {}) > MOST_NODES:
             raise ValueError(f"{file}: its aliases (*name) stand for more than {MOST_NODES:,} values; write them out")
-        config = yaml.safe_load(text)
+        config = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         # Its own message quotes the lines, in which a token may stand.
         line = error.problem_mark.line + 1
@@ -220,6 +241,17 @@ def read_config(file: Path) -> dict:
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """Of a date that there is not, or what else is no value of its kind, pyyaml raises whatever it meets."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, AttributeError, LookupError):
+            problem = "it looks like a date or a number and is none: put it in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
 def _nodes(node: yaml.Node | None, sizes: dict[int, float]) -> float:
     """How many nodes there are with all aliases written out; without end where one stands for itself."""
     if not isinstance(node, yaml.CollectionNode):
@@ -229,6 +261,13 @@ def _nodes(node: yaml.Node | None, sizes: dict[int, float]) -> float:
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         sizes[id(node)] = 1 + sum(_nodes(part, sizes) for part in parts)
     return sizes[id(node)]
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or paths, with the home folder for `~`; anything else as it is."""
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _check_paths(argv: list[str]) -> None:
@@ -241,12 +280,18 @@ def _check_paths(argv: list[str]) -> None:
         raise ValueError("--config needs a file; write --config FILE.yaml")
     options = read_config(Path(flags["config"][0])) if "config" in flags else {}
     options |= {name: values if name == "evaluation_prompts" else values[0] for name, values in flags.items() if values}
+    for name in ("output_dir", *READ):
+        value = options.get(name)
+        texts = value if name == "evaluation_prompts" and isinstance(value, list) else [value]
+        is_said = value is None or (name == "resume_from_checkpoint" and isinstance(value, bool))
+        if not is_said and not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{flags['config'][0]}: {name} is no text; put it in quotes")
     for name in ROWS:
         value = options.get(name)
         for source in value if isinstance(value, list) else [value]:
             if isinstance(source, str):
                 check_data(source, on_hub=name not in ("evaluation_prompts", "sample_prompts"))
-    template = options.get("chat_template_path")
+    template = _expanded(options.get("chat_template_path"))
     if isinstance(template, str) and not (os.path.isdir(template) or os.path.isfile(template)):
         what = "neither a .jinja file nor the folder of a tokenizer"
         raise ValueError(f"{template}: chat_template_path is {what}; bring it here (hf download ID --local-dir FOLDER)")
@@ -291,11 +336,9 @@ def _refuse_unused(options: Options) -> None:
         raise ValueError("dataset_test_split is evaluated where eval_strategy says when; give both, or neither.")
     if data_args.early_stopping_patience is not None and not args.load_best_model_at_end:
         raise ValueError("early_stopping_patience needs load_best_model_at_end and an eval_strategy; add them.")
-    unsafe_only = [f"unsafe_dataset_{name}" for name in ("revision", "config")]
-    given = [name for name in unsafe_only if getattr(data_args, name) is not None]
-    given += ["unsafe_dataset_split"] * (data_args.unsafe_dataset_split != "train")
-    if given and data_args.unsafe_dataset_name is None:
-        raise ValueError(f"{given[0]} needs unsafe_dataset_name; add it, or leave it out.")
+    for name, needed in OF_ANOTHER.items():
+        if getattr(data_args, name) != getattr(DataArguments, name) and getattr(data_args, needed) is None:
+            raise ValueError(f"{name} needs {needed}; add it, or leave it out.")
     if args.load_best_model_at_end and args.eval_strategy == "no":
         raise ValueError("load_best_model_at_end needs an eval_strategy, which says which is best; add it.")
     if data_args.prompt_template not in TEMPLATES:
@@ -311,6 +354,13 @@ def _refuse_unused(options: Options) -> None:
         raise ValueError(f"{what}: nothing would be trained; give one of them, above 0.")
     if os.path.realpath(args.output_dir) == os.path.realpath(model_args.model_name_or_path):
         raise ValueError(f"{args.output_dir}: output_dir is the base model's own folder; give another.")
+    loading = args.model_init_kwargs or {}
+    if not isinstance(loading, dict):
+        raise ValueError("model_init_kwargs: give `option: value` in the YAML file, or a JSON object as a flag.")
+    if args.trust_remote_code or loading.get("trust_remote_code"):
+        raise ValueError("trust_remote_code: a model's own code is never run; leave it out.")
+    if not loading.get("weights_only", True):
+        raise ValueError("weights_only: a pickle of something else than weights is never run; leave it out.")
 
 
 def _set_right(args, model_args) -> None:
@@ -331,6 +381,11 @@ def _set_right(args, model_args) -> None:
         model_args.lora_target_modules = re.split(r"[,\s]+", targets)
     if model_args.dtype is not None:
         model_args.dtype = files.dtype_name(model_args.dtype)
-    if args.hub_token is not None:
-        # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads.
-        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+    # Trainer pickles its arguments into training_args.bin, which push_to_hub uploads; _settings.json has them too.
+    loading = dict(args.model_init_kwargs or {})
+    secret = [name for name, value in loading.items() if name.endswith("token") and isinstance(value, str)]
+    tokens = {loading.pop(name) for name in secret} | ({args.hub_token} - {None})
+    if len(tokens) > 1:
+        raise ValueError("hub_token and the token in model_init_kwargs differ; give one that may do both, or HF_TOKEN.")
+    if tokens:
+        os.environ["HF_TOKEN"], args.hub_token, args.model_init_kwargs = tokens.pop(), None, loading or None

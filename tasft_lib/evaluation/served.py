@@ -266,7 +266,7 @@ def _read_answers(path: Path) -> dict[str, Response]:
     for record in read_records(Path(path)):
         match record:
             case {"key": str(key), "text": str(text), "n_tokens": int(n_tokens), "finished": bool(finished)}:
-                known[key] = Response(text=text, n_tokens=n_tokens, finished=finished)
+                known[key] = Response(text=_whole(text), n_tokens=n_tokens, finished=finished)
     return known
 
 
@@ -313,7 +313,12 @@ def _response(completion) -> Response:
     if not isinstance(text, str):
         raise TypeError("a reply without text")
     count = getattr(completion.usage, "completion_tokens", None)
-    return Response(text=text.strip(), n_tokens=count if isinstance(count, int) else 0, finished=why == "stop")
+    return Response(text=_whole(text.strip()), n_tokens=count if isinstance(count, int) else 0, finished=why == "stop")
+
+
+def _whole(text: str) -> str:
+    """The text with "?" for each half of a character: JSON can hold one, where a limit cut an emoji, no file can."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _is_useless(failures: Counter[Failure], answered: int) -> bool:

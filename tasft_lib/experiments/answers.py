@@ -227,8 +227,7 @@ def measure(spec: ArmSpec, held_out: HeldOut, *, steps: str = "last", batch_size
 
 def judge_by_name(responses: pd.DataFrame, *judge_names: str) -> pd.DataFrame:
     """`responses` judged by those judges, see `evaluation.answers.judge_answers`; they share one cache."""
-    judges = [load.load_judge(name) for name in judge_names]
-    return judge_answers(responses, judges, cache=runs_folder() / "judgements")
+    return judge_answers(responses, load.load_judges(judge_names), cache=runs_folder() / "judgements")
 
 
 def _count(

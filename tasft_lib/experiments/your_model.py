@@ -87,7 +87,9 @@ def win_rate_rows(
 
 def fitting(arm: ArmSpec, references: list[dict], *, max_new_tokens: int, n: int | None = None) -> list[dict]:
     """The first n references whose instruction leaves room for an answer in the model's context."""
-    config = AutoConfig.from_pretrained(worlds.base_model(arm.model), revision=arm.model_revision)
+    config = AutoConfig.from_pretrained(
+        worlds.base_model(arm.model), revision=arm.model_revision, trust_remote_code=False
+    )
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
     tokenizer = load_tokenizer(arm)
     asked = ask([row["instruction"] for row in references], arm.template, tokenizer)

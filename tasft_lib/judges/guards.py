@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ..generation import Decoding, check_prompts, generate
 from ..models import load_tokenizer, load_weights
-from ..storage.checkpoints import check_weights
+from ..storage.checkpoints import check_weights, find_file
 from ..storage.files import model_identity
 from .base import UNSCORED, Judgement, judge_in_batches
 from .noise import strings_revision
@@ -100,6 +100,10 @@ class _LocalModel(ABC):
         """Bring the judge here, and raise `ValueError` for one that cannot be loaded; it takes no memory yet."""
         with self._refusals():
             load_tokenizer(self._model, self._commit)
+            # `check_weights` takes a pickle of tensors too, loading does not.
+            names = ("model.safetensors", "model.safetensors.index.json")
+            if not any(find_file(self._model, name, self._commit) for name in names):
+                raise ValueError(f"no {names[0]} there")
             check_weights(self._model, self._commit, architecture=self.architecture)
 
     @cached_property

@@ -1,6 +1,7 @@
 """A judge by its name."""
 
 import os
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -53,3 +54,12 @@ def load_judge(name: str) -> Judge:
     # A folder's own name may hold an @.
     model, _, commit = (source, "", "") if Path(source).expanduser().is_dir() else source.partition("@")
     return cls(model, commit or None)
+
+
+def load_judges(names: Iterable[str]) -> list[Judge]:
+    """`load_judge` of each; raises `ValueError` where two have one name, by which their verdicts are told apart."""
+    judges = [load_judge(name) for name in names]
+    called = [judge.name for judge in judges]
+    if twice := next((name for name in called if called.count(name) > 1), None):
+        raise ValueError(f"two judges are called {twice}; give one of them, or rename its folder")
+    return judges

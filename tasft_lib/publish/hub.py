@@ -30,10 +30,11 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
     """Upload the model in the folder in one commit; its address. The token is HF_TOKEN's or that of `hf auth login`.
 
     The repository is made private where it does not exist. Raises ValueError, without what the hub wrote back, where it
-    is public and `public` was not said, the hub refuses, or the weights can't be used (torn, NaN, other shapes).
+    is public and `public` was not said, the hub refuses or is not reached, or the weights can't be used (torn, NaN,
+    other shapes).
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     from ..storage.checkpoints import adapter_shapes, check_weights
 
@@ -60,4 +61,6 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
         raise ValueError(
             f"{repo_id}: the hub refused ({status}); log in with a token that may write (hf auth login, or HF_TOKEN)."
         ) from None
+    except HTTPError as error:
+        raise ValueError(f"{repo_id}: the hub is not reached ({type(error).__name__}); check the network.") from None
     return f"https://huggingface.co/{repo_id}"

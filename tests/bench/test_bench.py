@@ -45,6 +45,27 @@ def test_step_as_text(capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (f"{kind} --{count} 0", f"argument --{count}: '0': give a whole number, 1 or more")
+        for kind, counts in {
+            "head": ("repeats", "threads", "vocab", "hidden", "tokens"),
+            "step": ("repeats", "threads", "batch_size", "sequence_length"),
+            "saft": ("repeats", "threads", "rows", "batch_size", "hidden"),
+        }.items()
+        for count in counts
+    ]
+    + [("head --unsafe 1.5", "--unsafe 1.5: a share"), ("step --unsafe -0.1", "--unsafe -0.1: a share")],
+)
+def test_a_number_that_nothing_can_be_measured_with_is_refused_at_once(flags, told, capsys, monkeypatch):
+    for kind in ("head", "step", "saft"):
+        monkeypatch.setattr(measure, kind, lambda **_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as usage:
+        cli.main(["bench", *flags.split()])
+    assert usage.value.code == 2 and told in capsys.readouterr().err
+
+
 SETTINGS = dict(vocab=500, hidden=16, tokens=90, unsafe=0.3, device="cpu")
 
 

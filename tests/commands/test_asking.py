@@ -181,6 +181,12 @@ def test_a_killed_evaluation_goes_on_and_ends_as_a_straight_one(place, interrupt
             assert file.read_bytes() == (place / "killed" / name).read_bytes()
 
 
+def test_judges_whose_verdicts_could_not_be_told_apart_are_refused_before_an_answer(place, asked, capsys):
+    judges = ["--judges", *(f"harmbench:owner/judge@{digit * 40}" for digit in "01")]
+    assert cli.main([*EVALUATE, *judges, "--benchmarks", "own.json", "--output_dir", "e"]) == 1
+    assert "two judges are called judge; give one of them" in capsys.readouterr().err and not asked
+
+
 def test_a_folder_of_other_settings_is_refused_and_other_judges_are_welcome(place, asked, capsys):
     command = [*EVALUATE, "--benchmarks", "own.json", "--output_dir", "e"]
     assert cli.main(command) == 0 and cli.main([*command, "--judge", "xstest"]) == 0 and len(asked) == 1

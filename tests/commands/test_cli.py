@@ -19,6 +19,7 @@ from tasft_lib.evaluation import worlds
 from tasft_lib.generation import Response
 from tasft_lib.judges.base import Judgement
 from tasft_lib.storage import integrity
+from tasft_lib.storage.files import file_hash, model_identity
 
 TOXIC = ("I-MaliciousInstructions", "I-CoNa", "I-Controversial")
 
@@ -306,6 +307,39 @@ def test_saft_gives_training_its_unsafe_rows(folder, capsys):
     assert f"and {round(0.2 * len(rows))} unsafe rows" in capsys.readouterr().out
     report = (folder / "out" / "_saft" / "report.md").read_text()
     assert "chosen with labels: layer, pooling, directions" in report
+
+
+def test_saft_finds_rows_anew_for_other_weights_and_for_another_reading_of_them(
+    folder, tokenizer, monkeypatch, bitsandbytes
+):
+    identities = []
+
+    def label_rows(*_, identity, **__):
+        identities.append(json.dumps(identity, default=str))
+        raise KeyboardInterrupt
+
+    def identity(*flags):
+        model_identity.cache_clear(), file_hash.cache_clear()
+        assert cli.main(["train", "--config", str(folder / "saft.yaml"), *flags]) == 130
+        return identities[-1]
+
+    monkeypatch.setattr("tasft_lib.saft.workflow.label_rows", label_rows)
+    config = (folder / "config.yaml").read_text().replace(f"unsafe_dataset_name: {folder / 'unsafe.jsonl'}\n", "")
+    (folder / "saft.yaml").write_text(config + "saft_contamination: 0.2\n")
+    first = identity()
+    for flags in (
+        ["--dtype", "bfloat16"],
+        ["--model_revision", "0" * 40],
+        ["--load_in_8bit"],
+        ["--load_in_4bit", "--bnb_4bit_quant_type", "nf4"],
+        ["--load_in_4bit", "--bnb_4bit_quant_type", "fp4"],
+    ):
+        assert identity(*flags) not in identities[:-1]
+    (folder / "base").rename(folder / "moved")
+    assert identity("--model_name_or_path", str(folder / "moved")) == first
+    build_model(tokenizer, seed=1).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    assert identity() != first
 
 
 @pytest.mark.parametrize(

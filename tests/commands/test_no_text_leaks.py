@@ -148,7 +148,7 @@ def test_every_command_keeps_texts_and_keys_to_itself(place, told, monkeypatch):
         *("--output_dir", "out", "--prompt_template", "none", "--max_steps", "2", "--save_steps", "1"),
         *("--lora_target_modules", "q_proj", "v_proj", "--report_to", "none", "--learning_rate", "1e-5"),
         *("--sample_prompts", "inputs/prompts.json", "--sample_max_new_tokens", "9", "--hub_token", TOKEN),
-        *("--logging_steps", "1"),
+        *("--logging_steps", "1", "--model_init_kwargs", json.dumps({"token": TOKEN})),
     ]
     by_saft = ["--dataset_name", "inputs/unlabelled.jsonl", "--saft_contamination", "0.3", "--output_dir", "out_saft"]
     ask = ["--model", "out", "--prompt_template", "none", "--max_new_tokens", "9"]

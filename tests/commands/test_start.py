@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+from huggingface_hub.errors import HTTPError
 from trl import SFTConfig
 
 from tasft_lib import cli
@@ -75,6 +76,14 @@ def test_a_wrong_path_is_told_before_anything_slow_is_imported(tmp_path):
     assert not {"torch", "transformers", "trl", "datasets", "pandas"} & set(packages)
 
 
+def test_a_flag_that_is_true_or_false_says_so(capsys):
+    filter_rows = ["filter", "rows.jsonl", "--model", "m", "--output_dir", "o", "--contamination", "0.1"]
+    with pytest.raises(SystemExit) as usage:
+        cli.main([*filter_rows, "--drop_empty", "maybe"])
+    assert usage.value.code == 2
+    assert capsys.readouterr().err.endswith("argument --drop_empty: 'maybe': give true or false\n")
+
+
 def test_training_and_the_method_load_no_plotting_and_no_statistics():
     codes, packages, _ = run(["train", "--help_all"])  # imports tasft_lib.trainer and all that it needs
     assert codes == [0] and "trl" in packages
@@ -111,6 +120,23 @@ def test_a_package_that_another_library_asks_for_is_one_line(capsys, monkeypatch
     assert cli.main(["report"]) == 1
     error = capsys.readouterr().err
     assert "deepspeed>=0.9.3" in error and "install it, or leave" in error and error.count("\n") == 1
+
+
+def test_a_hub_that_is_not_reached_is_one_line_and_an_error_of_ours_is_not_swallowed(capsys, monkeypatch):
+    class ConnectError(HTTPError):
+        pass
+
+    def fail(error):
+        def main(argv):
+            raise error
+
+        monkeypatch.setattr("tasft_lib.commands.report.main", main)
+        return cli.main(["report"])
+
+    assert fail(ConnectError("[Errno 111] Connection refused")) == 1
+    assert capsys.readouterr().err == "tasft report: the hub is not reached (ConnectError); check the network\n"
+    with pytest.raises(RuntimeError, match="ours"):
+        fail(RuntimeError("ours"))
 
 
 def test_a_slow_command_says_on_a_terminal_that_it_is_loading(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -287,6 +288,31 @@ def test_a_folder_with_a_model_is_refused_and_the_base_is_never_written_over(tra
     assert (base / "model.safetensors").read_bytes() == before != (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
+def test_overwrite_removes_nothing_that_the_training_reads(train, base, tokenizer, tmp_path, monkeypatch):
+    assert train()[0] == 0
+    tokenizer.save_pretrained(tmp_path / "out" / "checkpoint-2")
+    write(tmp_path / "out" / "checkpoint-2" / "rows.jsonl", make_rows(12))
+    (tmp_path / "out" / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    before = left_in(tmp_path / "out")
+    for option, place in {
+        "model_name_or_path": "checkpoint-2",
+        "resume_from_checkpoint": "checkpoint-2",
+        "dataset_name": "checkpoint-2/rows.jsonl",
+        "chat_template_path": "chat_template.jinja",
+    }.items():
+        path = tmp_path / "link" / place
+        assert refused(train("--overwrite", seed=3, **{option: path}), f"{path}: {option} lies in what --overwrite")
+        assert left_in(tmp_path / "out") == before
+    # A folder of the user's own is not removed, and may be read.
+    own = shutil.copytree(base, tmp_path / "out" / "own")
+    with monkeypatch.context() as patch:
+        killed_at(2, patch)
+        assert train("--overwrite", model_name_or_path=own)[0] == 130
+    resume = {"resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}
+    assert train("--overwrite", model_name_or_path=own, **resume)[0] == 0, "the same training, of which nothing goes"
+
+
 @pytest.mark.parametrize("options", [{}, {"use_peft": True, "lora_target_modules": ["q_proj"]}])
 def test_a_readme_of_the_users_stays_as_it_is(options, train, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
@@ -354,6 +380,46 @@ def test_a_folder_of_a_version_without_an_option_goes_on_with_its_default(tmp_pa
         begin(penalty_floor=0.05)
 
 
+def test_in_yaml_the_home_folder_is_understood_and_its_rows_are_no_data_set_of_the_hub(
+    train, base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    write(tmp_path / "prompts.jsonl", [{"prompt": "w1 w2 w3 w4 w5 w6"}])
+    home = {
+        "model_name_or_path": "~/base",
+        "dataset_name": "~/rows.jsonl",
+        "evaluation_prompts": ["~/prompts.jsonl"],
+        "chat_template_path": "~/chat.jinja",
+    }
+    code, _, error = train(max_steps=1, save_strategy="no", **home)
+    assert code == 0, error
+    record = json.loads((tmp_path / "out" / "tasft.json").read_text())
+    assert record["datasets"] == [{"name": "rows.jsonl", "hub": False, "revision": None}]
+    assert record["base_model"] == "base" and record["base_model_revision"] is None
+    assert refused(train(eval_strategy="steps", **home), "rows.jsonl: a file has no split 'test'")
+
+
+@pytest.mark.parametrize(
+    "option, changes",
+    [
+        ({"dataloader_drop_last": True}, True),
+        ({"dataloader_in_order": False}, True),
+        ({"dataloader_num_workers": 2}, False),
+        ({"dataloader_pin_memory": False}, False),
+        ({"dataloader_persistent_workers": True}, False),
+        ({"dataloader_prefetch_factor": 4}, False),
+        ({"dataloader_multiprocessing_context": "spawn"}, False),
+    ],
+)
+def test_how_rows_are_loaded_may_change_and_which_and_when_may_not(option, changes, tmp_path):
+    workers = {"dataloader_num_workers": 1}  # without any some of these are refused
+    configs = [TASFTConfig(output_dir=str(tmp_path), **workers | options) for options in ({}, option)]
+    plain, other = (run_folder.settings(config, ModelConfig(), "rows", "base") for config in configs)
+    assert (other != plain) is changes
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -363,10 +429,40 @@ def test_a_folder_of_a_version_without_an_option_goes_on_with_its_default(tmp_pa
         ({"max_steps": -1, "num_train_epochs": -1}, "nothing would be trained"),
         ({"prompt_template": "alpacca"}, "prompt_template='alpacca': choose one of alpaca"),
         ({"load_best_model_at_end": True, "save_strategy": "no"}, "needs an eval_strategy"),
+        ({"saft_contamination": 0.1, "saft_validation_revision": "0" * 40}, "needs saft_validation; add it, or leave"),
+        ({"sample_steps": 2}, "sample_steps needs sample_prompts; add it, or leave it out"),
+        ({"sample_max_new_tokens": 9}, "sample_max_new_tokens needs sample_prompts; add it"),
     ],
 )
 def test_what_would_train_nothing_or_be_passed_over_is_refused_at_once(options, words, train, tmp_path):
     assert refused(train(**options), words) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({}, None),
+        ({"trust_remote_code": True}, "trust_remote_code: a model's own code"),
+        ({"model_init_kwargs": {"trust_remote_code": True}}, "trust_remote_code: a model's own code"),
+        (
+            {"trust_remote_code": True, "model_init_kwargs": {"trust_remote_code": False}},
+            "trust_remote_code: a model's own code",
+        ),
+        ({"model_init_kwargs": {"weights_only": False}}, "weights_only: a pickle of something else"),
+    ],
+)
+def test_code_of_the_models_own_is_never_run(options, told, train, base, tmp_path):
+    model = shutil.copytree(base, tmp_path / "model")
+    for name, classes in {
+        "config.json": {"AutoConfig": "evil.Own", "AutoModelForCausalLM": "evil.Own"},
+        "tokenizer_config.json": {"AutoTokenizer": ["evil.Own", None]},
+    }.items():
+        settings = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(settings | {"auto_map": classes}))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+    result = train(model_name_or_path=model, max_steps=1, save_strategy="no", **options)
+    assert result[0] == 0 if told is None else refused(result, told)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_test_split_is_evaluated_and_the_best_step_kept(train, tmp_path):
@@ -430,6 +526,20 @@ def test_an_unknown_option_is_told_by_its_name_without_its_value(options, flags,
     assert refused(result, *words) and SECRET not in "".join(result[1:])
 
 
+@pytest.mark.parametrize("name", ["token", "use_auth_token"])
+def test_a_token_for_loading_goes_into_the_environment_and_nowhere_else(name, train, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    loading = {"use_cache": False, name: SECRET}
+    result = train(model_init_kwargs=loading, hub_token="hf_other")
+    assert refused(result, "hub_token and the token in model_init_kwargs differ") and SECRET not in "".join(result[1:])
+    code, out, error = train(model_init_kwargs=loading)
+    assert code == 0 and os.environ["HF_TOKEN"] == SECRET and SECRET not in out + error
+    left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert left and not any(SECRET.encode() in path.read_bytes() for path in left)
+    assert json.loads((tmp_path / "out" / "_settings.json").read_text())["model_init_kwargs"] == {"use_cache": False}
+    assert refused(train("--model_init_kwargs", "token"), "model_init_kwargs: give")
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -444,6 +554,12 @@ def test_an_unknown_option_is_told_by_its_name_without_its_value(options, flags,
         ("- a\n", "holds no options"),
         ("", "holds no options"),
         ("a: \x00\n", "no readable YAML"),
+        ("a: b\nrun_name: 2024-13-45\n", "line 2: no valid YAML (it looks like a date or a number and is none: put"),
+        ("run_name: [0x_]\n", "line 1: no valid YAML (it looks like a date"),
+        ("run_name: !!timestamp x\n", "line 1: no valid YAML (it looks like a date"),
+        ("output_dir: 2024-05-13\n", "output_dir is no text; put it in quotes"),
+        ("dataset_name: 7\n", "dataset_name is no text; put it in quotes"),
+        ("evaluation_prompts: [a.json, 7]\n", "evaluation_prompts is no text; put it in quotes"),
         ("a: [" * 5000, "no readable YAML"),
     ],
 )  # fmt: skip

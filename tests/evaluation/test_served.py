@@ -206,6 +206,16 @@ def test_records_that_are_no_answers_are_passed_over(tmp_path):
         assert len(server.asked) == 2
 
 
+def test_half_a_character_is_replaced_in_new_answers_and_in_those_that_are_there(tmp_path):
+    with ChatServer(lambda r: "cut \ud83d") as server:
+        assert texts(ask(server, tmp_path, ["a"])) == ["cut ?"]
+        (whole,) = read_records(tmp_path / "answers.jsonl")
+        (tmp_path / "answers.jsonl").write_text("")
+        append_record(tmp_path / "answers.jsonl", whole | {"text": "\ud83d cut, \U0001f600 whole"})
+        assert texts(ask(server, tmp_path, ["a"])) == ["? cut, \U0001f600 whole"]
+        assert len(server.asked) == 1
+
+
 def test_an_interrupt_keeps_what_was_answered(tmp_path, monkeypatch):
     class Interrupted(files.tqdm):
         def update(self, n=1):

@@ -21,7 +21,7 @@ from tasft_lib.generation import Response
 from tasft_lib.judges import guards
 from tasft_lib.judges.base import Judgement, check_ready, judge_responses
 from tasft_lib.judges.guards import HarmBenchClassifier, HarmfulnessRegressor, LlamaGuard, Qwen3Guard, WildGuard
-from tasft_lib.judges.load import JUDGES, load_judge
+from tasft_lib.judges.load import JUDGES, load_judge, load_judges
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 GIBBERISH = "zum " * 60
@@ -324,8 +324,9 @@ def test_pickled_weights_are_not_read(tmp_path, plain_tokenizer):
     folder = save(tmp_path / "old", build_model(plain_tokenizer), plain_tokenizer)
     (folder / "model.safetensors").unlink()
     torch.save(build_model(plain_tokenizer).state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="safetensors"):
-        WildGuard(folder).judge(["w1"], ["w2"])
+    for ask in (lambda judge: judge.judge(["w1"], ["w2"]), check_ready):  # the latter before any answer
+        with pytest.raises(ValueError, match=r"wildguard: .*no .*model\.safetensors"):
+            ask(WildGuard(folder))
 
 
 def test_a_template_that_hides_the_response_is_refused(tmp_path, plain_tokenizer):
@@ -385,6 +386,21 @@ def test_load_judge_takes_folders_and_pinned_hub_ids(kind, cls, tmp_path):
             load_judge(f"{kind}:{source}")
     with pytest.raises(ValueError, match="no such folder"):
         load_judge(f"{kind}:{tmp_path / 'nowhere'}")
+
+
+def test_two_judges_of_one_name_are_refused(tmp_path):
+    folders = [tmp_path / part / "model" for part in "ab"]
+    for path in folders:
+        path.mkdir(parents=True)
+    commits = [f"harmbench:owner/judge@{digit * 40}" for digit in "01"]
+    for names, twice in (
+        ([f"wildguard:{path}" for path in folders], "model"),
+        (commits, "judge"),
+        (["compliance", "xstest", "compliance"], "compliance"),
+    ):
+        with pytest.raises(ValueError, match=f"two judges are called {twice}; give one of them, or rename its folder"):
+            load_judges(names)
+    assert [judge.name for judge in load_judges([*commits[:1], "compliance"])] == ["judge", "compliance"]
 
 
 @pytest.mark.parametrize("name", ["qwen3guard", "qwen3guard:", "compliance:x", "guard:owner/model", ""])

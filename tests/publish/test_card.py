@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import build_model, make_rows
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -160,6 +160,26 @@ def test_what_was_measured_is_metadata_that_the_hub_reads(folder):
     assert write(folder) == 0 and ModelCard(read(folder)).data.eval_results is None
 
 
+def test_a_rate_under_attack_is_no_plain_rate(folder, trained):
+    (answers,) = trained.glob("results/responses-*.jsonl")
+    evaluate = ["evaluate", "--model", str(folder / "safer"), "--prompt_template", "none", "--max_new_tokens", "8"]
+    attacks = ["--attacks", "none", "persona", "prefill", "--prefill_answers", str(answers)]
+    evaluate += ["--benchmarks", str(trained / "sets"), *attacks, "--output_dir", str(folder / "attacked")]
+    assert cli.main(evaluate) == 0
+    assert "- Jailbreaks, further fine-tuning" in with_results(folder) and "no test in this card" in read(folder)
+    assert write(folder, "--results", str(folder / "attacked")) == 0
+    text = read(folder)
+    results = pd.read_csv(folder / "attacked" / "results.csv")
+    for row in results.itertuples():
+        name = row.benchmark if row.attack == "none" else f"{row.benchmark} under {row.attack}"
+        assert text.count(f"| {row.judge} | {name} | {row.kind} | {row.n} |") == 1
+    assert "I-CoNa under persona" in text and "I-CoNa under prefill 1" in text
+    names = [(r.dataset_name, r.metric_name) for r in ModelCard(text).data.eval_results]
+    assert len(names) == len(set(names)) > 0
+    assert "- Attacks beyond those in the table, further fine-tuning" in text
+    assert 'unless a row "under prefill" above says otherwise' in text
+
+
 def test_results_of_other_weights_are_refused(folder, capsys):
     before = read(folder)
     path = folder / "safer" / "adapter_model.safetensors"
@@ -301,6 +321,16 @@ def test_weights_that_nobody_can_use_are_not_uploaded(folder, api, capsys):
     save_file(weights, file)
     assert write(folder, "--push_to_hub", "me/safer") == 1 and api.uploaded is None
     assert "adapter_model.safetensors: " in (error := capsys.readouterr().err) and "holds NaN" in error
+
+
+def test_without_a_network_an_upload_is_one_line(folder, api, capsys):
+    class ConnectError(HTTPError):
+        pass
+
+    api.fails = ConnectError("[Errno 111] Connection refused")
+    assert write(folder, "--push_to_hub", "me/safer") == 1 and api.uploaded is None
+    told = "tasft card: me/safer: the hub is not reached (ConnectError); check the network.\n"
+    assert capsys.readouterr().err.endswith(told)
 
 
 def test_what_the_hub_writes_back_is_not_repeated(folder, api, capsys, monkeypatch):

@@ -145,6 +145,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tokenizer, tmp_p
     before = {path.name for path in tmp_path.iterdir()}
     assert "exists already" in refused(capsys, adapter, tmp_path / "base")
     assert "no model here" in refused(capsys, tmp_path, tmp_path / "m")
+    assert "base: a whole model" in (told := refused(capsys, base, tmp_path / "m", "--base", str(base)))
+    assert told.endswith("leave out --base")
     assert "gone.gguf: no such file" in refused(capsys, tmp_path / "gone.gguf", tmp_path / "m")
     # a file that was spoilt on the way to the disk
     real = AutoModelForCausalLM.from_pretrained
