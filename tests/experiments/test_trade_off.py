@@ -148,3 +148,8 @@ def test_the_verdict_is_about_the_best_of_the_search():
     assert rows[0]["criterion"].startswith("EMD at 4, a")
     assert [row["verdict"] for row in rows] == ["holds", "holds", "holds", "fails", "fails"]
     assert rows[2]["limit"] == 100 * pressure.DEAR
+    corrected = {"harm_corrected": 0.0, "harm_corrected_low": 0.0, "harm_corrected_high": 0.0}
+    judged = {"harm": 0.16, "harm_low": 0.13, "harm_high": 0.19}
+    for unlike, said in ((float("nan"), "holds"), ("28% called harmful", "open")):
+        (first, *_) = trade_off.verdict(search, table.assign(**judged, **corrected, unlike=unlike), depths, 4)
+        assert first["verdict"] == said, "a correction that the answers are unlike settles nothing"
