@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     tasft = argparse.ArgumentParser(add_help=False)
-    tasft.add_argument("--unsafe", type=float, default=0.05, help="share of unsafe tokens or rows (default: 0.05)")
+    tasft.add_argument("--unsafe", type=_share, default=0.05, help="share of unsafe tokens or rows (default: 0.05)")
     tasft.add_argument("--penalty", default="emd", choices=("emd", "emd_exact", "nlcl"))
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -43,8 +43,6 @@ def main(argv: list[str]) -> None:
     saft.add_argument("--batch_size", type=at_least(1), default=16)
     saft.add_argument("--hidden", type=at_least(1), default=512, help="size of the activations whose fit is measured")
     args = vars(parser.parse_args(argv))
-    if not 0 <= args.get("unsafe", 0) <= 1:
-        parser.error(f"--unsafe {args['unsafe']:g}: a share; give a number from 0 to 1")
 
     from ..bench import measure
 
@@ -70,3 +68,13 @@ def main(argv: list[str]) -> None:
         print(f"against {against}: time x{time:.2f} ({low:.2f} to {high:.2f}), memory x{memory:.2f}")
     if result["max_relative_grad_error"] is not None:
         print(f"largest relative gradient error: {result['max_relative_grad_error']:.1e}")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: give a number from 0 to 1")
+    return value

@@ -229,12 +229,15 @@ def _settings(record: dict) -> str:
 
 
 def _harm(folder: Path, identities: list[str | None]) -> dict[str, Any]:
-    """What `tasft evaluate` measured: tables, judges and decoding."""
+    """What `tasft evaluate` measured: tables, judges and decoding. An attack is named with its benchmark."""
     manifest = _read_json(folder / "manifest.json", _EVALUATED)
     for judge in manifest["judges"]:
         _check(judge, dict.fromkeys(("name", "revision", "licence"), str), folder / "manifest.json", "measure again")
     before = _of_this_model(manifest, identities, folder)
     table = _read_table(folder / "results.csv", ("judge", "kind", "benchmark", "n", "rate", "low", "high", "refusal"))
+    attacks = table["attack"].tolist() if "attack" in table else ["none"] * len(table)
+    names = zip(table["benchmark"], attacks, strict=True)
+    table["benchmark"] = [name if attack == "none" else f"{name} under {attack}" for name, attack in names]
     rates = pd.DataFrame(
         {
             "judge": table["judge"].map(_short),
@@ -273,6 +276,7 @@ def _harm(folder: Path, identities: list[str | None]) -> dict[str, Any]:
         "before": before,
         "agreement": agreement,
         "over_refusal": ", ".join(over_refusal),
+        "attacked": any(attack != "none" for attack in attacks),
     }
 
 

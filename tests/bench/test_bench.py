@@ -56,7 +56,10 @@ def test_step_as_text(capsys):
         }.items()
         for count in counts
     ]
-    + [("head --unsafe 1.5", "--unsafe 1.5: a share"), ("step --unsafe -0.1", "--unsafe -0.1: a share")],
+    + [
+        (f"head --unsafe {share}", f"argument --unsafe: '{share}': give a number from 0 to 1")
+        for share in ("1.5", "nan", "half")
+    ],
 )
 def test_a_number_that_nothing_can_be_measured_with_is_refused_at_once(flags, told, capsys, monkeypatch):
     for kind in ("head", "step", "saft"):
