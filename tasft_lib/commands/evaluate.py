@@ -211,4 +211,4 @@ def _attacked(prompts, args, tokenizer):
         responses = [split_thinking(response)[1] for response in rows["response"][:]]
         answers = {p: r for p, r in zip(rows["prompt"][:], responses, strict=True) if r.strip()}
     options = {"wrappers": worlds.load(args.benchmarks[0]).wrappers, "prefix": args.prefix or attacks.PREFIX}
-    return attacks.chosen(prompts, args.attacks, answers=answers, tokenizer=tokenizer, **options)
+    return attacks.prompts_under(prompts, args.attacks, answers=answers, tokenizer=tokenizer, **options)

@@ -22,7 +22,7 @@ NAMES = ("none", "wrappers", "prefix", "prefill")
 PREFIX, PREFILL_TOKENS = "Sure, here is", (1, 2, 4, 8)
 
 
-def chosen(
+def prompts_under(
     prompts: pd.DataFrame,
     names: list[str],
     *,

@@ -43,7 +43,7 @@ def test_attacks_are_chosen_by_name_and_harmless_prompts_are_not_attacked(tokeni
     both = pd.concat([PROMPTS, pd.DataFrame({"benchmark": ["x"], "kind": ["benign"], "prompt": ["w7?"]})])
     names = ["none", "fiction", "wrappers", "prefix", "prefill"]
     answers = {"w1 w2?": "w5 w6 w7 w8"}
-    table = attacks.chosen(both, names, prefix="Sure", answers=answers, tokenizer=tokenizer)
+    table = attacks.prompts_under(both, names, prefix="Sure", answers=answers, tokenizer=tokenizer)
     counts = table.groupby("attack", sort=False).size().to_dict()
     assert counts == {"none": 3, "fiction": 4, "persona": 2, "ignore": 2, "prefix": 2} | {
         f"prefill {k}": 1 for k in attacks.PREFILL_TOKENS
@@ -55,7 +55,7 @@ def test_attacks_are_chosen_by_name_and_harmless_prompts_are_not_attacked(tokeni
         assert row.prompt in text and (row.attack == "none") == (text == row.prompt)
     for name, message in (("jailbrake", "no attack 'jailbrake'; there are none"), ("prefill", "no unsafe answer")):
         with pytest.raises(ValueError, match=message):
-            attacks.chosen(both, [name], tokenizer=tokenizer)
+            attacks.prompts_under(both, [name], tokenizer=tokenizer)
 
 
 def test_wrappers_have_one_place_for_the_prompt():
