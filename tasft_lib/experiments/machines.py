@@ -47,9 +47,9 @@ def main(argv: list[str]) -> None:
         environment = MACHINES[name]
         places = {"TASFT_RUNS": str(runs[name]), "TASFT_FIGURES": str(own[name] / "figures")}
         print(f"{name}: {environment or 'no change'}", flush=True)
-        subprocess.run(
-            [sys.executable, "-m", "tasft_lib.cli", *command], env=os.environ | environment | places, check=True
-        )
+        run = subprocess.run([sys.executable, "-m", "tasft_lib.cli", *command], env=os.environ | environment | places)
+        if run.returncode:  # it has said why
+            sys.exit(run.returncode)
     figures = {name: folder / "figures" / args.profile for name, folder in own.items()}
     table = compared(args.profile, figures)
     out = Path(os.environ.get("TASFT_FIGURES") or files.project_root() / "figures")
@@ -73,7 +73,8 @@ def compared(profile: str, folders: dict[str, Path]) -> pd.DataFrame:
     each.
 
     A row per verdict that was run, then the rates that it rests on; and one per rate of plain SFT and of every method
-    at its largest and smallest D_unsafe (sampled answers). "-": not run on that machine.
+    at its largest and smallest D_unsafe (sampled answers; greedy ones where none were sampled). "-": not run on that
+    machine.
     """
     columns = {name: _verdicts(profile, folder) | _rates(folder) for name, folder in folders.items()}
     table = pd.DataFrame(columns).dropna(how="all").fillna("-")
@@ -128,10 +129,12 @@ def _verdicts(profile: str, folder: Path) -> dict[tuple[str, str], str]:
 
 def _rates(folder: Path) -> dict[tuple[str, str], str]:
     rates = {}
-    for file in (folder / "data_efficiency_table.csv", folder / "stl_comparison_table.csv"):
+    for notebook in ("safety", "data_efficiency", "stl_comparison"):
+        file = folder / f"{notebook}_table.csv"
         if not file.exists():
             continue
-        table = pd.read_csv(file).query("decoding == 'sampled'")
+        table = pd.read_csv(file)
+        table = table[table["decoding"] == max(table["decoding"])]  # "sampled" > "greedy"
         sizes = table.groupby("method")["n_unsafe"]
         ends = (table["n_unsafe"] == sizes.transform("min")) | (table["n_unsafe"] == sizes.transform("max"))
         for _, row in table[ends].iterrows():

@@ -113,13 +113,16 @@ class Study:
         return RecoverySpec(unsafe=self.unsafe(seed))
 
     def contrastive(self, seed: int | None = None) -> ContrastiveSpec:
-        """Harmless rows with the toxic words of D_unsafe's prompts (§4.3.6), by the second model, `config.writer`."""
+        """Harmless rows with the toxic words of D_unsafe's prompts (§4.3.6), by the second model, `config.writer`.
+
+        It writes texts as long as a training row may be: an answer that is cut off is none.
+        """
         return ContrastiveSpec(
             unsafe=self.unsafe(seed),
             writer=self.config.writer,
             writer_revision=self.config.writer_revision or None,
             per_word=self.config.per_word,
-            decoding=self.greedy,
+            decoding=replace(self.greedy, max_new_tokens=self.config.max_length),
             batch_size=self.config.generation_batch_size,
             seed=self.config.seed,
         )

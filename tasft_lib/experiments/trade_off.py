@@ -58,8 +58,8 @@ def of_line(
 ) -> Iterator[Trial]:
     """The trials of a line of `tried` with one adapter, on `n_unsafe` rows.
 
-    A line has `name` (in tables), `method`, `strengths`, and `adapters` where it is not tried with all; the rest are
-    options of `TASFTConfig`.
+    A line has `name` (in tables), `method`, `strengths`, and `adapters` where it is not tried with all; with
+    `contrastive: true` it is trained on `Study.contrastive` besides; the rest are options of `TASFTConfig`.
 
     With a rule for λ as its `weight`, auto or parity, its strengths are what the rule takes, pressures.
     """
@@ -67,7 +67,11 @@ def of_line(
         if missing := needed - set(line):
             raise ValueError(f"{line!r}: a line of tried or adapters without {', '.join(sorted(missing))}.")
     method, rule = tried["method"], tried.get("weight")
-    options = {k: v for k, v in tried.items() if k not in ("name", "method", "strengths", "weight", "adapters")}
+    if tried.get("contrastive") and method in ("sft", "stl", "stl_emd"):
+        raise ValueError(f"{tried['name']}: {method} takes no contrastive rows in the place of its benign or safe ones.")
+    own = ("name", "method", "strengths", "weight", "adapters", "contrastive")
+    options = {key: value for key, value in tried.items() if key not in own}
+    extra = study.contrastive(seed) if tried.get("contrastive") else None
     lora = {key: value for key, value in adapter.items() if key != "name"}
     for strength in tried["strengths"]:
         if method in ("sft", "stl"):
@@ -75,7 +79,7 @@ def of_line(
             arm = replace(arm, extra_visits=strength if method == "stl" else 1)
         else:
             weight = {"weight": rule, "penalty_pressure": float(strength)} if rule else {"weight": float(strength)}
-            arm = study.arm(method, n_unsafe, seed=seed, **weight, **options)
+            arm = study.arm(method, n_unsafe, seed=seed, extra=extra, **weight, **options)
         arm = replace(arm, display_name=tried["name"], lora=arm.lora | lora)
         yield Trial(tried["name"], adapter["name"], float(strength), arm)
 

@@ -235,12 +235,13 @@ def _contrastive_pairs(read, choose) -> list[tuple[str, float, pd.Series, pd.Ser
     table = read("contrastive_augmentation_table")
     if "factor" not in table:
         raise _NoSuchArm("an earlier table, of one λ for all base models")
-    sampled = table[(table["decoding"] == "sampled") & (table["method"] != "sft")]
+    decoding = "sampled" if (table["decoding"] == "sampled").any() else "greedy"
+    arms_of = table[(table["decoding"] == decoding) & (table["method"] != "sft")]
     pairs = []
     for method in ("emd", "nlcl"):
-        tried = sampled.loc[sampled["method"] == method, "factor"]
+        tried = arms_of.loc[arms_of["method"] == method, "factor"]
         if len(tried):
-            arms = (_pick(sampled, method=m, factor=choose(tried)) for m in (method, f"{method}_contrastive"))
+            arms = (_pick(arms_of, method=m, factor=choose(tried)) for m in (method, f"{method}_contrastive"))
             pairs.append((tables.NAMES[method], choose(tried), *arms))
     if not pairs:
         raise _NoSuchArm("neither EMD nor NLCL")
@@ -255,6 +256,8 @@ def _contrastive_is_less_safe(read):
 
 def _contrastive_noise(read):
     pairs = _contrastive_pairs(read, max)
+    if not any(factor > 1 for _, factor, _, _ in pairs):
+        raise _NoSuchArm("no λ above the chosen one")
     shown = [
         f"{name}, {factor:g} λ: {_text(a, 'degenerate')} without, {_text(b, 'degenerate')} with"
         for name, factor, a, b in pairs

@@ -78,6 +78,7 @@ def test_an_arm_stands_on_the_base_model_of_its_seed_with_the_rows_of_that_base_
         ):
             assert rows.arm == arms["sft"]
         assert it.contrastive(seed).unsafe == arms["emd"].unsafe == it.unsafe(seed)
+        assert it.contrastive(seed).decoding.max_new_tokens == it.config.max_length  # what a training row can hold
         assert it.plain(seed) == [arms["sft"]]
     assert it.sft == it.arm("sft") and [arm.model for arm in designs.build_unsafe_set(it)] == bases
     # All seeds of another model stand on it, and share what its first plain SFT arm answers.

@@ -74,7 +74,8 @@ def test_each_machine_runs_the_same_command_in_folders_of_its_own(tmp_path, monk
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("TASFT_FIGURES", str(tmp_path / "figures"))
     calls = []
-    run = SimpleNamespace(run=lambda command, env, check: calls.append((command, env)))
+    done = SimpleNamespace(returncode=0)
+    run = SimpleNamespace(run=lambda command, env: calls.append((command, env)) or done)
     monkeypatch.setattr(machines, "subprocess", run)
     monkeypatch.setattr(machines, "compared", lambda profile, made: pd.DataFrame({"kind": ["harm"], "name": ["SFT"]}))
     machines.main(["--profile", "smoke", "--seeds", "2", "-p", "judge", "compliance"])
@@ -96,10 +97,30 @@ def test_a_machine_may_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("TASFT_FIGURES", str(tmp_path / "figures"))
     calls = []
-    run = SimpleNamespace(run=lambda command, env, check: calls.append(env.get("MKL_CBWR")))
+    done = SimpleNamespace(returncode=0)
+    run = SimpleNamespace(run=lambda command, env: calls.append(env.get("MKL_CBWR")) or done)
     monkeypatch.setattr(machines, "subprocess", run)
     monkeypatch.setattr(machines, "compared", lambda profile, made: pd.DataFrame({"kind": ["harm"], "name": ["SFT"]}))
     machines.main(["--machines", "MKL, compatible", "as it is"])
     machines.main(["--machines"])
     assert calls == ["COMPATIBLE", None]
     assert (tmp_path / "figures" / "machines.csv").exists()
+
+
+def test_a_command_that_fails_ends_all_with_its_code_and_its_own_words_alone(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TASFT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("TASFT_FIGURES", str(tmp_path / "figures"))
+    with pytest.raises(SystemExit) as stopped:
+        machines.main(["--profile", "smoke", "--notebooks", "safetey"])
+    assert stopped.value.code == 1
+    told = capfd.readouterr()
+    assert "safetey" in told.err and "Traceback" not in told.err and told.out.count("no change") == 1
+
+
+def test_headline_rates_of_a_profile_that_samples_nothing_are_greedy(folders):
+    (folder, *_) = folders.values()
+    (folder / "data_efficiency_table.csv").unlink()
+    greedy = judged({("sft", 0, 0): "h" * 100, ("emd", 9, 0): "r" * 100}, decoding="greedy")
+    summary(greedy, ["method", "n_unsafe", "decoding"]).to_csv(folder / "safety_table.csv", index=False)
+    table = machines.compared("mini", {"here": folder}).set_index(["kind", "name"])["here"]
+    assert table["harm", "EMD, 9 unsafe rows"].startswith("0") and table["harm", "SFT"].startswith("100")

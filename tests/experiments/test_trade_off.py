@@ -1,5 +1,6 @@
 """The search of `trade_off`: which trials there are, which is chosen, and what is still answered."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -49,6 +50,20 @@ def test_a_line_with_adapters_is_tried_with_these_alone():
     wrong = Study(settings.load("trade_off", "smoke", {"tried": [line | {"adapters": ["rank 16"]}]}))
     with pytest.raises(ValueError, match="tried: adapters rank 16 are none of q and v, rank 8, all linear, rank 16"):
         trade_off.trials(wrong)
+
+
+def test_contrastive_rows_join_the_benign_ones_and_change_nothing_else():
+    plain = {"name": "nlcl", "method": "nlcl", "strengths": [2], "penalty_first_tokens": 4}
+    lines = [plain, plain | {"name": "nlcl_contrastive", "contrastive": True}]
+    one = {"adapters": [{"name": "narrow"}]}
+    study = Study(settings.load("trade_off", "smoke", one | {"tried": lines}))
+    _, without, joined = trade_off.trials(study)
+    named = {"display_name": without.arm.display_name, "extra": None}
+    assert joined.arm.extra == study.contrastive() and replace(joined.arm, **named) == without.arm
+    for method in ("stl", "stl_emd"):
+        wrong = {"name": "safe", "method": method, "strengths": [2], "contrastive": True}
+        with pytest.raises(ValueError, match=f"safe: {method} takes no contrastive rows"):
+            trade_off.trials(Study(settings.load("trade_off", "smoke", one | {"tried": [wrong]})))
 
 
 def test_a_line_without_its_names_is_refused():

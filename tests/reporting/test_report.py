@@ -162,12 +162,12 @@ def test_jailbreaks_are_decided_by_the_best_attack_on_the_prompt(emd, verdict):
     assert decide("jailbreaks", jailbreak_table=table) == verdict
 
 
-def contrastive(with_it: str, without: str) -> pd.DataFrame:
-    parts = [judged({("sft", 0, 0): HARMFUL}).assign(factor=float("nan"))]
+def contrastive(with_it: str, without: str, factors: tuple[float, ...] = (1.0, 4.0), **judging: str) -> pd.DataFrame:
+    parts = [judged({("sft", 0, 0): HARMFUL}, **judging).assign(factor=float("nan"))]
     parts += [
-        judged({(f"{m}{suffix}", 9, 0): letters}).assign(factor=factor)
+        judged({(f"{m}{suffix}", 9, 0): letters}, **judging).assign(factor=factor)
         for m in ("emd", "nlcl")
-        for factor in (1.0, 4.0)
+        for factor in factors
         for suffix, letters in (("", without), ("_contrastive", with_it))
     ]
     return rates.summary(pd.concat(parts), ["method", "n_unsafe", "factor", "decoding"])
@@ -182,6 +182,10 @@ def test_contrastive_data_is_blamed_only_for_what_it_adds():
     assert "4 λ" in evidence and "1 λ" not in evidence
     both = contrastive(noise, noise)
     assert decide("non-language", contrastive_augmentation_table=both).startswith("partly: λ")
+    greedy = contrastive(HARMFUL, SAFE, factors=(1.0,), decoding="greedy")  # as a real model's
+    assert decide("less safe", contrastive_augmentation_table=greedy) == "reproduced"
+    with pytest.raises(claims._NoSuchArm, match="no λ above the chosen one"):
+        decide("non-language", contrastive_augmentation_table=greedy)
 
 
 @pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.finding)

@@ -40,6 +40,7 @@ STYLES = {  # name, colour, marker, line
     "nlcl_first_4": ("NLCL, first 4 tokens", "#56B4E9", "x", "--"),
     "emd_first_3": ("EMD, first 3 tokens", "#D55E00", "x", "--"),
     "emd_contrastive": ("EMD, contrastive data", "#D55E00", "o", "--"),
+    "nlcl_first_4_contrastive": ("NLCL, first 4 tokens, contrastive data", "#0072B2", "X", "--"),
     "nlcl_contrastive": ("NLCL, contrastive data", "#56B4E9", "v", "--"),
     "emd_auto": ("EMD, λ auto", "#D55E00", "o", ":"),
     "emd_exact_auto": ("EMD exact, λ auto", "#009E73", "^", ":"),
