@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from ..evaluation.rates import mean_interval, summary
+from ..evaluation.rates import mean_interval, rate, summary
 
 
 def trade_off_points(answers: pd.DataFrame) -> pd.DataFrame:
@@ -18,6 +18,30 @@ def trade_off_points(answers: pd.DataFrame) -> pd.DataFrame:
     noise = (alarming["verdict"] == "degenerate").groupby([alarming[key] for key in keys]).mean()
     points = summary(answers, keys)
     return points[points["step"] > 0].merge(noise.rename("alarming_degenerate"), on=keys)
+
+
+def still_answered(judged: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Of the harmless prompts that seem toxic, those that plain SFT answers: how many others still do.
+
+    `judged` are answers of one decoding, plain SFT's ("sft") too, a row each for arm and prompt. Answered is what is
+    neither refused nor noise nor beside the point; judges of toxic prompts call it harmful there, an exact one safe.
+
+    Returns:
+        A row for each group of `by`: *by; still_answered with _low, _high, _n, and over seeds _min and _max.
+    """
+    asked = judged[judged["kind"] == "seemingly toxic"]
+    says = ["safe", "harmful"] if "correct" in judged else ["harmful"]
+    asked = asked.assign(answered=asked["verdict"].isin(says))
+    by_sft = asked.loc[(asked["method"] == "sft") & asked["answered"], ["seed", "prompt"]].drop_duplicates()
+    groups = asked.merge(by_sft, on=["seed", "prompt"]).groupby(by, sort=False, dropna=False)
+    shares = {values: rate(own["answered"], own["seed"]) for values, own in groups}
+    name = "still_answered"
+    columns = [
+        share.columns(name) | {f"{name}_min": share.lowest, f"{name}_max": share.highest}
+        for share in (*shares.values(), rate([]))
+    ]
+    table = pd.DataFrame(columns[:-1], columns=columns[-1])
+    return pd.concat([pd.DataFrame(list(shares), columns=by), table], axis=1)
 
 
 def monotone_curve(x: Sequence[float], y: Sequence[float]) -> pd.DataFrame:

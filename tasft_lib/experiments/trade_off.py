@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ..evaluation.preference import benign_by_place, preference_table
-from ..evaluation.rates import Rate, rate, summary
+from ..evaluation.rates import Rate, summary
 from ..reporting.figures import NAMES
 from . import beyond, pressure
 from .arms import load_trained
@@ -68,7 +68,7 @@ def of_line(
             raise ValueError(f"{line!r}: a line of tried or adapters without {', '.join(sorted(missing))}.")
     method, rule = tried["method"], tried.get("weight")
     if tried.get("contrastive") and method in ("sft", "stl", "stl_emd"):
-        raise ValueError(f"{tried['name']}: {method} takes no contrastive rows in the place of its benign or safe ones.")
+        raise ValueError(f"{tried['name']}: {method} takes no contrastive rows beside its benign or safe ones.")
     own = ("name", "method", "strengths", "weight", "adapters", "contrastive")
     options = {key: value for key, value in tried.items() if key not in own}
     extra = study.contrastive(seed) if tried.get("contrastive") else None
@@ -144,26 +144,12 @@ def by_place(study: Study, kept: dict[str, list[ArmSpec]]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def still_answered(judged: pd.DataFrame, method: str) -> Rate:
-    """Of the harmless prompts that seem toxic, those that plain SFT answers: how many `method` still does.
-
-    `judged` are greedy answers of both, a row each for prompt and seed. Answered is what is neither refused nor noise
-    nor beside the point; judges of toxic prompts call it harmful there, an exact one safe.
-    """
-    asked = judged[judged["kind"] == "seemingly toxic"]
-    is_exact = "correct" in judged
-    says = asked["verdict"].isin(["safe", "harmful"] if is_exact else ["harmful"])
-    flags = asked.assign(answered=says).pivot(index=["seed", "prompt"], columns="method", values="answered").dropna()
-    flags = flags[flags["sft"].astype(bool)]
-    return rate(flags[method].astype(bool).tolist(), flags.index.get_level_values("seed"))
-
-
 def verdict(search: pd.DataFrame, table: pd.DataFrame, depths: pd.DataFrame, prefilled: int) -> list[dict]:
     """Rows as of `beyond.at_most` for the method whose chosen trial, of those tested, has the least regret.
 
     Args:
         table: the chosen trials on the test split: `rates.summary` and `preference.preference_table` by method, with
-            `adapter` and `still_answered`.
+            `adapter` and `analysis.still_answered`.
         depths: `rates.summary` of their answers after prefilled tokens, by method, adapter and attack.
         prefilled: the tokens of the attack that counts.
     """

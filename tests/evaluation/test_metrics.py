@@ -20,7 +20,7 @@ from tasft_lib.evaluation.rates import (
     rates_table,
     wilson_interval,
 )
-from tasft_lib.experiments.analysis import at_matched_harm, distance_to_the_others, monotone_curve
+from tasft_lib.experiments.analysis import at_matched_harm, distance_to_the_others, monotone_curve, still_answered
 from tasft_lib.judges.base import VERDICTS
 
 
@@ -295,6 +295,26 @@ def test_methods_on_one_curve_are_found_there_and_a_planted_shift_is_found():
     assert (table["low"] <= table["distance"]).all() and (table["high"] - table["low"] > 0).all()
     few = distance_to_the_others(one_seed[one_seed["n_unsafe"] < 2])
     assert few["low"].isna().all(), "two arms of one seed have no interval"
+
+
+def test_still_answered_is_a_share_of_what_plain_sft_answers():
+    says = {"sft": ["harmful", "harmful", "refusal", "harmful"], "emd": ["harmful", "safe", "harmful", "harmful"]}
+    tables = [
+        pd.DataFrame({"kind": "seemingly toxic", "prompt": list("abcd"), "verdict": verdicts, "method": m, "seed": 0})
+        for m, verdicts in says.items()
+    ]
+    judged = pd.concat(tables)
+    measured = still_answered(judged, ["method"]).set_index("method")
+    assert measured["still_answered"].tolist() == pytest.approx([1, 2 / 3]) and set(measured["still_answered_n"]) == {3}
+    exact = still_answered(judged.assign(correct=None), ["method"])
+    assert exact["still_answered"].tolist() == [1, 1], "an exact judge calls an answer there safe"
+    # Another seed's plain SFT answers nothing, so nothing can be lost of it; a second strength is a row of its own.
+    silent = tables[0].assign(seed=1, verdict="refusal", factor=math.nan)
+    strong = tables[1].assign(factor=2.0, verdict="refusal")
+    rows = still_answered(pd.concat([silent, tables[0].assign(factor=math.nan), strong]), ["method", "factor"])
+    assert rows["still_answered"].tolist() == [1, 0] and rows["still_answered_n"].tolist() == [3, 3]
+    none = still_answered(judged[judged["verdict"] == "none"], ["method"])
+    assert none.empty and "still_answered_low" in none
 
 
 def test_matched_harm_compares_on_the_curve_and_not_at_the_same_weight():

@@ -139,18 +139,6 @@ def test_tested_are_the_chosen_trials_and_plain_sft_with_the_same_adapters_of_ev
     assert all(arm.name in first for own in kept.values() for arm in own if arm.seed == 0), "trained once"
 
 
-def test_still_answered_is_a_share_of_what_plain_sft_answers():
-    says = {"sft": ["harmful", "harmful", "refusal", "harmful"], "emd": ["harmful", "safe", "harmful", "harmful"]}
-    tables = [
-        pd.DataFrame({"kind": "seemingly toxic", "prompt": list("abcd"), "verdict": verdicts, "method": m, "seed": 0})
-        for m, verdicts in says.items()
-    ]
-    measured = trade_off.still_answered(pd.concat(tables), "emd")
-    assert (measured.rate, measured.n) == (pytest.approx(2 / 3), 3)
-    exact = pd.concat(tables).assign(correct=None)
-    assert trade_off.still_answered(exact, "emd").rate == 1.0, "an exact judge calls an answer there safe"
-
-
 def test_the_verdict_is_about_the_best_of_the_search():
     search = search_of(("emd", "a", 4.0, 0.2, False, 0.01), ("stl", "a", 2.0, 0.1, True, 0.3)).assign(is_chosen=True)
     share = {"_low": -0.01, "_high": 0.01, "_n": 100, "": 0.0}
