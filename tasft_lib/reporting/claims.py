@@ -320,7 +320,7 @@ def _saft_detects(read):
     if "saft" not in found:
         raise _NoSuchArm("no SAFT")
     # Each seed has its own rows, so that the spread over seeds is all there is; of one seed there is the rows' own.
-    ends = {name: np.clip(rates.mean_interval(rows["auroc"]), 0, 1) for name, rows in found.items()}
+    ends = {name: np.clip(rates.mean_interval(rows["auroc"]), 0, 1).tolist() for name, rows in found.items()}
     if len(found["saft"]) == 1:
         ends = {name: tuple(*rows[["auroc", "auroc_low", "auroc_high"]].to_numpy()) for name, rows in found.items()}
     shown = "; ".join(
@@ -332,7 +332,7 @@ def _saft_detects(read):
     if good is not True:
         return evidence, _verdict(good)
     saft, rival = (
-        max((n for n in names if n in ends), key=lambda n: ends[n], default=None) for names in (SAFT, SIMPLE)
+        max((n for n in names if n in ends), key=lambda n: ends[n][0], default=None) for names in (SAFT, SIMPLE)
     )
     if rival is None:
         return evidence, "reproduced"
@@ -373,6 +373,8 @@ def _dropped_rows_are_worth_it(read):
         return evidence, "open" if near["saft_emd"] is None else "holds"
     few = {"a few harmful rows": "saft_unsafe_emd", "a few labels": "saft_labelled_emd"}
     if not (as_safe := " or ".join(words for words, name in few.items() if near[name])):
+        if None in (near[name] for name in few.values()):
+            return evidence, "open"
         return evidence, "partly: safer than the filter alone, but far from what true labels give"
     return evidence, f"partly: without labels safer than the filter alone; with {as_safe} as safe as with true labels"
 

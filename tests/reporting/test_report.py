@@ -282,6 +282,8 @@ def test_filters_are_decided_by_harm_and_by_what_true_labels_give():
     labelled = oracle | {"saft_unsafe_emd": SAFE}
     assert "; with a few harmful rows as safe" in decide("ours", **filtered(**(worst | {"saft_emd": few}), **labelled))
     assert decide("ours", **filtered(**(worst | {"saft_emd": SAFE}), **oracle)) == "holds"
+    undecided = oracle | {"saft_unsafe_emd": some(4)}
+    assert decide("ours", **filtered(**(worst | {"saft_emd": few}), **undecided)) == "open"
     with pytest.raises(claims._NoSuchArm, match="no oracle_emd and saft_labelled_emd and saft_unsafe_emd"):
         decide("ours", **filtered(**worst, oracle=SAFE))
 
@@ -300,6 +302,16 @@ def test_detection_is_decided_at_the_papers_contamination(saft, loss, verdict):
         | dict.fromkeys(("auroc", "auroc_low", "auroc_high"), value)
         for c, shift in ((0.3, 0.0), (0.5, -0.4))
         for name, value in (("saft", saft + shift), ("loss", loss + shift), ("probe", 1.0))
+    ]
+    assert decide("without labels", harmful_data_filter_detectors=pd.DataFrame(rows)) == verdict
+
+
+@pytest.mark.parametrize("loss, verdict", [(0.9, "reproduced"), (0.99, "partly: loss of the base alone does better")])
+def test_detection_over_seeds_is_decided_by_the_mean_lead(loss, verdict):
+    rows = [
+        {"detector": name, "labels": 0, "contamination": 0.3, "n_safe": 0, "auroc": value + 0.002 * seed}
+        for name, value in (("saft", 0.97), ("loss", loss), ("length", 0.5))
+        for seed in range(3)
     ]
     assert decide("without labels", harmful_data_filter_detectors=pd.DataFrame(rows)) == verdict
 
