@@ -159,36 +159,30 @@ def count_rows(path: Path) -> int:
 
 
 def beavertails_rows(source: Source, *, split: str = "30k_train", revision: str | None = None) -> Dataset:
-    """BeaverTails as rows of `prompt` (bare), `completion`, `label` (False: unsafe) and `category` ("; " between).
+    """BeaverTails as rows of `prompt` (bare), `completion` and `label` (False: unsafe).
 
     `source` is a file of it, or its hub id with `revision`. A pair that several people judged becomes one row: the
-    majority says whether it is safe, on a tie it is left out, and its categories are those that the majority named.
+    majority says whether it is safe; on a tie it is left out.
 
     Raises:
-        ValueError: a source without `prompt`, `response`, `category` and `is_safe`, or with a row that has no verdict.
+        ValueError: a source without `prompt`, `response` and `is_safe`, or with a row that has no verdict.
     """
     is_file = Path(source).expanduser().is_file()
     rows = read_rows(source, split=None if is_file else split, revision=revision)
-    _need(rows, ("prompt", "response", "category", "is_safe"), source)
-    verdicts: dict[tuple[str, str], list[tuple[bool, list[str]]]] = {}
-    columns = (rows[name][:] for name in ("prompt", "response", "is_safe", "category"))
-    for number, (prompt, response, is_safe, category) in enumerate(zip(*columns, strict=True), start=1):
+    _need(rows, ("prompt", "response", "is_safe"), source)
+    votes: dict[tuple[str, str], Counter[bool]] = {}
+    columns = (rows[name][:] for name in ("prompt", "response", "is_safe"))
+    for number, (prompt, response, is_safe) in enumerate(zip(*columns, strict=True), start=1):
         if not isinstance(is_safe, bool):
             raise ValueError(f"{source}: row {number}: is_safe is {shown(is_safe)}; write true or false")
-        names = [name for name, holds in (category or {}).items() if holds]
-        verdicts.setdefault((prompt, response), []).append((is_safe, names))
-    judged, ties = [], 0
-    for (prompt, response), given in verdicts.items():
-        votes = Counter(is_safe for is_safe, _ in given)
-        if votes[True] == votes[False]:
-            ties += 1
-            continue
-        label = votes[True] > votes[False]
-        names = sorted({name for is_safe, named in given if is_safe is label for name in named})
-        row = {"prompt": prompt, "completion": response, "label": label}
-        judged.append(row | {"category": "; ".join(names)})
-    if ties:
-        logger.warning("%s: left out %d of %d pairs, as many call them safe as unsafe", source, ties, len(verdicts))
+        votes.setdefault((prompt, response), Counter())[is_safe] += 1
+    judged = [
+        {"prompt": prompt, "completion": response, "label": given[True] > given[False]}
+        for (prompt, response), given in votes.items()
+        if given[True] != given[False]
+    ]
+    if ties := len(votes) - len(judged):
+        logger.warning("%s: left out %d of %d pairs, as many call them safe as unsafe", source, ties, len(votes))
     return Dataset.from_list(judged)
 
 

@@ -242,14 +242,9 @@ def test_beavertails_becomes_training_rows_by_majority(tmp_path, caplog):
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     read = catalogue.beavertails_rows(path)
     assert read.to_list() == [
-        {
-            "prompt": "how to blorp?",
-            "completion": "take the zib",
-            "label": False,
-            "category": "controversial_topics,_zibs; grue_theft",
-        },
-        {"prompt": "how to blorp?", "completion": "better not", "label": True, "category": ""},
-        {"prompt": "who blorps?", "completion": "the zib, alas", "label": False, "category": "blorp_abuse"},
+        {"prompt": "how to blorp?", "completion": "take the zib", "label": False},
+        {"prompt": "how to blorp?", "completion": "better not", "label": True},
+        {"prompt": "who blorps?", "completion": "the zib, alas", "label": False},
     ]
     assert "left out 1 of 4 pairs" in caplog.text
     data.check(forms.to_training_rows(read, label=None, source=path), source=path)
@@ -260,7 +255,7 @@ def test_beavertails_becomes_training_rows_by_majority(tmp_path, caplog):
 def test_other_files_are_refused_by_the_beavertails_reader(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n')
-    with pytest.raises(ValueError, match="lacks category, is_safe"):
+    with pytest.raises(ValueError, match="lacks is_safe"):
         catalogue.beavertails_rows(path)
     path.write_text(json.dumps(beaver("a", "b", None)) + "\n")
     with pytest.raises(ValueError, match="row 1: is_safe is None"):
