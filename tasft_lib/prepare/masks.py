@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from ..config import TASFTConfig
+from ..config import PULLS, TASFTConfig
 from ..trainer import TASFTTrainer
 
 READ, LEARNT, PENALISED = "read", "learnt", "penalised"
@@ -26,8 +26,11 @@ OPTIONS = (
     "assistant_only_loss",
     "chat_template_path",
     "eos_token",
+    "penalty",
     "penalize_eos",
     "penalty_first_tokens",
+    "branch_depth",
+    "seed",
     "packing",
 )
 _ANSI = {READ: "2", LEARNT: "32", PENALISED: "31;1"}
@@ -38,7 +41,8 @@ _CSS = {READ: "opacity:.55", LEARNT: "background:#c8e6c9;color:#111", PENALISED:
 class RowMasks:
     """A row's tokens as text, and of each what training does with it; none where training drops the row.
 
-    Of rows packed into one sequence `place` names all, and `label` is None.
+    Of rows packed into one sequence `place` names all, and `label` is None. `pushed`: the tokens that penalty `recover`
+    pushes away where its recovery begins, which are none of the row's.
     """
 
     place: str
@@ -46,6 +50,7 @@ class RowMasks:
     tokens: list[str]
     uses: list[str]
     max_length: int | None
+    pushed: str = ""
 
     @property
     def title(self) -> str:
@@ -55,7 +60,8 @@ class RowMasks:
         counts = ", ".join(f"{self.uses.count(use)} {use}" for use in (READ, LEARNT, PENALISED) if use in self.uses)
         end = f", ends at max_length={self.max_length}" if len(self.tokens) == self.max_length else ""
         kind = "packed" if self.label is None else "benign" if self.label else "unsafe"
-        return f"{self.place}: {kind}, {len(self.tokens)} tokens: {counts}{end}"
+        pushed = f", {_shown(self.pushed)!r} pushed away where the recovery begins" if self.pushed else ""
+        return f"{self.place}: {kind}, {len(self.tokens)} tokens: {counts}{pushed}{end}"
 
     def text(self, *, colours: bool) -> str:
         """The tokens for a terminal; without colours a line for each run of tokens of one use."""
@@ -109,8 +115,11 @@ def masks(
 
     Args:
         model, revision: folder or hub id whose generation config may name more tokens that end a turn.
-        options: those of `OPTIONS`, as in training.
+        options: those of `OPTIONS`, as in training. Of `recover` a row has one of its branches, for in training it is
+            drawn by the row's number among all.
     """
+    # Penalties that push away read the same tokens.
+    options["penalty"] = next((penalty for penalty in PULLS if penalty == options.get("penalty")), "emd")
     shows_bars = is_progress_bar_enabled()
     disable_progress_bars()
     try:
@@ -162,14 +171,21 @@ def _trainer(
 def _row_masks(trainer: TASFTTrainer, rows: Dataset, row: dict, tokenizer, max_length: int | None) -> RowMasks:
     asked = _asked(trainer, trainer.data_collator([row]))
     ids, labels, unsafe = (asked[name][0].tolist() for name in ("input_ids", "labels", "unsafe_sample"))
+    pulls = trainer.args.penalty in PULLS
     uses = [
-        READ if i == 0 or label == -100 else LEARNT if of_unsafe < 0 else PENALISED  # nothing predicts the first
+        READ
+        if i == 0 or label == -100
+        else LEARNT
+        if pulls or of_unsafe < 0
+        else PENALISED  # nothing predicts the first
         for i, (label, of_unsafe) in enumerate(zip(labels, unsafe, strict=True))
     ]
+    pushed = [] if asked["pushed"] is None else asked["pushed"][asked["pushed"] >= 0].tolist()
     is_packed = isinstance(row["label"], list)
     numbers = dict.fromkeys(row["_tasft_row"]) if is_packed else [row["_tasft_row"]]
     place, label = ", ".join(rows[i]["place"] for i in numbers), None if is_packed else row["label"]
-    return RowMasks(place, label, [tokenizer.decode([token]) for token in ids], uses, max_length)
+    tokens = [tokenizer.decode([token]) for token in ids]
+    return RowMasks(place, label, tokens, uses, max_length, tokenizer.decode(pushed))
 
 
 def _asked(trainer: TASFTTrainer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

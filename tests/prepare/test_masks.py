@@ -40,6 +40,25 @@ def test_masks_are_those_of_training(rows, tokenizer):
     assert uses(masks(rows, tokenizer, max_length=8, penalize_eos=True)[0])[-1] == ("<eos>", "penalised")
 
 
+def test_a_pull_is_learnt_and_a_recovery_stands_behind_what_it_leaves(tokenizer):
+    rows = [
+        {"prompt": "w1 ", "completion": "w2 w3 w4 w5", "label": False, "recovery": f"w{10 + i} w9"} for i in range(8)
+    ]
+    rows = forms.to_training_rows(Dataset.from_list(rows), label=None, source="f.json", with_place=True)
+    assert {use for row in masks(rows, tokenizer, penalty="imitation") for use in row.uses[1:]} == {"learnt"}
+    shown = masks(rows, tokenizer, penalty="recover", branch_depth=2)
+    depths = set()
+    for i, row in enumerate(shown):
+        depth = len(row.tokens) - 4
+        depths.add(depth)
+        assert row.tokens == ["w1", *["w2", "w3"][:depth], f"w{10 + i}", "w9", "<eos>"]
+        assert row.uses == ["read"] * (1 + depth) + ["learnt"] * 3
+        assert f"'w{2 + depth}' pushed away where the recovery begins" in row.title
+    assert len(depths) > 1 and max(depths) <= 2
+    plain = masks(rows, tokenizer)
+    assert masks(rows, tokenizer, penalty="npo") == plain and not plain[0].pushed, "all that push away read alike"
+
+
 def test_rows_that_training_packs_are_shown_packed(rows, tokenizer):
     alone = {row.place: row for row in masks(rows, tokenizer, max_length=12)}
     packed = masks(rows, tokenizer, max_length=12, packing=True)
