@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from .losses import PENALTIES
+from .losses import EMBEDDING_PENALTIES, PENALTIES
 from .sampling import check_sampling
 
-RULES = ("auto", "parity")  # that λ may follow, see `weight`
 # Made once, before training; in the last two distance means nothing.
 MADE_EMBEDDINGS = ("centred", "isotropic", "random", "one_hot")
 # In SmolLM2-135M two tokens have a mean |cosine| of .448, without the mean row .077, and .042, .038, .037, .036 without
@@ -24,6 +23,14 @@ PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39, "recover": 1.0}
 PULLS = ("imitation", "recover")  # penalties that pull towards the rows labelled False, which are safe answers there
 # β of the papers' main experiments: NPO (arXiv:2404.05868) and SimNPO (arXiv:2410.07163).
 DEFAULT_BETA = {"npo": 0.1, "simnpo": 2.5}
+
+# Options that these penalties alone read.
+READ_BY = {
+    "penalty_embedding": tuple(EMBEDDING_PENALTIES),
+    "penalty_beta": tuple(DEFAULT_BETA),
+    "branch_depth": ("recover",),
+    "branch_margin": ("recover",),
+}
 
 
 def _option(default: Any, description: str, **metadata: Any) -> Any:
@@ -43,16 +50,15 @@ class TASFTConfig(SFTConfig):
         "it has begun, for the safe one in the row's column `recovery` (see `branches`).",
         choices=tuple(PENALTIES),
     )
-    # str, because HfArgumentParser takes one type per option; after __post_init__ a number, or one of `RULES`.
+    # str, because HfArgumentParser takes one type per option; after __post_init__ a number, or "auto".
     penalty_weight: str = _option(
         "auto",
         "Lambda of eq. 6 and 8: a number, or `auto`: `penalty_pressure` by the share of the loss that unsafe rows get "
-        "under `penalty_reduction`, so the number of unsafe rows needs no retuning; or `parity`, for `recover` and "
-        "`imitation`: at most that, and in each step what makes a safe answer as likely as an ordinary one (`weight`).",
+        "under `penalty_reduction`, so the number of unsafe rows needs no retuning.",
     )
     penalty_pressure: float | None = _option(
         None,
-        "Expected weight of the penalty, for `auto` and `parity`; default: the geometric mean over the paper's tuned "
+        "Expected weight of the penalty, for `auto`; default: the geometric mean over the paper's tuned "
         "weights (Table 4), 0.077 for `emd`, 0.154 for `emd_exact`, 0.39 for `nlcl`; 1 for `recover`; none for others.",
     )
     penalty_reduction: str = _option(
@@ -107,12 +113,16 @@ class TASFTConfig(SFTConfig):
             allowed = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
-        if self.penalty_weight not in RULES:
-            expected = 'a number ≥ 0, "auto" or "parity"'
-            self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, expected)
-        if self.penalty_weight == "parity" and self.penalty not in PULLS:
-            raise ValueError(f'penalty_weight="parity" is for {" and ".join(PULLS)}; give {self.penalty!r} a number.')
-        for name in ("penalty_pressure", "penalty_floor", "branch_margin"):
+        for name, penalties in READ_BY.items():
+            if self.penalty not in penalties and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} is for {', '.join(penalties)}; leave it out with {self.penalty!r}.")
+        if self.penalty_components is not None and self.penalty_embedding != "isotropic":
+            raise ValueError("penalty_components is for penalty_embedding='isotropic'; leave it out.")
+        if self.penalty_pressure is not None and self.penalty_weight != "auto":
+            raise ValueError("penalty_pressure is for penalty_weight='auto'; leave one of them out.")
+        if self.penalty_weight != "auto":
+            self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, 'a number ≥ 0 or "auto"')
+        for name in ("penalty_pressure", "penalty_floor", "penalty_beta", "branch_margin"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, _nonnegative(name, value, "a number ≥ 0"))
         if self.penalty_floor >= 1:
@@ -121,17 +131,20 @@ class TASFTConfig(SFTConfig):
             raise ValueError(f"penalty_floor is for penalties that push away; leave it out with {self.penalty!r}.")
         if self.penalty_beta is None:
             self.penalty_beta = DEFAULT_BETA.get(self.penalty)
-        elif not _nonnegative("penalty_beta", self.penalty_beta, "a number > 0"):
+        elif not self.penalty_beta:
             raise ValueError("penalty_beta=0 is not a number > 0.")
+        if self.branch_margin > 2:
+            raise ValueError(f"branch_margin={self.branch_margin:g} is more than 2, as far apart as two tokens can be.")
         if self.penalty_components is None and self.penalty_embedding == "isotropic":
             self.penalty_components = DEFAULT_COMPONENTS
-        self.penalize_eos |= self.penalty == "recover"  # an answer is learned to its end
+        self.penalize_eos |= self.penalty in PULLS  # an answer is learned to its end
         for name in ("penalty_first_tokens", "penalty_components", "branch_depth"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} would do nothing; use 1 or more.")
-        if self.penalty_weight in RULES and self.penalty_pressure is None and self.penalty not in PRESSURE:
-            rule = f'penalty_weight="{self.penalty_weight}"'
-            raise ValueError(f"{rule} has no pressure for {self.penalty!r}; give a weight or a pressure.")
+        if self.penalty_weight == "auto" and self.penalty_pressure is None and self.penalty not in PRESSURE:
+            raise ValueError(
+                f'penalty_weight="auto" has no pressure for {self.penalty!r}; give a weight or a pressure.'
+            )
         if (self.packing or self.eval_packing) and self.packing_strategy != "bfd":
             raise ValueError(
                 f"packing_strategy={self.packing_strategy!r} cuts rows in pieces, and the penalty is a mean over a "
@@ -149,6 +162,13 @@ class TASFTConfig(SFTConfig):
                 "completion_only_loss=False would penalise the prompts of unsafe rows; leave it unset or True."
             )
         self.completion_only_loss = True  # for rows that are tokenised already TRL would set it to False
+
+    @property
+    def penalty_options(self) -> dict[str, Any]:
+        """What the penalty reads of the options, λ aside; `loss_head` is none, it changes no value."""
+        ours = self.__dataclass_fields__.keys() - SFTConfig.__dataclass_fields__ - {"penalty_weight", "loss_head"}
+        read = [name for name in self.__dataclass_fields__ if name in ours]
+        return {name: getattr(self, name) for name in read if self.penalty in READ_BY.get(name, PENALTIES)}
 
 
 # The options' texts stand once, in their fields; `TASFTConfig?` shows them too.

@@ -27,7 +27,7 @@ from . import branches, labels
 from .config import MADE_EMBEDDINGS, TASFTConfig
 from .forward import TASFTForward, TASFTOutput
 from .sampling import stratified
-from .weight import Parity, starting_weight
+from .weight import penalty_weight_of
 
 logger = logging.get_logger(__name__)
 
@@ -44,8 +44,8 @@ class TASFTTrainer(SFTTrainer):
     `label` column is taken as benign. `TrainingArguments` and `SFTConfig` become a `TASFTConfig`, as TRL does.
 
     Logs beside TRL's own metrics (which describe the benign rows): `nll` per benign token, `penalty` per unsafe sample
-    (unweighted), `unsafe_log_prob` (mean log-probability of a penalised token, averaged over unsafe samples),
-    `unsafe_rows` per optimizer step (in evaluation: in all) and, by parity, the `penalty_weight` of the next step.
+    (unweighted), `unsafe_log_prob` (mean log-probability of a penalised token, averaged over unsafe samples)
+    and `unsafe_rows` per optimizer step (in evaluation: in all).
 
     Raises `ValueError` for data without a usable `label` column and for what can't be honoured: custom collators,
     formatting functions, loss functions, image data, context, sequence and tensor parallelism.
@@ -101,9 +101,7 @@ class TASFTTrainer(SFTTrainer):
         TASFTForward.replace_forward(causal_lm, args)
         eos = causal_lm.generation_config.eos_token_id
         self._ends = labels.turn_ends(self.processing_class, self._tokenizer, self.chat_template, eos)
-        self.penalty_weight = starting_weight(self)
-        if args.penalty_weight == "parity":
-            self.add_callback(Parity(self))
+        self.penalty_weight = penalty_weight_of(self)
         self._sums = defaultdict(lambda: torch.zeros(5, dtype=torch.float64))
         self._steps_since_log = 0
         self._to_compare = ".".join(trl.__version__.split(".")[:2]) not in TESTED_TRL
@@ -238,7 +236,5 @@ class TASFTTrainer(SFTTrainer):
             if mode == "train":
                 metrics["unsafe_rows"] /= self._steps_since_log
                 self._steps_since_log = 0
-                if self.args.penalty_weight == "parity":
-                    metrics["penalty_weight"] = self.penalty_weight
             logs |= metrics if mode == "train" else {f"eval_{name}": value for name, value in metrics.items()}
         super().log(logs, start_time)

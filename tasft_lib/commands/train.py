@@ -270,8 +270,6 @@ def _method(trainer, mixed) -> str:
     args = trainer.args
     if False not in mixed["label"][:]:
         return "plain SFT, nothing is penalised (no row is unsafe)"
-    if args.penalty_weight == "parity":
-        return f"{args.penalty}, λ by parity, reduction {args.penalty_reduction}"
     if trainer.penalty_weight == 0:
         return f"{args.penalty}, λ = 0: nothing is penalised, unsafe rows are passed over"
     return f"{args.penalty}, λ = {trainer.penalty_weight:.4g}, reduction {args.penalty_reduction}"

@@ -31,10 +31,9 @@ penalty options:
       Penalty on unsafe rows (default: emd); `imitation` pulls towards them: for safe ones. `recover` learns to leave an
       unsafe answer for the row's `recovery`, which `tasft harvest --recoveries` finds.
   --penalty_weight
-      Lambda: a number, or `auto` (default) for `penalty_pressure` / share of unsafe rows; or `parity`, for recover and
-      imitation: at most that, and no more than makes a safe answer as likely as an ordinary one.
+      Lambda: a number, or `auto` (default) for `penalty_pressure` / share of unsafe rows.
   --penalty_pressure
-      Expected weight of the penalty for `auto` (default: from the paper's Table 4), largest one for `parity`.
+      Expected weight of the penalty for `auto` (default: from the paper's Table 4).
   --penalty_floor
       Probability of an unsafe answer's first token below which its row exerts no pressure (default: 0).
   --penalty_reduction batch|unsafe|micro_batch

@@ -199,26 +199,6 @@ def trade_off(study: Study) -> list[ArmSpec]:
     return [trial.arm for trial in search.trials(study)]
 
 
-def beyond_weight(study: Study) -> list[ArmSpec]:
-    """Per seed: plain SFT; branch and recover at pressures of a grid, and by parity; EMD with a floor and without.
-
-    All have the same number of unsafe rows in every step. A branch is drawn for each of an unsafe row's `visits`.
-    """
-    config, arms = study.config, []
-    for seed in study.seeds:
-        rule = {"weight": "parity", "display_name": "recover_parity", "unsafe_per_batch": config.per_batch}
-        recover = []
-        for n in config.sizes:
-            for pressure in config.pressures:
-                recover.append(stratified_arm(study, "recover", n, pressure, display_name="recover", seed=seed))
-            recover.append(study.arm("recover", n, seed=seed, **rule))
-        arms += [study.arm("sft", seed=seed), *(replace(arm, unsafe_visits=config.visits) for arm in recover)]
-        for name, option in {"emd": {}, "emd_floor": {"penalty_floor": config.floor}}.items():
-            option = option | {"display_name": name, "seed": seed}
-            arms += [stratified_arm(study, "emd", min(config.sizes), p, **option) for p in config.emd_pressures]
-    return arms
-
-
 def beyond_durability(study: Study) -> list[ArmSpec]:
     """Plain SFT and every trial of the notebook, per seed; relearning goes on from these."""
     return [trial.arm for seed in study.seeds for trial in search.trials(study, seed)]

@@ -42,8 +42,6 @@ def make_trainer(
     args = dict(training)
     if make is ta_sft:
         args["penalty"] = method
-    if method == "imitation":
-        args["penalize_eos"] = True  # a safe answer is imitated to its end
     return make(
         model,
         args,

@@ -21,8 +21,7 @@ BY = ["method", "n_unsafe", "penalty_weight"]
 class Trial:
     """A setting that is tried: a method, the adapters it trains, and its strength.
 
-    `strength` is λ (KTO: its undesirable weight; where λ follows a rule: the pressure that the rule takes); of STL,
-    which has none, how often each safe row is seen.
+    `strength` is λ (KTO: its undesirable weight); of STL, which has none, how often each safe row is seen.
     """
 
     method: str
@@ -60,16 +59,14 @@ def of_line(
 
     A line has `name` (in tables), `method`, `strengths`, and `adapters` where it is not tried with all; with
     `contrastive: true` it is trained on `Study.contrastive` besides; the rest are options of `TASFTConfig`.
-
-    With a rule for λ as its `weight`, auto or parity, its strengths are what the rule takes, pressures.
     """
     for line, needed in ((tried, {"name", "method", "strengths"}), (adapter, {"name"})):
         if missing := needed - set(line):
             raise ValueError(f"{line!r}: a line of tried or adapters without {', '.join(sorted(missing))}.")
-    method, rule = tried["method"], tried.get("weight")
+    method = tried["method"]
     if tried.get("contrastive") and method in ("sft", "stl", "stl_emd"):
         raise ValueError(f"{tried['name']}: {method} takes no contrastive rows beside its benign or safe ones.")
-    own = ("name", "method", "strengths", "weight", "adapters", "contrastive")
+    own = ("name", "method", "strengths", "adapters", "contrastive")
     options = {key: value for key, value in tried.items() if key not in own}
     extra = study.contrastive(seed) if tried.get("contrastive") else None
     lora = {key: value for key, value in adapter.items() if key != "name"}
@@ -78,8 +75,7 @@ def of_line(
             arm = study.arm(method, n_unsafe, seed=seed)
             arm = replace(arm, extra_visits=strength if method == "stl" else 1)
         else:
-            weight = {"weight": rule, "penalty_pressure": float(strength)} if rule else {"weight": float(strength)}
-            arm = study.arm(method, n_unsafe, seed=seed, extra=extra, **weight, **options)
+            arm = study.arm(method, n_unsafe, seed=seed, extra=extra, weight=float(strength), **options)
         arm = replace(arm, display_name=tried["name"], lora=arm.lora | lora)
         yield Trial(tried["name"], adapter["name"], float(strength), arm)
 

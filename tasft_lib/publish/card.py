@@ -29,17 +29,6 @@ SETTINGS = (
     "bf16",
     "seed",
 )
-PENALTY = (
-    "penalty",
-    "penalty_reduction",
-    "unsafe_per_batch",
-    "penalty_embedding",
-    "penalty_components",
-    "penalty_first_tokens",
-    "penalty_floor",
-    "penalize_eos",
-    "penalty_beta",
-)
 
 
 def training_record(
@@ -59,7 +48,7 @@ def training_record(
     return {
         "base_model": _public_name(base),
         "base_model_revision": None if Path(base).exists() else model_args.model_revision,
-        "method": {name: getattr(args, name) for name in PENALTY} | {"penalty_weight": trainer.penalty_weight},
+        "method": args.penalty_options | {"penalty_weight": trainer.penalty_weight},
         "penalty_weight_asked": args.penalty_weight,
         "benign_rows": labels.count(True),
         "unsafe_rows": labels.count(False) // unsafe_visits,
@@ -203,7 +192,7 @@ def _settings(record: dict) -> str:
     weight, asked = method.pop("penalty_weight"), record["penalty_weight_asked"]
     rows = {
         "loss": "NLL(benign rows) + λ · penalty(unsafe rows)",
-        "λ": f"{weight:.4g}" + {"auto": " (by the rule `auto`)", "parity": " (its last, by `parity`)"}.get(asked, ""),
+        "λ": f"{weight:.4g}" + (" (by the rule `auto`)" if asked == "auto" else ""),
         **{key: value for key, value in method.items() if value is not None},
         "benign rows": record["benign_rows"],
         "unsafe rows": record["unsafe_rows"],

@@ -23,7 +23,6 @@ CASES = {
     "dense": {"loss_head": "dense"},
     "LoRA": {"lora": True},
     "npo": {"lora": True, "penalty": "npo"},
-    "parity": {"penalty": "imitation", "penalty_weight": "parity", "penalty_pressure": 1.0, "unsafe_every": 4},
     "a rank without unsafe rows": {"unsafe_every": 4},
     "a rank without unsafe rows, nlcl": {"unsafe_every": 4, "penalty": "nlcl"},
     "no unsafe rows": {"unsafe_every": None},

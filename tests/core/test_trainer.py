@@ -639,9 +639,13 @@ def test_logit_scaling_and_soft_capping_are_the_models_own(architecture, overrid
         ({"eval_packing": True}, "eval_packing=True"),
         ({"loss_head": "liger"}, "loss_head='liger'"),
         ({"penalty": "simnpo", "penalty_weight": "auto"}, "no pressure for 'simnpo'"),
-        ({"penalty": "emd", "penalty_weight": "parity"}, "parity\" is for imitation and recover; give 'emd'"),
-        ({"penalty": "imitation", "penalty_weight": "parity"}, "parity\" has no pressure for 'imitation'"),
         ({"penalty": "npo", "penalty_beta": 0}, "penalty_beta=0"),
+        ({"penalty": "emd", "penalty_beta": 0.1}, "penalty_beta is for npo, simnpo; leave it out with 'emd'"),
+        ({"penalty": "nlcl", "penalty_embedding": "random"}, "for emd, emd_exact, recover; leave it out with 'nlcl'"),
+        ({"penalty": "emd", "branch_depth": 4}, "branch_depth is for recover; leave it out with 'emd'"),
+        ({"penalty": "recover", "branch_margin": 3}, "branch_margin=3 is more than 2"),
+        ({"penalty_components": 2}, "penalty_components is for penalty_embedding='isotropic'"),
+        ({"penalty_weight": 2, "penalty_pressure": 1}, "penalty_pressure is for penalty_weight='auto'"),
         ({"loss_type": "dft"}, "'dft'"),
         ({"label_smoothing_factor": 0.1}, "label smoothing"),
         ({"completion_only_loss": False}, "completion_only_loss=False"),
@@ -653,8 +657,28 @@ def test_what_cannot_be_honoured_is_refused_in_one_line(overrides, message, tmp_
     assert "\n" not in str(error.value)
 
 
-def test_penalty_weight_may_come_as_text_as_yaml_gives_2e_4():
-    assert TASFTConfig(penalty_weight="2e-4", bf16=False, use_cpu=True).penalty_weight == 2e-4
+def test_numbers_may_come_as_text_as_yaml_gives_2e_4():
+    given = {"penalty": "npo", "penalty_weight": "2e-4", "penalty_beta": "1e-1"}
+    read = TASFTConfig(**given, bf16=False, use_cpu=True)
+    assert (read.penalty_weight, read.penalty_beta) == (2e-4, 0.1)
+
+
+def test_a_pull_is_learned_to_the_end_of_its_answer():
+    pulls = {name: TASFTConfig(penalty=name, penalty_weight=1, bf16=False, use_cpu=True) for name in losses.PENALTIES}
+    assert {name for name, read in pulls.items() if read.penalize_eos} == {"imitation", "recover"}
+
+
+def test_the_options_of_a_penalty_are_those_that_it_reads():
+    def read(**given):
+        return TASFTConfig(**given, bf16=False, use_cpu=True).penalty_options
+
+    assert (
+        read(penalty="recover", branch_margin=0)["branch_margin"] == 0
+        and read(penalty_pressure=2)["penalty_pressure"] == 2
+    )
+    assert {"penalty_embedding", "penalty_components"} <= set(read()) and "branch_depth" not in read()
+    assert {*read(), "branch_depth", "branch_margin"} == {*read(penalty="recover")}
+    assert read(penalty="npo", penalty_weight=1)["penalty_beta"] == 0.1 and "loss_head" not in read()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
 """Verdicts of the `beyond` notebooks: what a rule makes of rates, pairs and searches; their arms."""
 
-from dataclasses import replace
-
 import pandas as pd
 import pytest
 
 from tasft_lib.evaluation.rates import rate
-from tasft_lib.experiments import beyond, beyond_optimizer, beyond_weight, designs, settings
+from tasft_lib.experiments import beyond, beyond_optimizer, designs, settings
 from tasft_lib.experiments.study import Study
 
 
@@ -92,35 +90,6 @@ def test_what_no_judge_knows_is_not_measured():
         == beyond.at_least("x", rate([]), 0.9)["verdict"]
         == "not measured"
     )
-
-
-def test_parity_and_the_floor_differ_from_their_grids_in_that_alone():
-    study = Study(settings.load("beyond_weight", "beyond", {"n_seeds": 2}))
-    arms = designs.beyond_weight(study)
-    recover = [arm for arm in arms if arm.method == "recover" and (arm.seed, arm.n_unsafe) == (1, 60)]
-    assert [arm.penalty_weight for arm in recover] == [0.12, 0.4, 1.2, 4.0, "parity"]
-    assert len({str(replace(arm, penalty_weight=1.0)) for arm in recover[:4]}) == 1
-    assert replace(recover[0], penalty_weight="parity") == recover[4]
-    floored = [arm for arm in arms if arm.display_name == "emd_floor"]
-    assert {arm.training["penalty_floor"] for arm in floored} == {0.05}
-    assert {arm.penalty_weight for arm in floored} == {arm.penalty_weight for arm in arms if arm.display_name == "emd"}
-    assert len({arm.name for arm in arms}) == len(arms) == 2 * (1 + 3 * 5 + 4)
-
-
-def test_a_rule_is_held_against_the_best_lambda_of_each_cell_and_against_one_for_all():
-    regrets = {("recover", 1.0): (0.1, 0.3), ("recover", 4.0): (0.2, 0.15), ("recover_parity", "parity"): (0.11, 0.2)}
-    rows = [(m, n, w, 0, r) for (m, w), both in regrets.items() for n, r in zip((20, 60), both, strict=True)]
-    rows += [("emd_floor", 20, w, 0, r) for w, r in ((6.0, 0.1), (100.0, 0.14))]
-    search = pd.DataFrame(rows, columns=["method", "n_unsafe", "penalty_weight", "seed", "regret"])
-    search = search.assign(degenerate=0.0, harm=0.0)
-    parity = beyond_weight.against_grid(search, "recover_parity", "recover")
-    assert parity["penalty_weight"].tolist() == [1.0, 4.0] and parity["excess"].tolist() == [0.01, 0.05]
-    assert parity["verdict"].tolist() == ["holds", "fails"]
-    spreads = beyond_weight.spread(search, ["emd_floor"])
-    verdicts = beyond_weight.verdict(search, parity, spreads)
-    assert [row["verdict"] for row in verdicts] == ["fails", "holds", "holds", "fails"]
-    assert [row["measured"] for row in verdicts] == pytest.approx([50, 0, 20, 4])
-    assert beyond_weight.verdict(search, parity, spreads[:0])[3]["verdict"] == "not measured"
 
 
 def points(method, strength, **rates):

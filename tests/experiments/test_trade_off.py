@@ -34,14 +34,6 @@ def test_every_method_has_every_strength_with_every_adapter_and_differs_in_nothi
     assert {arm.training["penalty_embedding"] for arm in isotropic} == {"isotropic"}
 
 
-def test_a_rule_takes_the_strengths_as_pressures():
-    line = {"name": "recover_parity", "method": "recover", "weight": "parity", "strengths": [0.5, 1]}
-    study = Study(settings.load("trade_off", "smoke", {"tried": [line]}))
-    arms = [trial.arm for trial in trade_off.trials(study) if trial.method == "recover_parity"]
-    assert {arm.penalty_weight for arm in arms} == {"parity"}
-    assert {arm.training["penalty_pressure"] for arm in arms} == {0.5, 1.0}
-
-
 def test_a_line_with_adapters_is_tried_with_these_alone():
     line = {"name": "emd", "method": "emd", "strengths": [1, 4], "adapters": ["all linear, rank 16"]}
     trials = trade_off.trials(Study(settings.load("trade_off", "smoke", {"tried": [line]})))
