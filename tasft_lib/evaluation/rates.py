@@ -70,7 +70,7 @@ def rate(
     errors: calibration.Errors | None = None,
     aside: Sequence[bool] | None = None,
 ) -> Rate:
-    """The share of flags that are true: the one maker of a rate with its interval.
+    """The share of flags that are true: the one maker of a rate with its interval (`of_counts` makes many at once).
 
     With `seeds`, one per flag, it is the mean over seeds and n the number of flags of one seed (the least). Seeds
     repeat prompts, so they do not narrow the interval: it is Wilson's for as many prompts as `effective_n` says, and so

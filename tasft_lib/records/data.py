@@ -106,7 +106,6 @@ def check(
     *,
     source: Source,
     require_unsafe: bool = True,
-    require_benign: bool = True,
     evaluation_prompts: Iterable[str] = (),
     tokenizer: Any = None,
     max_length: int | None = None,
@@ -122,7 +121,7 @@ def check(
     labels = rows["label"][:]
     if require_unsafe and all(labels):
         raise ValueError(f"{source}: has no unsafe row (label false), so nothing to penalise; add some")
-    if require_benign and not any(labels):
+    if not any(labels):
         raise ValueError(f"{source}: has no benign row (label true), so nothing to learn; add some")
     row_places = places(rows, source)
     first_seen: dict[str, int] = {}

@@ -458,7 +458,7 @@ def drawn(rows: Dataset, **options) -> Dataset:
 def test_sound_rows_pass_and_one_sided_ones_where_asked():
     assert drawn(mixture(), evaluation_prompts=["ask c"]).column_names == ["prompt", "completion", "label"]
     assert len(data.draw(training_rows(3, True), None, seed=0, source="f")) == 3
-    data.check(training_rows(3, False), source="f", require_benign=False)
+    assert "has no benign row" in refusal(lambda: data.check(training_rows(3, False), source="f"))
     assert "lacks label" in refusal(lambda: drawn(mixture().remove_columns("label")))
 
 
