@@ -103,10 +103,7 @@ def harvest(
     settings = {"template": template, "decoding": asdict(decoding), "judge": [judge.name, judge.revision]}
     settings |= {"prompts": content_hash(instructions), "batch_size": batch_size, "keep_unfinished": keep_unfinished}
     settings |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}
-    # The content of a local model is its name, wherever it lies.
-    is_local = (origin.model_revision or "").startswith("sha256 ")
-    settings |= {"model": origin.model_revision if is_local else [origin.model, origin.model_revision]}
-    record = Work(work, settings | {"dtype": str(model.dtype)})
+    record = Work(work, settings | {"model": _identity(origin), "dtype": str(model.dtype)})
     random.Random(decoding.seed).shuffle(instructions)
 
     def ask(call: int, chunk: list[str]) -> list[Response]:
@@ -126,8 +123,8 @@ def harvest(
             if pile.is_full:
                 break
 
-    asked, answered = list(pile.answers), list(pile.answers.values())
-    from_where, recovered = None, []
+    asked = list(pile.answers)
+    from_where = recovered = None
     if recoveries and pile.is_full:
         how = {"template": template, "decoding": decoding, "batch_size": batch_size, "rounds": rounds}
         how["chat_template_kwargs"] = chat_template_kwargs
@@ -149,16 +146,8 @@ def harvest(
     )
     if not pile.is_full:
         raise ValueError(_too_few(report, n))
-    columns = {"prompt": with_template(asked), "completion": answered}
-    if template == "chat":
-        columns = {"prompt": _messages("user", asked), "completion": _messages("assistant", answered)}
-    columns |= {"label": [False] * len(asked), "instruction": asked}
-    features = CHAT_FEATURES if template == "chat" else FEATURES
-    if recoveries:
-        texts = [recovery.completion for recovery in recovered]
-        columns["recovery"] = _messages("assistant", texts) if template == "chat" else texts
-        features = Features(features | {"recovery": features["completion"]})
-    return Dataset.from_dict(columns, features=features), pile.others, report
+    rows = _rows(pile.answers, with_template(asked), recovered, is_chat=template == "chat")
+    return rows, pile.others, report
 
 
 def save_harvest(
@@ -208,6 +197,21 @@ def read_harvest(path: Path, *, in_full: bool = False) -> tuple[dict, pd.DataFra
     rows = sources.read_rows(path).to_pandas()[["instruction", "completion"]]
     rows["completion"] = [c if isinstance(c, str) else c[-1]["content"] for c in rows["completion"]]
     return json.loads((path / "report.json").read_text(encoding="utf-8")), rows if in_full else rows.map(redact)
+
+
+def _rows(answers: dict[str, str], prompts: list[str], recoveries: list[Recovery] | None, *, is_chat: bool) -> Dataset:
+    """The rows that `harvest` returns: `answers` by instruction, and in their order `prompts` with their template."""
+    completions = list(answers.values())
+    columns = {"prompt": prompts, "completion": completions}
+    if is_chat:
+        columns = {"prompt": _messages("user", list(answers)), "completion": _messages("assistant", completions)}
+    columns |= {"label": [False] * len(answers), "instruction": list(answers)}
+    features = CHAT_FEATURES if is_chat else FEATURES
+    if recoveries is not None:
+        texts = [recovery.completion for recovery in recoveries]
+        columns["recovery"] = _messages("assistant", texts) if is_chat else texts
+        features = Features(features | {"recovery": features["completion"]})
+    return Dataset.from_dict(columns, features=features)
 
 
 def _messages(role: str, texts: list[str]) -> list[list[dict[str, str]]]:
@@ -302,6 +306,12 @@ def _chunks(
         open_instructions = [instruction for instruction in instructions if instruction not in kept]
         for start in range(0, len(open_instructions), size):
             yield round_number, open_instructions[start : start + size]
+
+
+def _identity(origin: Origin) -> str | list[str | None]:
+    """What tells the model from another: a local one's content, wherever it lies; else its name and revision."""
+    is_local = (origin.model_revision or "").startswith("sha256 ")
+    return origin.model_revision if is_local else [origin.model, origin.model_revision]
 
 
 def _model_name(model: PreTrainedModel) -> str:
