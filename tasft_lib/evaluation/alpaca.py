@@ -172,27 +172,12 @@ def alpaca_eval_score(
             f"{len(outputs)} answers are too few for the length-controlled rate, which takes {MIN_CONTROLLED}: raise "
             "--limit, or leave --length_controlled out"
         )
-    try:
-        with _quiet():
-            from alpaca_eval import evaluate
-            from alpaca_eval.annotators import PairwiseAnnotator
-    except ImportError as error:
-        # Among others pkg_resources, which setuptools 81 has dropped.
-        raise ValueError(f"alpaca_eval is missing ({error.name}): pip install 'tasft[alpaca_eval]'") from error
+    evaluate, annotator = _evaluate_and_annotator()
     if length_controlled:
         _check_length_control()
     logger.warning(
         "AlpacaEval: %d annotations, about %d tokens and the annotator's prompts", cost["annotations"], cost["tokens"]
     )
-
-    class CachingAnnotator(PairwiseAnnotator):
-        def load_(self, path=None):
-            # The cache's JSON makes integers of 1.0 and 2.0, and pandas 3 lets no draw, 1.5, in among them.
-            super().load_(path)
-            if self.df_annotations is not None:
-                annotations = self.df_annotations.astype({self.annotation_key: float})
-                # -1 stands for a judge that failed or said nothing readable: asked again by the next run.
-                self.df_annotations = annotations[annotations[self.annotation_key] != self.TMP_MISSING_ANNOTATION]
 
     folder.mkdir(parents=True, exist_ok=True)
     instructions = [row["instruction"] for row in reference_outputs]
@@ -214,7 +199,7 @@ def alpaca_eval_score(
                 is_return_instead_of_print=True,
                 # saved so often; a failure loses one chunk
                 annotation_kwargs={"chunksize": ANNOTATIONS_AT_ONCE},
-                Annotator=CachingAnnotator,
+                Annotator=annotator,
             )
     except Exception as error:
         # Of any client and parser; their words may hold texts too.
@@ -238,6 +223,31 @@ def alpaca_eval_score(
 def is_alpaca_eval(instructions: list[str]) -> bool:
     """Whether these are AlpacaEval's 805 instructions in their order, which the length-controlled rate needs."""
     return content_hash(instructions) == INSTRUCTIONS
+
+
+def _evaluate_and_annotator() -> tuple:
+    """alpaca_eval's `evaluate`, and its annotator with a cache that can be read back.
+
+    Raises ValueError where alpaca_eval, or what it imports, is missing.
+    """
+    try:
+        with _quiet():
+            from alpaca_eval import evaluate
+            from alpaca_eval.annotators import PairwiseAnnotator
+    except ImportError as error:
+        # Among others pkg_resources, which setuptools 81 has dropped.
+        raise ValueError(f"alpaca_eval is missing ({error.name}): pip install 'tasft[alpaca_eval]'") from error
+
+    class CachingAnnotator(PairwiseAnnotator):
+        def load_(self, path=None):
+            # The cache's JSON makes integers of 1.0 and 2.0, and pandas 3 lets no draw, 1.5, in among them.
+            super().load_(path)
+            if self.df_annotations is not None:
+                annotations = self.df_annotations.astype({self.annotation_key: float})
+                # -1 stands for a judge that failed or said nothing readable: asked again by the next run.
+                self.df_annotations = annotations[annotations[self.annotation_key] != self.TMP_MISSING_ANNOTATION]
+
+    return evaluate, CachingAnnotator
 
 
 def _check_length_control() -> None:
