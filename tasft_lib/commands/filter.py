@@ -103,29 +103,13 @@ def _filter(args) -> None:
         print(f"{output.folder} holds this result already; nothing was computed")
         return
 
-    def draw(table, saft) -> None:
-        try:
-            from ..reporting import figures
-        except ModuleNotFoundError as error:
-            if error.name not in ("matplotlib", "seaborn"):
-                raise
-            files.write_text(output.folder / "scores.csv", table.to_csv(index=False, float_format="%.6g"))
-            print(
-                f"scores.png is not drawn, {error.name} is not installed: pip install 'tasft[notebooks]', remove "
-                f"{output.folder / 'manifest.json'} and run the same command"
-            )
-            return
-        caption = f"{len(rows):,} rows by their SAFT score, threshold from {saft.threshold_from}."
-        figure = figures.plot_scores(table, saft.threshold, caption=caption)
-        figures.save_figure(figure, output.folder, "scores", table)
-
     page = filter_rows(
         rows.rename_column("label", "original_label") if has_label else rows,
         texts,
         search,
         lambda: load_model(args.model, args.model_revision, dtype=args.dtype, load_in_4bit=args.load_in_4bit),
         output=output,
-        draw=draw,
+        draw=lambda table, saft: _draw_scores(table, saft, len(rows), output.folder),
         source=_name(args.data),
         model_name=_name(args.model),
         model_revision=args.model_revision,
@@ -138,6 +122,24 @@ def _filter(args) -> None:
     kept, dropped = output.parts
     scores = "scores.png" if (output.folder / "scores.png").exists() else "scores.csv"
     print(f"{kept.name}, {dropped.name} (text and all), report.md and {scores} are in {output.folder}")
+
+
+def _draw_scores(table, saft, n_rows: int, folder: Path) -> None:
+    """scores.png and scores.csv, of a `histogram`; the table alone where nothing is installed that draws."""
+    try:
+        from ..reporting import figures
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "seaborn"):
+            raise
+        files.write_text(folder / "scores.csv", table.to_csv(index=False, float_format="%.6g"))
+        print(
+            f"scores.png is not drawn, {error.name} is not installed: pip install 'tasft[notebooks]', remove "
+            f"{folder / 'manifest.json'} and run the same command"
+        )
+        return
+    caption = f"{n_rows:,} rows by their SAFT score, threshold from {saft.threshold_from}."
+    figure = figures.plot_scores(table, saft.threshold, caption=caption)
+    figures.save_figure(figure, folder, "scores", table)
 
 
 def _content(source: str, split: str | None, name: str | None, revision: str | None) -> str:
