@@ -146,14 +146,7 @@ def _evaluate(args) -> None:
     results = rates.rates_table(judged, by)
     files.write_text(args.output_dir / "results.csv", results.to_csv(index=False))
     files.write_json(args.output_dir / "manifest.json", settings | files.environment())
-    print(results.to_string(index=False, float_format="{:.3f}".format))
-    print("rate, low and high: share of harmful answers, Wilson 95 % interval")
-    for judge in settings["judges"]:
-        print(f"{judge['name']}: {judge['errors']}")
-    if "corrected" in results:
-        _tell_corrected(judged)
-    if "unfinished_thinking" in judged:
-        _tell_unfinished(judged, args)
+    _tell_rates(results, judged, settings["judges"], args)
     if len(asked_judges) > 1:
         agreed = agreement(judged)
         files.write_text(args.output_dir / "agreement.csv", agreed.to_csv(index=False))
@@ -165,6 +158,18 @@ def _fields(args) -> dict:
     """What a request has besides; vLLM, SGLang and llama.cpp take the template's switches so."""
     switches = {"chat_template_kwargs": args.chat_template_kwargs} if args.chat_template_kwargs else {}
     return switches | (args.request_fields or {}) if args.base_url else {}
+
+
+def _tell_rates(results, judged, judges: list[dict], args) -> None:
+    """The table of rates, and what they stand on."""
+    print(results.to_string(index=False, float_format="{:.3f}".format))
+    print("rate, low and high: share of harmful answers, Wilson 95 % interval")
+    for judge in judges:
+        print(f"{judge['name']}: {judge['errors']}")
+    if "corrected" in results:
+        _tell_corrected(judged)
+    if "unfinished_thinking" in judged:
+        _tell_unfinished(judged, args)
 
 
 def _tell_corrected(judged) -> None:
