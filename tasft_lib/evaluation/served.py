@@ -9,7 +9,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,6 @@ def generate_served(
     if not missing:
         return [known[key] for key in keys]
     seeds = [decoding.seed + earlier for earlier in _occurrences(prompts)]
-    failures: Counter[Failure] = Counter()
     reasons: dict[Failure, str] = {}
     stop, lock = threading.Event(), threading.Lock()
     client = _client(endpoint, timeout, retries, stop)
@@ -143,16 +142,7 @@ def generate_served(
     pool = ThreadPoolExecutor(concurrency)
     try:
         with progress_bar(total=len(missing), desc=f"asking {model}", unit="prompt", progress=progress) as bar:
-            answered = 0
-            for done in as_completed([pool.submit(ask, i) for i in missing]):
-                failure = done.result()
-                if failure is None:
-                    answered += 1
-                    bar.update()
-                    continue
-                failures[failure] += 1
-                if _is_useless(failures, answered):
-                    break
+            failures = _failures([pool.submit(ask, i) for i in missing], bar)
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -319,6 +309,22 @@ def _response(completion) -> Response:
 def _whole(text: str) -> str:
     """The text with "?" for each half of a character: JSON can hold one, where a limit cut an emoji, no file can."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _failures(asking: list[Future[Failure | None]], bar) -> Counter[Failure]:
+    """What went wrong, counted as it comes, and answers counted on the bar; ends early where going on is useless."""
+    failures: Counter[Failure] = Counter()
+    answered = 0
+    for done in as_completed(asking):
+        failure = done.result()
+        if failure is None:
+            answered += 1
+            bar.update()
+            continue
+        failures[failure] += 1
+        if _is_useless(failures, answered):
+            break
+    return failures
 
 
 def _is_useless(failures: Counter[Failure], answered: int) -> bool:
