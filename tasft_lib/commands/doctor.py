@@ -48,7 +48,11 @@ def main(argv: list[str]) -> int:
         check_data(file, on_hub=False)
     if args.tokenizer is not None:
         args.tokenizer = located(args.tokenizer, args.model_revision)
+    return _examine(args, config)
 
+
+def _examine(args: argparse.Namespace, config: dict) -> int:
+    """Print or write the report; returns the exit code. `config`: options of a training, or none."""
     from ..models import load_tokenizer
     from ..prepare import doctor
     from ..records import forms
