@@ -45,7 +45,6 @@ def _harvest(args) -> None:
     from ..judges.base import check_ready
     from ..judges.load import load_judge
     from ..models import load_model, load_tokenizer
-    from ..prepare import catalogue
     from ..prepare.harvest import Origin, harvest, is_harvested, save_harvest
     from ..records import forms
 
@@ -54,16 +53,7 @@ def _harvest(args) -> None:
         given = ", ".join(name for name in ("split", "config_name", "revision") if getattr(args, name))
         raise ValueError(f"--prompts {args.prompts}{' --red_team' * args.red_team} has no {given}; leave it out.")
     judge = load_judge(judge_of(args, [args.prompts]))
-    if args.red_team:
-        prompts = catalogue.red_team_prompts(args.prompts)
-        prompts_origin = files.named(args.prompts, catalogue.named(catalogue.RED_TEAM).revision)
-    elif any(which.values()):
-        worlds.check_choice([args.prompts], **which)
-        prompts = forms.read_prompts(args.prompts, **which)
-        prompts_origin = files.named(args.prompts, which["revision"])
-    else:
-        world = worlds.load(args.prompts)
-        prompts, prompts_origin = world.harvest_prompts(), world.harvest_source()
+    prompts, prompts_origin = _prompts(args)
     held_out = [prompt for file in args.evaluation_prompts for prompt in forms.read_prompts(file)]
     args.prompt_template = template_of(args, args.model, load_tokenizer(args.model, args.model_revision))
     settings = {
@@ -101,3 +91,20 @@ def _harvest(args) -> None:
     )
     print(report)
     print(f"saved to {save_harvest(rows, others, report, args.output_dir, settings)}")
+
+
+def _prompts(args) -> tuple:
+    """(the toxic prompts; name and revision of where they are from)."""
+    from ..evaluation import worlds
+    from ..prepare import catalogue
+    from ..records import forms
+
+    which = source_options(args)
+    if args.red_team:
+        revision = catalogue.named(catalogue.RED_TEAM).revision
+        return catalogue.red_team_prompts(args.prompts), files.named(args.prompts, revision)
+    if any(which.values()):
+        worlds.check_choice([args.prompts], **which)
+        return forms.read_prompts(args.prompts, **which), files.named(args.prompts, which["revision"])
+    world = worlds.load(args.prompts)
+    return world.harvest_prompts(), world.harvest_source()
