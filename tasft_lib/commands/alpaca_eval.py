@@ -54,18 +54,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..evaluation import alpaca
     from ..generation import Decoding
     from ..models import load_tokenizer
-    from ..records import sources
 
     annotator = alpaca.read_annotator(args.annotator)
-    rows = sources.read_rows(args.references)
-    if missing := {"instruction", "output"} - set(rows.column_names):
-        raise ValueError(f"{args.references}: no column {missing.pop()}; it takes rows of instruction and output")
-    if args.length_controlled and not alpaca.is_alpaca_eval(list(rows["instruction"])):
-        raise ValueError(
-            f"{args.references}: not AlpacaEval's 805 instructions in their order, the only ones whose difficulty is "
-            "known; leave --length_controlled out"
-        )
-    references = rows.select_columns(["instruction", "output"]).to_list()[: args.limit]
+    references = _references(args)
     decoding = Decoding(max_new_tokens=args.max_new_tokens)
     template = template_of(args, args.model, load_tokenizer(args.model, args.model_revision))
     optional = {
@@ -114,6 +105,22 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(table.to_string(index=False, float_format="{:.2f}".format))
     print("win_rate and stderr in percent; those of different annotators, judge models or references do not compare")
     print(f"alpaca_eval.csv, its manifest, answers and annotations (full text) are in {args.output_dir}")
+
+
+def _references(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Rows of `instruction` and `output`, the first `--limit` of them."""
+    from ..evaluation import alpaca
+    from ..records import sources
+
+    rows = sources.read_rows(args.references)
+    if missing := {"instruction", "output"} - set(rows.column_names):
+        raise ValueError(f"{args.references}: no column {missing.pop()}; it takes rows of instruction and output")
+    if args.length_controlled and not alpaca.is_alpaca_eval(list(rows["instruction"])):
+        raise ValueError(
+            f"{args.references}: not AlpacaEval's 805 instructions in their order, the only ones whose difficulty is "
+            "known; leave --length_controlled out"
+        )
+    return rows.select_columns(["instruction", "output"]).to_list()[: args.limit]
 
 
 def _tell(plan: dict[str, int], annotator, args: argparse.Namespace) -> None:
