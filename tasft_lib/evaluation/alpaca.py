@@ -201,6 +201,9 @@ def alpaca_eval_score(
                 annotation_kwargs={"chunksize": ANNOTATIONS_AT_ONCE},
                 Annotator=annotator,
             )
+    except ImportError as error:
+        needed = f"alpaca_eval or its annotator needs {error.name}, which is not installed"
+        raise ValueError(f"{needed}: pip install it, then run again; finished annotations are kept") from None
     except Exception as error:
         # Of any client and parser; their words may hold texts too.
         status = f" {error.status_code}" if hasattr(error, "status_code") else ""

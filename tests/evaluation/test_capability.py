@@ -235,6 +235,15 @@ def test_answers_and_references_must_match(outputs, references, message, tmp_pat
         alpaca_eval_score(outputs, references, annotators_config="x", name="m", folder=tmp_path)
 
 
+def test_a_package_that_the_annotator_lacks_is_named(tmp_path, monkeypatch):
+    def evaluate(**options):
+        raise ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken")
+
+    monkeypatch.setattr(alpaca, "_evaluate_and_annotator", lambda: (evaluate, None))
+    with pytest.raises(ValueError, match="needs tiktoken, which is not installed: pip install it, then run again"):
+        alpaca_eval_score(OUTPUTS, REFERENCES, annotators_config=[], name="m", folder=tmp_path)
+
+
 def test_alpaca_eval_is_asked_as_it_should_be(tmp_path, monkeypatch, caplog):
     given = {}
 
