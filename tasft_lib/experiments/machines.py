@@ -87,14 +87,16 @@ def changed(table: pd.DataFrame) -> list[str]:
     return [f"changes: {name}" for name, row in verdicts.iterrows() if len({*row} - {"open", "-"}) > 1]
 
 
-def weights(runs: Path, folder: Path) -> dict[str, str]:
+def weights(runs: Path, folder: Path) -> dict[str, str | None]:
     """Notebook -> a hash of the adapters of the arms that its manifest in `folder` names; another one shows other
-    rounding."""
+    rounding. None where one of them is no longer in `runs`."""
     hashes = {}
     for name, manifest in _manifests(folder).items():
         steps = {arm: told["steps"] for arm, told in sorted(manifest.get("arms", {}).items())}
-        saved = [runs / "arms" / arm / "trainer" / f"checkpoint-{step}" for arm, step in steps.items()]
-        hashes[name] = files.content_hash([files.file_hash(path / "adapter_model.safetensors") for path in saved])
+        folders = [runs / "arms" / arm / "trainer" / f"checkpoint-{step}" for arm, step in steps.items()]
+        saved = [folder / "adapter_model.safetensors" for folder in folders]
+        is_whole = all(file.exists() for file in saved)
+        hashes[name] = files.content_hash([files.file_hash(file) for file in saved]) if is_whole else None
     return hashes
 
 

@@ -1,5 +1,6 @@
 """Machines: one table of verdicts and rates, and which verdicts change from machine to machine."""
 
+import shutil
 from types import SimpleNamespace
 
 import pandas as pd
@@ -57,6 +58,8 @@ def test_the_hash_of_the_weights_is_of_the_arms_that_manifests_name(tmp_path):
 
     files.write_json(tmp_path / "safety_manifest.json", {"arms": {"emd-1": {"steps": 7}}})
     assert hashed("a") == hashed("a") != hashed("b") and list(hashed("a")) == ["safety"]
+    shutil.rmtree(tmp_path / "runs")
+    assert machines.weights(tmp_path / "runs", tmp_path) == {"safety": None}
 
 
 def test_what_a_notebook_was_given_stands_in_the_manifest_and_is_the_same_on_all_machines(tmp_path):
