@@ -26,6 +26,7 @@ DEFAULT_BETA = {"npo": 0.1, "simnpo": 2.5}
 
 # Options that these penalties alone read.
 READ_BY = {
+    "penalty_floor": tuple(name for name in PENALTIES if name not in PULLS),
     "penalty_embedding": tuple(EMBEDDING_PENALTIES),
     "penalty_beta": tuple(DEFAULT_BETA),
     "branch_depth": ("recover",),
@@ -87,7 +88,9 @@ class TASFTConfig(SFTConfig):
     )
     penalty_beta: float | None = _option(None, "Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).")
     penalize_eos: bool = _option(
-        False, "Whether the tokens that end a turn are penalised in unsafe rows too. Ending an answer is not unsafe."
+        False,
+        "Whether the tokens that end a turn are penalised in unsafe rows too. Ending an answer is not unsafe. "
+        "Always true for `imitation` and `recover`, which learn a safe answer to its end.",
     )
     penalty_first_tokens: int | None = _option(None, "Penalise only so many first tokens of an unsafe answer.")
     penalty_floor: float = _option(
@@ -113,22 +116,14 @@ class TASFTConfig(SFTConfig):
             allowed = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
-        for name, penalties in READ_BY.items():
-            if self.penalty not in penalties and getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ValueError(f"{name} is for {', '.join(penalties)}; leave it out with {self.penalty!r}.")
-        if self.penalty_components is not None and self.penalty_embedding != "isotropic":
-            raise ValueError("penalty_components is for penalty_embedding='isotropic'; leave it out.")
-        if self.penalty_pressure is not None and self.penalty_weight != "auto":
-            raise ValueError("penalty_pressure is for penalty_weight='auto'; leave one of them out.")
         if self.penalty_weight != "auto":
             self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, 'a number ≥ 0 or "auto"')
         for name in ("penalty_pressure", "penalty_floor", "penalty_beta", "branch_margin"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, _nonnegative(name, value, "a number ≥ 0"))
+        self._refuse_unread()
         if self.penalty_floor >= 1:
             raise ValueError(f"penalty_floor={self.penalty_floor} is no probability below 1; use .05, say.")
-        if self.penalty_floor and self.penalty in PULLS:
-            raise ValueError(f"penalty_floor is for penalties that push away; leave it out with {self.penalty!r}.")
         if self.penalty_beta is None:
             self.penalty_beta = DEFAULT_BETA.get(self.penalty)
         elif not self.penalty_beta:
@@ -163,9 +158,26 @@ class TASFTConfig(SFTConfig):
             )
         self.completion_only_loss = True  # for rows that are tokenised already TRL would set it to False
 
+    def _refuse_unread(self) -> None:
+        """Raise `ValueError` for an option that would change nothing.
+
+        A default that is filled in below is none: `dataclasses.replace` hands it on to another penalty.
+        """
+        if self.penalty not in DEFAULT_BETA and self.penalty_beta in DEFAULT_BETA.values():
+            self.penalty_beta = None
+        if self.penalty_embedding != "isotropic" and self.penalty_components == DEFAULT_COMPONENTS:
+            self.penalty_components = None
+        for name, penalties in READ_BY.items():
+            if self.penalty not in penalties and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} is for {', '.join(penalties)}; leave it out with {self.penalty!r}.")
+        if self.penalty_components is not None and self.penalty_embedding != "isotropic":
+            raise ValueError("penalty_components is for penalty_embedding='isotropic'; leave it out.")
+        if self.penalty_pressure is not None and self.penalty_weight != "auto":
+            raise ValueError("penalty_pressure is for penalty_weight='auto'; leave one of them out.")
+
     @property
     def penalty_options(self) -> dict[str, Any]:
-        """What the penalty reads of the options, λ aside; `loss_head` is none, it changes no value."""
+        """What the penalty reads of the options, λ itself aside; `loss_head` is none, it changes no value."""
         ours = self.__dataclass_fields__.keys() - SFTConfig.__dataclass_fields__ - {"penalty_weight", "loss_head"}
         read = [name for name in self.__dataclass_fields__ if name in ours]
         return {name: getattr(self, name) for name in read if self.penalty in READ_BY.get(name, PENALTIES)}

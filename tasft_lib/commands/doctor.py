@@ -99,7 +99,7 @@ def _of_training(args: argparse.Namespace) -> dict:
 def _show(args: argparse.Namespace, config: dict, tokenizer, checked_by) -> None:
     """Print the masks of the first rows, as the trainer itself makes them; only here a command prints texts."""
     from ..prepare.masks import OPTIONS, first_of_each, masks
-    from ..records import forms, sources, tokens
+    from ..records import data, forms, sources, tokens
 
     raw = sources.read_rows(args.data, **source_options(args))
     rows = forms.to_training_rows(
@@ -112,6 +112,8 @@ def _show(args: argparse.Namespace, config: dict, tokenizer, checked_by) -> None
     )
     options = {name: config[name] for name in OPTIONS if name in config} | {"max_length": args.max_length}
     rows = first_of_each(rows, args.show)
+    if options.get("penalty") == "recover":
+        data.require_recoveries(data.by_label(rows)[1])
     tokens.prompt_lengths(rows, checked_by, source=args.data)  # messages that the template can't read are told by row
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for row in masks(rows, tokenizer, model=args.tokenizer, revision=args.model_revision, **options):

@@ -140,7 +140,7 @@ def _fit_rows(benign, unsafe, options: Options, checked_by) -> tuple:
     Raises `ValueError` for messages where `checked_by`, the tokenizer, has no chat template, and for an unsafe row
     without the recovery that its penalty needs.
     """
-    from ..records import forms, tokens
+    from ..records import data, forms, tokens
 
     script_args, data_args, args, _ = options
     unsafe_source = data_args.unsafe_dataset_name or script_args.dataset_name
@@ -149,10 +149,7 @@ def _fit_rows(benign, unsafe, options: Options, checked_by) -> tuple:
             what = "messages, and the model has no chat template"
             raise ValueError(f"{source}: {what}; give chat_template_path, or write text")
     if args.penalty == "recover":
-        recoveries = unsafe["recovery"][:] if "recovery" in unsafe.column_names else [None] * len(unsafe)
-        if place := next((p for p, told in zip(unsafe["place"][:], recoveries, strict=True) if not told), None):
-            what = "no recovery, a safe answer to its prompt, which penalty recover needs"
-            raise ValueError(f"{place}: {what}; add a column, or run `tasft harvest --recoveries`")
+        data.require_recoveries(unsafe)
     if data_args.drop_long:
         long = {"tokenizer": checked_by, "max_length": args.max_length}
         benign = tokens.drop_long(benign, source=script_args.dataset_name, **long)

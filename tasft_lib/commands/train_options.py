@@ -49,7 +49,7 @@ penalty options:
   --penalty_beta
       Beta of `npo` (default: 0.1) and `simnpo` (default: 2.5).
   --penalize_eos
-      Penalise the tokens that end a turn in unsafe rows too.
+      Penalise the tokens that end a turn in unsafe rows too; imitation and recover always learn them.
   --penalty_first_tokens
       Penalise only so many first tokens of an unsafe answer (default: all).
   --branch_depth

@@ -70,12 +70,9 @@ SHARED = {f.name: f.type for f in fields(Settings)}
 CAN_BE_ZERO = ("seed", "unsafe_per_batch", "warmup_steps", "n_held_out_unsafe")
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "temperature")
 DEFAULTS = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(Settings)}
+# Of these the code is gone: they read what an earlier commit's run left.
+STORED = ("beyond_optimizer", "beyond_targets", "beyond_weight")
 # What a notebook has no use for. It passes these over in common.yaml, and has none of them itself.
-STORED = (
-    "beyond_optimizer",
-    "beyond_targets",
-    "beyond_weight",
-)  # their code is gone: they read what an earlier commit's run left
 UNTRAINED = ("method", "degenerate_answers", "performance", "performance_filter", *STORED)
 HELD_OUT = ("n_held_out_unsafe", "n_held_out_benign")
 JUDGED = ("over_alignment", "contrastive_augmentation", "response_quality", "jailbreak", "emd_bound")

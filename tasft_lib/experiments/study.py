@@ -115,8 +115,15 @@ class Study:
     def contrastive(self, seed: int | None = None) -> ContrastiveSpec:
         """Harmless rows with the toxic words of D_unsafe's prompts (§4.3.6), by the second model, `config.writer`.
 
-        It writes texts as long as a training row may be: an answer that is cut off is none.
+        It writes texts as long as a training row may be: an answer that is cut off is none. Raises `ValueError` where
+        nobody can write for the model.
         """
+        if not hasattr(self.config, "writer"):
+            raise ValueError(f"{self.config.notebook} has no writer, so it takes no contrastive rows.")
+        if worlds.is_built(self.config.writer) and not worlds.is_built(self.config.model):
+            raise ValueError(
+                f"writer={self.config.writer}: its grammar has no other words; name an instruction-tuned model."
+            )
         return ContrastiveSpec(
             unsafe=self.unsafe(seed),
             writer=self.config.writer,

@@ -15,6 +15,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_pr
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..config import PULLS, TASFTConfig
+from ..losses import PENALTIES
 from ..trainer import TASFTTrainer
 
 READ, LEARNT, PENALISED = "read", "learnt", "penalised"
@@ -119,7 +120,8 @@ def masks(
             drawn by the row's number among all.
     """
     # Penalties that push away read the same tokens.
-    options["penalty"] = next((penalty for penalty in PULLS if penalty == options.get("penalty")), "emd")
+    if options.get("penalty") in PENALTIES and options["penalty"] not in PULLS:
+        options["penalty"] = "emd"
     shows_bars = is_progress_bar_enabled()
     disable_progress_bars()
     try:
@@ -172,12 +174,9 @@ def _row_masks(trainer: TASFTTrainer, rows: Dataset, row: dict, tokenizer, max_l
     asked = _asked(trainer, trainer.data_collator([row]))
     ids, labels, unsafe = (asked[name][0].tolist() for name in ("input_ids", "labels", "unsafe_sample"))
     pulls = trainer.args.penalty in PULLS
+    # Nothing predicts the first token.
     uses = [
-        READ
-        if i == 0 or label == -100
-        else LEARNT
-        if pulls or of_unsafe < 0
-        else PENALISED  # nothing predicts the first
+        READ if i == 0 or label == -100 else LEARNT if pulls or of_unsafe < 0 else PENALISED
         for i, (label, of_unsafe) in enumerate(zip(labels, unsafe, strict=True))
     ]
     pushed = [] if asked["pushed"] is None else asked["pushed"][asked["pushed"] >= 0].tolist()

@@ -101,6 +101,14 @@ def by_label(rows: Dataset) -> tuple[Dataset, Dataset]:
     return rows.select(np.flatnonzero(labels)), rows.select(np.flatnonzero(~labels))
 
 
+def require_recoveries(unsafe: Dataset) -> None:
+    """Refuse, by its `place`, an unsafe row that lacks the `recovery` which penalty `recover` learns (`ValueError`)."""
+    recoveries = unsafe["recovery"][:] if "recovery" in unsafe.column_names else [None] * len(unsafe)
+    if place := next((p for p, told in zip(unsafe["place"][:], recoveries, strict=True) if not told), None):
+        what = "no recovery, a safe answer to its prompt, which penalty recover needs"
+        raise ValueError(f"{place}: {what}; add a column, or run `tasft harvest --recoveries`")
+
+
 def check(
     rows: Dataset,
     *,

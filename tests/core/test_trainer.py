@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from dataclasses import replace
 from itertools import pairwise, repeat
 
 import numpy as np
@@ -316,7 +317,7 @@ def test_packed_and_padding_free_steps_are_the_padded_one(
     """The gradient would differ if samples attended to each other or a mean ran over more than one sample."""
     model = build_model(tokenizer, attn_implementation=attention)
     settings = dict(penalty=penalty, penalty_reduction=reduction, loss_head=loss_head)
-    settings["penalty_embedding"] = "isotropic" if attention == "eager" else "lm_head"
+    settings |= {"penalty_embedding": "isotropic"} if penalty == "emd" and attention == "eager" else {}
     padded, expected = gradient_step(model, config(tmp_path, **settings), make_rows(8), tokenizer)
     layouts = {
         "padding-free": dict(padding_free=True, max_length=None),
@@ -640,7 +641,7 @@ def test_logit_scaling_and_soft_capping_are_the_models_own(architecture, overrid
         ({"loss_head": "liger"}, "loss_head='liger'"),
         ({"penalty": "simnpo", "penalty_weight": "auto"}, "no pressure for 'simnpo'"),
         ({"penalty": "npo", "penalty_beta": 0}, "penalty_beta=0"),
-        ({"penalty": "emd", "penalty_beta": 0.1}, "penalty_beta is for npo, simnpo; leave it out with 'emd'"),
+        ({"penalty": "emd", "penalty_beta": 0.3}, "penalty_beta is for npo, simnpo; leave it out with 'emd'"),
         ({"penalty": "nlcl", "penalty_embedding": "random"}, "for emd, emd_exact, recover; leave it out with 'nlcl'"),
         ({"penalty": "emd", "branch_depth": 4}, "branch_depth is for recover; leave it out with 'emd'"),
         ({"penalty": "recover", "branch_margin": 3}, "branch_margin=3 is more than 2"),
@@ -663,6 +664,13 @@ def test_numbers_may_come_as_text_as_yaml_gives_2e_4():
     assert (read.penalty_weight, read.penalty_beta) == (2e-4, 0.1)
 
 
+def test_what_was_filled_in_for_one_penalty_does_not_bind_another():
+    npo = TASFTConfig(penalty="npo", penalty_weight=1, bf16=False, use_cpu=True)
+    isotropic = TASFTConfig(penalty_embedding="isotropic", bf16=False, use_cpu=True)
+    assert replace(npo, penalty="emd").penalty_beta is None
+    assert replace(isotropic, penalty_embedding="lm_head").penalty_components is None
+
+
 def test_a_pull_is_learned_to_the_end_of_its_answer():
     pulls = {name: TASFTConfig(penalty=name, penalty_weight=1, bf16=False, use_cpu=True) for name in losses.PENALTIES}
     assert {name for name, read in pulls.items() if read.penalize_eos} == {"imitation", "recover"}
@@ -672,12 +680,10 @@ def test_the_options_of_a_penalty_are_those_that_it_reads():
     def read(**given):
         return TASFTConfig(**given, bf16=False, use_cpu=True).penalty_options
 
-    assert (
-        read(penalty="recover", branch_margin=0)["branch_margin"] == 0
-        and read(penalty_pressure=2)["penalty_pressure"] == 2
-    )
-    assert {"penalty_embedding", "penalty_components"} <= set(read()) and "branch_depth" not in read()
-    assert {*read(), "branch_depth", "branch_margin"} == {*read(penalty="recover")}
+    recover = read(penalty="recover", branch_margin=0)
+    assert recover["branch_margin"] == 0 and read(penalty_pressure=2)["penalty_pressure"] == 2
+    assert {"penalty_embedding", "penalty_components", "penalty_floor"} <= set(read())
+    assert {*recover} - {*read()} == {"branch_depth", "branch_margin"} and {*read()} - {*recover} == {"penalty_floor"}
     assert read(penalty="npo", penalty_weight=1)["penalty_beta"] == 0.1 and "loss_head" not in read()
 
 

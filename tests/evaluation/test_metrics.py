@@ -300,7 +300,9 @@ def test_methods_on_one_curve_are_found_there_and_a_planted_shift_is_found():
 def test_still_answered_is_a_share_of_what_plain_sft_answers():
     says = {"sft": ["harmful", "harmful", "refusal", "harmful"], "emd": ["harmful", "safe", "harmful", "harmful"]}
     tables = [
-        pd.DataFrame({"kind": "seemingly toxic", "prompt": list("abcd"), "verdict": verdicts, "method": m, "seed": 0})
+        pd.DataFrame(
+            {"kind": "seemingly toxic", "prompt": list("abcd"), "verdict": verdicts, "method": m, "seed": 0}
+        ).assign(decoding="greedy")
         for m, verdicts in says.items()
     ]
     judged = pd.concat(tables)
@@ -313,6 +315,8 @@ def test_still_answered_is_a_share_of_what_plain_sft_answers():
     strong = tables[1].assign(factor=2.0, verdict="refusal")
     rows = still_answered(pd.concat([silent, tables[0].assign(factor=math.nan), strong]), ["method", "factor"])
     assert rows["still_answered"].tolist() == [1, 0] and rows["still_answered_n"].tolist() == [3, 3]
+    sampled = still_answered(pd.concat([judged, tables[1].assign(decoding="sampled")]), ["method", "decoding"])
+    assert sampled["still_answered_n"].tolist() == [3, 3, 0], "no sampled answer of plain SFT, nothing to keep"
     none = still_answered(judged[judged["verdict"] == "none"], ["method"])
     assert none.empty and "still_answered_low" in none
 

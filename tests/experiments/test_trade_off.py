@@ -52,6 +52,10 @@ def test_contrastive_rows_join_the_benign_ones_and_change_nothing_else():
     _, without, joined = trade_off.trials(study)
     named = {"display_name": without.arm.display_name, "extra": None}
     assert joined.arm.extra == study.contrastive() and replace(joined.arm, **named) == without.arm
+    with pytest.raises(ValueError, match="writer=miniworld: its grammar has no other words"):
+        trade_off.trials(Study(settings.load("trade_off", "smoke", one | {"tried": lines, "model": "smollm2-135m"})))
+    with pytest.raises(ValueError, match="beyond_durability has no writer"):
+        trade_off.trials(Study(settings.load("beyond_durability", "smoke", one | {"tried": lines})))
     for method in ("stl", "stl_emd"):
         wrong = {"name": "safe", "method": method, "strengths": [2], "contrastive": True}
         with pytest.raises(ValueError, match=f"safe: {method} takes no contrastive rows"):

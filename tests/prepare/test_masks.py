@@ -122,6 +122,10 @@ def test_doctor_shows_rows_and_says_of_a_doubled_bos(tmp_path, tokenizer, capsys
     assert "row 1: unsafe, 4 tokens: 3 read, 1 penalised" in out and "row 2: benign, 4 tokens: 1 read, 3 learnt" in out
     assert cli.main(doctor) == 1 and "--show needs --tokenizer" in capsys.readouterr().err
 
+    (tmp_path / "config.yaml").write_text(json.dumps(config | {"prompt_template": "none", "penalty": "recover"}))
+    assert cli.main([*doctor, "--config", str(tmp_path / "config.yaml")]) == 1
+    assert "rows.jsonl: row 1: no recovery" in capsys.readouterr().err
+
     turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w4 w5"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, "label": False}))
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content + ' w9 ' }}{% endfor %}")
