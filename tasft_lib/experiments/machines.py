@@ -77,7 +77,7 @@ def compared(profile: str, folders: dict[str, Path]) -> pd.DataFrame:
     machine.
     """
     columns = {name: _verdicts(profile, folder) | _rates(folder) for name, folder in folders.items()}
-    table = pd.DataFrame(columns).dropna(how="all").fillna("-")
+    table = pd.DataFrame(columns, dtype=object).dropna(how="all").fillna("-")
     return table.rename_axis(["kind", "name"]).reset_index()
 
 
