@@ -141,6 +141,8 @@ def plot_costs(table: pd.DataFrame, *, dear: float, caption: str) -> Figure:
             ring = rows[rows["is_chosen"]]
             circle = {"marker": "o", "linestyle": "", "fillstyle": "none", "markersize": 11, "color": style["color"]}
             axis.plot(ring["benign_cost"], 100 * ring[measure], **circle)
+        left, right = axis.get_xlim()
+        axis.set_xlim(min(left, 0), max(right, 2 * dear))  # no cost and what is too dear stand in every figure
         axis.set_title(adapter if place < len(adapters) else "")
         axis.set(xlabel="benign NLL above plain SFT's, nats a token" if place >= len(adapters) else "", ylim=(-3, 103))
         if place % len(adapters) == 0:
