@@ -8,6 +8,7 @@ from trl import SFTConfig
 
 from .losses import EMBEDDING_PENALTIES, PENALTIES
 from .sampling import check_sampling
+from .weight import check_weight, nonnegative
 
 # Made once, before training; in the last two distance means nothing.
 MADE_EMBEDDINGS = ("centred", "isotropic", "random", "one_hot")
@@ -15,15 +16,9 @@ MADE_EMBEDDINGS = ("centred", "isotropic", "random", "one_hot")
 # 1 to 4 components (.033: all directions alike). Harm had no say in it.
 DEFAULT_COMPONENTS = 3
 
-# Expected weight of the mean unsafe sample's penalty against one mean benign token's NLL. The paper's tuned λ (Table 4)
-# times the share of micro-batches of 3 that hold an unsafe row is nearly constant over four models and four sizes of
-# D_unsafe; these are the geometric means of those 16 products. The exact EMD is half as large as the paper's bound
-# (½‖μ−ê‖² = 1 − μ·ê for concentrated mass), so it gets twice the weight. A recovery weighs like an ordinary answer.
-PRESSURE = {"emd": 0.077, "emd_exact": 0.154, "nlcl": 0.39, "recover": 1.0}
 PULLS = ("imitation", "recover")  # penalties that pull towards the rows labelled False, which are safe answers there
 # β of the papers' main experiments: NPO (arXiv:2404.05868) and SimNPO (arXiv:2410.07163).
 DEFAULT_BETA = {"npo": 0.1, "simnpo": 2.5}
-
 # Options that these penalties alone read.
 READ_BY = {
     "penalty_floor": tuple(name for name in PENALTIES if name not in PULLS),
@@ -116,11 +111,10 @@ class TASFTConfig(SFTConfig):
             allowed = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(allowed)}.")
-        if self.penalty_weight != "auto":
-            self.penalty_weight = _nonnegative("penalty_weight", self.penalty_weight, 'a number ≥ 0 or "auto"')
-        for name in ("penalty_pressure", "penalty_floor", "penalty_beta", "branch_margin"):
+        check_weight(self)
+        for name in ("penalty_floor", "penalty_beta", "branch_margin"):
             if (value := getattr(self, name)) is not None:
-                setattr(self, name, _nonnegative(name, value, "a number ≥ 0"))
+                setattr(self, name, nonnegative(name, value))
         self._refuse_unread()
         if self.penalty_floor >= 1:
             raise ValueError(f"penalty_floor={self.penalty_floor} is no probability below 1; use .05, say.")
@@ -136,15 +130,9 @@ class TASFTConfig(SFTConfig):
         for name in ("penalty_first_tokens", "penalty_components", "branch_depth"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} would do nothing; use 1 or more.")
-        if self.penalty_weight == "auto" and self.penalty_pressure is None and self.penalty not in PRESSURE:
-            raise ValueError(
-                f'penalty_weight="auto" has no pressure for {self.penalty!r}; give a weight or a pressure.'
-            )
         if (self.packing or self.eval_packing) and self.packing_strategy != "bfd":
-            raise ValueError(
-                f"packing_strategy={self.packing_strategy!r} cuts rows in pieces, and the penalty is a mean over a "
-                "whole unsafe row; use 'bfd'."
-            )
+            what = f"packing_strategy={self.packing_strategy!r} cuts rows in pieces"
+            raise ValueError(f"{what}, and the penalty is a mean over a whole unsafe row; use 'bfd'.")
         check_sampling(self)
         if self.eval_packing and not (self.packing or self.padding_free):
             raise ValueError("eval_packing=True without packing=True would let packed rows attend to each other.")
@@ -153,16 +141,11 @@ class TASFTConfig(SFTConfig):
         if self.label_smoothing_factor > 0:
             raise ValueError("TASFTTrainer does not support label smoothing; set label_smoothing_factor to 0.")
         if self.completion_only_loss is False:
-            raise ValueError(
-                "completion_only_loss=False would penalise the prompts of unsafe rows; leave it unset or True."
-            )
+            raise ValueError("completion_only_loss=False would penalise prompts of unsafe rows; leave it out.")
         self.completion_only_loss = True  # for rows that are tokenised already TRL would set it to False
 
     def _refuse_unread(self) -> None:
-        """Raise `ValueError` for an option that would change nothing.
-
-        A default that is filled in below is none: `dataclasses.replace` hands it on to another penalty.
-        """
+        """Raise `ValueError` for an option that changes nothing, unless `replace` hands on what another filled in."""
         if self.penalty not in DEFAULT_BETA and self.penalty_beta in DEFAULT_BETA.values():
             self.penalty_beta = None
         if self.penalty_embedding != "isotropic" and self.penalty_components == DEFAULT_COMPONENTS:
@@ -172,8 +155,6 @@ class TASFTConfig(SFTConfig):
                 raise ValueError(f"{name} is for {', '.join(penalties)}; leave it out with {self.penalty!r}.")
         if self.penalty_components is not None and self.penalty_embedding != "isotropic":
             raise ValueError("penalty_components is for penalty_embedding='isotropic'; leave it out.")
-        if self.penalty_pressure is not None and self.penalty_weight != "auto":
-            raise ValueError("penalty_pressure is for penalty_weight='auto'; leave one of them out.")
 
     @property
     def penalty_options(self) -> dict[str, Any]:
@@ -189,13 +170,3 @@ TASFTConfig.__doc__ += "\n\nParameters:\n" + "\n".join(
     for option in fields(TASFTConfig)
     if option.name not in SFTConfig.__dataclass_fields__
 )
-
-
-def _nonnegative(name: str, value: Any, expected: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"{name}={value!r} is not {expected}.")
-    return number

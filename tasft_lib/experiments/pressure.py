@@ -5,10 +5,10 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import PRESSURE
 from ..evaluation.worlds import base_of_seed
 from ..sampling import share_of_loss
 from ..storage.files import project_root
+from ..weight import PRESSURE
 from .settings import Settings
 
 DEAR = 0.1  # nats a token
