@@ -25,7 +25,16 @@ README = PAGES[0].read_text()
 BLOCKS = [(page, name) for page in PAGES for name in re.findall(r"<!-- (\w+):begin -->", page.read_text())]
 MANIFESTS = [
     path
-    for name in ("mini", "search", "bench", "pocket", "pocket_cpu", "pocket_methods", "pocket_gemma")
+    for name in (
+        "mini",
+        "search",
+        "bench",
+        "pocket",
+        "pocket_cpu",
+        "pocket_methods",
+        "pocket_gemma",
+        "pocket_contrastive",
+    )
     for path in (ROOT / "figures" / name).glob("*_manifest.json")
 ]
 MANIFESTS.append(ROOT / "figures" / "local" / "degenerate_answers_manifest.json")
