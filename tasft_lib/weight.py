@@ -1,4 +1,4 @@
-"""λ where nobody chooses it: `penalty_weight="auto"`, from a pressure."""
+"""λ: what it may be, and what it is where nobody chooses it, `penalty_weight="auto"`: from a pressure."""
 
 from typing import Any
 
